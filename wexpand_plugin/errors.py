@@ -1,0 +1,11 @@
+"""The one exception a user of this package is meant to read.
+
+Its message names the thing, its value and what would be right. The command line prints it as one
+sentence; everything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+__all__ = ["WexpandError"]
+
+
+class WexpandError(ValueError):
+    """An input that cannot be used: a recipe value, a model, a calibration set or a checkpoint."""

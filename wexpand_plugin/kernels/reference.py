@@ -1,0 +1,53 @@
+"""The truth: unpack each expert's rows and multiply, in plain torch, on any device.
+
+Slow (a dense weight is built for every expert that has tokens) and simple enough to be believed.
+Every other kernel is tested against it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..rowpool import RowPool
+
+__all__ = ["multiply", "name", "prepare", "run", "unavailable"]
+
+name = "reference"
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Always available."""
+    return None
+
+
+def prepare(pool: RowPool) -> list[Tensor]:
+    """The checkpoint's own tensors, and an empty one whose width is `in_features`."""
+    width = torch.empty(0, pool.in_features, device=pool.values.device)
+    return [pool.values, pool.mask, pool.row_map, width]
+
+
+def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int) -> Tensor:
+    """y [tokens, out] = x [tokens, in] times each token's own expert, transposed."""
+    values, mask, row_map, width = layout
+    pool = RowPool(values, mask, row_map, width.shape[1])
+    return multiply(x, experts, pool.expert, pool.experts, out_features)
+
+
+def multiply(
+    x: Tensor,
+    experts: Tensor | None,
+    weight_of: Callable[[int], Tensor],
+    number: int,
+    out_features: int,
+) -> Tensor:
+    """Each token times the weight [out, in] of its expert, asked for once per expert in use."""
+    if experts is None:
+        return linear(x, weight_of(0).to(x.dtype))
+    y = x.new_empty(x.shape[0], out_features)
+    for expert in range(number):
+        tokens = (experts == expert).nonzero().squeeze(1)
+        if tokens.numel():
+            y[tokens] = linear(x[tokens], weight_of(expert).to(x.dtype))
+    return y

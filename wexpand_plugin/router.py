@@ -1,0 +1,91 @@
+"""The router: clusters of inputs, folded into one affine map.
+
+The paper reduces a layer's inputs with PCA, clusters them with k-means, and sends a token to the
+nearest centroid. With P the PCA components [dims, in], mu the mean and C_c the centroids in PCA
+space, the nearest centroid is
+
+    argmin_c |P(x - mu) - C_c|^2  =  argmax_c  x.(P^T C_c) - mu.(P^T C_c) - |C_c|^2 / 2
+
+because |P(x - mu)|^2 is the same for every c. The right side is one affine map of x, so PCA and
+k-means are needed only here, never in a checkpoint or at serving time. Adding the same vector to
+every row of the map changes no argmax; the mean row is subtracted, which keeps the logits small
+and float32 exact enough.
+
+scikit-learn does the PCA and the k-means; the folding and the routing are ours.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import WexpandError
+
+__all__ = ["Router", "fit_router", "fold", "route"]
+
+
+class Router(NamedTuple):
+    """One affine map of an input group: a token goes to the expert with the largest logit."""
+
+    weight: Tensor
+    """[experts, in]"""
+    bias: Tensor
+    """[experts]"""
+
+
+def fold(mean: Tensor, components: Tensor, centroids: Tensor) -> Router:
+    """PCA `mean` [in], `components` [dims, in], k-means `centroids` [experts, dims] -> router."""
+    weight = centroids @ components
+    bias = -(weight @ mean) - centroids.square().sum(dim=1) / 2
+    return Router(weight - weight.mean(dim=0), bias - bias.mean())
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Expert of each token: `x` [tokens, in] -> int64 [tokens]; logits in the router's dtype."""
+    return torch.addmm(bias, x.to(weight.dtype), weight.t()).argmax(dim=1)
+
+
+def fit_router(
+    rows: Tensor,
+    num_experts: int,
+    *,
+    dims: int | None = None,
+    restarts: int = 3,
+    seed: int = 0,
+) -> Router:
+    """Cluster a sample of an input group's rows and fold the result into one affine map.
+
+    :param rows: sample of inputs [n, in], any float dtype
+    :param num_experts: clusters to make; at least 2
+    :param dims: PCA dimensions; by default in / 32, at least 8 (paper appendix: in // 32)
+    :param restarts: k-means++ starts, of which the best is kept
+    :param seed: of PCA and k-means; the same rows and seed give the same router
+    :return: the router in float64; store it in float32
+    :raises WexpandError: fewer rows than experts, or rows that are not finite
+    """
+    # scikit-learn is an extra, and slow to import
+    import numpy as np
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from threadpoolctl import threadpool_limits
+
+    count, width = rows.shape
+    if count < num_experts:
+        raise WexpandError(f"num_experts: {num_experts} clusters cannot be made from {count} rows")
+    data = (
+        rows.detach().cpu().numpy().astype(np.float64)
+        if rows.dtype != torch.bfloat16
+        else rows.detach().cpu().float().numpy().astype(np.float64)
+    )
+    if not np.isfinite(data).all():
+        raise WexpandError("router: the calibration inputs hold NaN or infinite values")
+    dims = min(dims or max(8, width // 32), width, count)
+    # threads change the order of k-means' sums, and with it the last bits of the centroids
+    with threadpool_limits(1):
+        pca = PCA(dims, random_state=seed).fit(data)
+        kmeans = KMeans(num_experts, n_init=restarts, random_state=seed).fit(pca.transform(data))
+    mean, components, centroids = (
+        torch.from_numpy(np.asarray(a, dtype=np.float64))
+        for a in (pca.mean_, pca.components_, kmeans.cluster_centers_)
+    )
+    return fold(mean, components, centroids)
