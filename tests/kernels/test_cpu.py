@@ -1,0 +1,244 @@
+"""The CPU kernel against the reference, for every instruction set this CPU has, and its cache.
+
+    pytest tests/kernels/test_cpu.py
+"""
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.kernels import build, cpu, reference
+from wexpand_plugin.rowpool import RowPool, pack_rows
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# relative to the largest output; x and weights are drawn so that no sum is far below the others
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+CODE_PATHS = {"native": (), "no-bf16": ("-mno-avx512bf16",), "no-vbmi2": ("-mno-avx512vbmi2",),
+              "avx2": ("-march=haswell",), "plain": ("-march=x86-64",)}
+
+pytestmark = pytest.mark.skipif(
+    cpu.unavailable(CPU, torch.float32) is not None, reason="no C++ compiler"
+)
+
+
+@pytest.fixture(params=CODE_PATHS)
+def code_path(request, monkeypatch):
+    """The kernel module bound to a library compiled for one instruction set."""
+    if request.param != "native":
+        if not torch.cpu._is_avx2_supported():
+            pytest.skip("not an x86 CPU with AVX2")
+        extra = CODE_PATHS[request.param]
+        library = cpu.load((*build.DEFAULT_FLAGS, *extra))
+        monkeypatch.setattr(cpu, "load", lambda: library)
+    return request.param
+
+
+def random_case(seed, experts, versions, out, width, density, tokens, dtype):
+    """A pool with rows of mixed density (empty and full ones too), x, and the chosen experts."""
+    torch.manual_seed(seed)
+    share = torch.full((versions, 1), density)
+    share[0::5] = 0.0
+    share[1::5] = 1.0
+    keep = torch.rand(versions, width) < share
+    rows = torch.randn(versions, width).to(dtype) * keep
+    row_map = torch.randint(versions, (experts, out), dtype=torch.int32)
+    x = torch.randn(tokens, width).to(dtype)
+    chosen = torch.randint(experts, (tokens,)) if experts > 1 else None
+    return pack_rows(rows, row_map, keep), x, chosen
+
+
+def exact(pool: RowPool, x, chosen):
+    """The reference kernel in float64: what y would be without any rounding."""
+    wide = RowPool(pool.values.double(), pool.mask, pool.row_map, pool.in_features)
+    return reference.run(x.double(), chosen, reference.prepare(wide), pool.out_features)
+
+
+def assert_matches(pool, x, chosen):
+    y = cpu.run(x, chosen, cpu.prepare(pool), pool.out_features)
+    expected = exact(pool, x, chosen)
+    assert y.shape == expected.shape and y.dtype == x.dtype
+    if y.numel():
+        scale = expected.abs().max().clamp_min(1e-30)
+        assert ((y.double() - expected).abs().max() / scale).item() < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_the_reference(code_path, dtype):
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(
+        seed=st.integers(0, 2**20),
+        experts=st.sampled_from([1, 2, 5, 16]),
+        versions=st.integers(1, 40),
+        out=st.integers(1, 70),
+        width=st.sampled_from([1, 2, 7, 8, 15, 16, 31, 33, 64, 172, 385, 1100]),
+        density=st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0]),
+        tokens=st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 30, 100]),
+    )
+    def check(seed, experts, versions, out, width, density, tokens):
+        assert_matches(*random_case(seed, experts, versions, out, width, density, tokens, dtype))
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_wide_layers_cross_every_tile_and_column_block(code_path, dtype, tokens):
+    assert_matches(*random_case(7, 3, 200, 150, 5632 + 5, 0.3, tokens, dtype))
+
+
+def test_all_tokens_of_one_expert():
+    pool, x, _ = random_case(1, 4, 30, 20, 64, 0.3, 40, torch.float32)
+    assert_matches(pool, x, torch.full((40,), 3))
+
+
+def test_two_to_four():
+    torch.manual_seed(2)
+    rows = torch.randn(32, 16, 4).to(torch.bfloat16)
+    rows.scatter_(2, rows.abs().topk(2, dim=2, largest=False).indices, 0)
+    pool = pack_rows(rows.flatten(1), torch.arange(32, dtype=torch.int32).unsqueeze(0))
+    assert_matches(pool, torch.randn(3, 64).to(torch.bfloat16), None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounds_to_the_nearest_even_like_torch(code_path, dtype):
+    """Identity weights: y is x itself, and sums of two columns round as torch rounds them."""
+    torch.manual_seed(0)
+    values = (torch.randn(512) * torch.logspace(-9, 4, 512)).to(dtype)
+    rows = torch.eye(512).to(dtype)
+    rows[1:] += rows[:-1].clone()
+    pool = pack_rows(rows, torch.arange(512, dtype=torch.int32).unsqueeze(0))
+    y = cpu.run(values.unsqueeze(0), None, cpu.prepare(pool), 512)
+    sums = values.float()
+    sums[1:] += values.float()[:-1].clone()
+    assert torch.equal(y[0], sums.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_and_nan_reach_the_output(code_path, dtype):
+    pool, x, _ = random_case(3, 1, 10, 10, 40, 1.0, 2, dtype)
+    full = pool.row_map[0] % 5 == 1
+    assert full.any()
+    x[0, 5], x[1, 39] = float("nan"), float("inf")
+    y = cpu.run(x, None, cpu.prepare(pool), 10)
+    assert y[0, full].isnan().all()
+    assert not y[1, full].isfinite().any()
+
+
+def test_result_does_not_depend_on_threads_or_companions():
+    pool, x, chosen = random_case(5, 4, 60, 50, 385, 0.3, 64, torch.float32)
+    layout = cpu.prepare(pool)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = cpu.run(x, chosen, layout, 50)
+        torch.set_num_threads(2)
+        two = cpu.run(x, chosen, layout, 50)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two)
+
+
+def test_strided_x_is_accepted():
+    pool, x, _ = random_case(6, 1, 12, 9, 32, 0.5, 8, torch.float32)
+    layout = cpu.prepare(pool)
+    wide = torch.cat([x, x], dim=1)
+    assert torch.equal(cpu.run(wide[:, :32], None, layout, 9), cpu.run(x, None, layout, 9))
+
+
+def test_missing_expert_and_wrong_dtype_are_refused():
+    pool, x, _ = random_case(6, 3, 12, 9, 32, 0.5, 2, torch.float32)
+    layout = cpu.prepare(pool)
+    with pytest.raises(WexpandError, match="experts"):
+        cpu.run(x, torch.tensor([0, 3]), layout, 9)
+    with pytest.raises(WexpandError, match="float32"):
+        cpu.run(x.bfloat16(), torch.tensor([0, 1]), layout, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layout_adds_less_than_five_percent(dtype):
+    pool, _, _ = random_case(8, 4, 800, 400, 1024, 0.1, 1, dtype)
+    packed = sum(pool.stored_bytes().values())
+    held = sum(t.numel() * t.element_size() for t in cpu.prepare(pool))
+    assert packed <= held < 1.05 * packed
+
+
+def test_concurrent_callers_agree():
+    pool, x, chosen = random_case(9, 4, 60, 50, 200, 0.3, 64, torch.bfloat16)
+    layout = cpu.prepare(pool)
+    expected = cpu.run(x, chosen, layout, 50)
+    results = []
+
+    def call():
+        results.append(cpu.run(x, chosen, layout, 50))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(torch.equal(result, expected) for result in results)
+
+
+# ---- the build
+
+
+def tiny(tmp_path: Path) -> Path:
+    source = tmp_path / "tiny.cpp"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    return source
+
+
+def test_cache_is_private_and_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tiny(tmp_path)
+    library = build.build(source)
+    assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    stamp = library.stat().st_mtime_ns
+    assert build.build(source) == library and library.stat().st_mtime_ns == stamp
+    assert build.build(source, (*build.DEFAULT_FLAGS, "-DX")) != library
+    assert sorted(p.suffix for p in library.parent.iterdir()) == [".so", ".so"]
+
+
+def test_foreign_cache_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(build.BuildError, match="another user"):
+        build.build(tiny(tmp_path))
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_warns_once_and_says_why(tmp_path, compiler):
+    code = (
+        "import torch, warnings\n"
+        "from wexpand_plugin.kernels import cpu\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(3):\n"
+        "        why = cpu.unavailable(torch.device('cpu'), torch.float32)\n"
+        "assert len([w for w in seen if 'CPU kernel' in str(w.message)]) == 1, seen\n"
+        f"assert {compiler!r} in why, why\n"
+    )
+    environment = os.environ | {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_processes_that_start_together_share_one_library(tmp_path):
+    code = (
+        "from pathlib import Path\n"
+        "from wexpand_plugin.kernels.build import build\n"
+        f"build(Path({str(tiny(tmp_path))!r}))"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0, 0, 0, 0]
+    assert len(list((tmp_path / "cache" / "wexpand").iterdir())) == 1

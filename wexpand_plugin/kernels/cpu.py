@@ -1,0 +1,122 @@
+"""The CPU kernel: `cpu.cpp`, compiled on first use, called through ctypes (which frees the GIL).
+
+Its layout is the checkpoint's own, made safe for vector loads. `prepare` returns
+
+    values   [nnz + 64 bytes]                    as in the checkpoint, then zeros
+    mask     uint8 [versions * ceil(in/8) + 8]   as in the checkpoint, flat, then zeros
+    starts   int32 (all 32 bits) [versions]      where each row version begins in `values`
+    row_map  int32 [experts, out]                as in the checkpoint
+
+The kernel reads the mask 8 to 32 bits at a time wherever a row begins and cuts off what belongs to
+the next row, so only the last row needs padding: 4 bytes per row version and 72 bytes are added.
+"""
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import WexpandError
+from ..rowpool import RowPool, row_starts
+from .build import DEFAULT_FLAGS, BuildError, build
+
+__all__ = ["load", "name", "prepare", "run", "unavailable"]
+
+name = "cpu"
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def load(flags: tuple[str, ...] = DEFAULT_FLAGS) -> ctypes.CDLL:
+    """The compiled library, built with `flags` if need be. Raises BuildError."""
+    path = build(SOURCE, flags)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"cannot load {path}: {error}") from error
+    pointer, long = ctypes.c_void_p, ctypes.c_int64
+    shape, pool = [long] * 4, [pointer] * 4
+    library.wexpand_linear.argtypes = [
+        ctypes.c_int, pointer, pointer, *shape, *pool, pointer, ctypes.c_int
+    ]
+    library.wexpand_linear.restype = ctypes.c_int
+    library.wexpand_instructions.argtypes = []
+    library.wexpand_instructions.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def _problem() -> str | None:
+    """Why the library cannot be had, or None. Warns once."""
+    try:
+        load()
+    except BuildError as error:
+        message = f"wexpand: no compiled CPU kernel, sparse layers will be slow ({error})"
+        warnings.warn(message, stacklevel=2)
+        return str(error)
+    return None
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this kernel cannot run on `device` for `dtype`, or None. Compiles on the first call."""
+    if device.type != "cpu":
+        return f"runs on cpu, not on {device.type}"
+    if dtype not in TYPES:
+        return f"{dtype} is not float32, bfloat16 or float16"
+    return _problem()
+
+
+def prepare(pool: RowPool) -> list[Tensor]:
+    """The layout described above: `values`, `mask`, `starts`, `row_map`.
+
+    Shares no memory with the pool but the row map. Raises WexpandError from 2**32 values on.
+    """
+    if pool.nnz >= 1 << 32:
+        raise WexpandError(f"row pool: {pool.nnz} kept weights in one linear should be below 2**32")
+    values = torch.zeros(pool.nnz + 64 // pool.values.element_size(), dtype=pool.values.dtype)
+    values[: pool.nnz] = pool.values
+    mask = torch.zeros(pool.mask.numel() + 8, dtype=torch.uint8)
+    mask[: pool.mask.numel()] = pool.mask.flatten()
+    starts = row_starts(pool.mask)[:-1].to(torch.int32)  # past 2**31 the sign bit is the 32nd bit
+    return [values, mask, starts, pool.row_map.contiguous()]
+
+
+def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int) -> Tensor:
+    """y [tokens, out] = x [tokens, in] times each token's own expert, transposed; float32 sums.
+
+    Uses as many threads as torch does. Raises WexpandError if an expert does not exist.
+    """
+    values, mask, starts, row_map = layout
+    if x.dtype != values.dtype:
+        raise WexpandError(f"x: dtype {x.dtype} should be {values.dtype}, that of the weights")
+    x = x.contiguous()
+    tokens, in_features = x.shape
+    y = torch.empty(tokens, out_features, dtype=x.dtype)
+    if tokens == 0:
+        return y
+    if experts is not None:
+        experts = experts.contiguous()
+    failed = load().wexpand_linear(
+        TYPES[x.dtype],
+        x.data_ptr(),
+        None if experts is None else experts.data_ptr(),
+        tokens,
+        in_features,
+        out_features,
+        row_map.shape[0],
+        values.data_ptr(),
+        mask.data_ptr(),
+        starts.data_ptr(),
+        row_map.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        low, high = (int(v) for v in experts.aminmax())
+        raise WexpandError(f"experts: {low} to {high} should be within 0 to {row_map.shape[0] - 1}")
+    return y
