@@ -1,0 +1,40 @@
+# make demo   the main job on the embedded model, from nothing to a table
+# make test   lint and the whole test suite, vLLM included
+# Both first make the environments they need; versions are pinned in .ci/pins.txt.
+
+VENVS ?= .venvs
+COMPRESS := $(VENVS)/compress
+SERVE := $(VENVS)/serve
+# One thread: the models of the tests are so small that more only wait for each other.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+
+.PHONY: help demo test lint env-compress env-serve clean
+help:
+	@sed -n 's/^# make/make/p' Makefile
+	@echo "make lint, make env-compress, make env-serve, make clean (keeps the environments)"
+
+env-compress: $(COMPRESS)/.complete
+env-serve: $(SERVE)/.complete
+$(VENVS)/%/.complete: .ci/pins.txt .ci/make-env pyproject.toml
+	@PYTHON="$(PYTHON)" .ci/make-env $* $(VENVS)/$*
+
+demo: env-compress env-serve
+	$(COMPRESS)/bin/python -m evals.demo --serve-env $(SERVE)
+
+lint: env-compress
+	$(COMPRESS)/bin/ruff check .
+	$(COMPRESS)/bin/mypy
+
+# tests/serve needs vLLM, everything else the compress environment. Both run, whatever fails.
+test: env-compress env-serve lint
+	@failed=; \
+	echo "== tests in the compress environment"; \
+	$(TEST_ENV) $(COMPRESS)/bin/python -m pytest --ignore=tests/serve tests || failed="compress"; \
+	echo "== tests in the serve environment"; \
+	$(TEST_ENV) $(SERVE)/bin/python -m pytest tests/serve || failed="$$failed serve"; \
+	if [ -n "$$failed" ]; then echo "make test: failed in: $$failed"; exit 1; fi; \
+	echo "make test: lint and both halves of the suite passed"
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path "./.venvs/*" -prune -exec rm -rf {} +
