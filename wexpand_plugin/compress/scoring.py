@@ -1,0 +1,287 @@
+"""The recipe modifier that scores every neuron of a model and changes no weight.
+
+During calibration a uniform sample of each linear's input rows is kept, for the decoder block at
+hand only. At the end of the block its neurons are scored from the sample, and the sample is
+released. Linears that read the same tensor (q/k/v, gate/up) share one sample.
+"""
+
+import functools
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.distributed import is_source_process
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import WexpandError
+from ..neurons import MAX_BYTES, MIN_TOKENS, NeuronScores, neuron_scores
+from ..scores import FOLDER, ModelScores, ScoredLinear, fingerprint, save_scores
+from .statistics import RowSample
+
+__all__ = ["NeuronScoringModifier"]
+
+HEADS = ("re:.*lm_head", "re:.*embed_out")
+
+
+class NeuronScoringModifier(Modifier):
+    """
+    Scores the neurons of a model's linears by the Wasserstein distance and the mapping
+    difficulty of the paper https://arxiv.org/abs/2405.15756, and changes no weight. Usable
+    alone or before any other modifier.
+
+    Sample yaml:
+
+    ```yaml
+    scoring_stage:
+      scoring_modifiers:
+        NeuronScoringModifier:
+          targets: Linear
+          ignore: ["re:.*lm_head", "re:.*embed_out"]
+          sample_tokens: 16384
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - find the linears, refuse a recipe that matches none
+    - on_calibration_start
+        - register_hook(linear, sample_inputs, "forward")
+    - on_sequential_epoch_end
+        - score the linears of the block, release their samples
+    - on_calibration_end
+        - remove_hooks()
+    - on_finalize
+        - write the scores to `output_dir`, and beside the model whenever it is saved
+
+    :param targets: names, `re:` patterns or class names of modules; every Linear that is or lies in
+        a match is scored
+    :param ignore: linears to leave out, named like targets. Defaults to the language model head,
+        whose neurons are the words of the vocabulary
+    :param sample_tokens: input rows kept per linear, a uniform sample of all calibration tokens.
+        Memory: up to 2 x sample_tokens x in_features values for each input of a decoder block.
+        WD has a noise floor of about 0.8 / sqrt(sample_tokens)
+    :param pairs: random disjoint pairs of tokens for the mapping difficulty, at most half as many
+        as tokens
+    :param percent: share of neurons called Wasserstein neurons, the top by WD, in the summary
+    :param seed: seed of the sample and of the pairs
+    :param max_bytes: working memory for scoring a linear, beside sample and weight
+    :param output_dir: folder for neuron_scores.safetensors and neuron_scores.json, written when
+        calibration is over. With or without it, every folder the model is saved to gets them in
+        a subfolder neuron_scores/
+    """
+
+    requires_calibration_data: bool = True
+
+    # modifier arguments
+    targets: str | list[str] = ["Linear"]
+    ignore: str | list[str] = Field(default_factory=lambda: list(HEADS))
+    sample_tokens: int = Field(default=16384, ge=MIN_TOKENS)
+    pairs: int = Field(default=50_000, ge=1)
+    percent: float = Field(default=3.0, gt=0, le=100)
+    seed: int = Field(default=0, ge=0)
+    max_bytes: int = Field(default=MAX_BYTES, ge=1 << 20)
+    output_dir: str | None = None
+
+    # private variables
+    _names: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
+    _samples: dict[torch.nn.Module, "SharedSample"] = PrivateAttr(default_factory=dict)
+    _scores: ModelScores | None = PrivateAttr(default=None)
+
+    @field_validator("targets", "ignore", mode="after")
+    @classmethod
+    def _as_list(cls, value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
+
+    def on_initialize(self, state: State, **kwargs) -> bool:
+        """
+        Find the linears to score
+
+        :raises WexpandError: if targets and ignore leave none
+        """
+        model = state.model
+        self._names = find_linears(model, self.targets, self.ignore)
+        self._scores = ModelScores(
+            model=str(getattr(model, "name_or_path", "")),
+            architecture=type(model).__name__,
+            settings=self.model_dump(include={"percent", "sample_tokens", "pairs", "seed"}),
+            linears={},
+            skipped={},
+        )
+        logger.info(f"Scoring the neurons of {len(self._names)} linears")
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs):
+        for module in self._names:
+            self.register_hook(module, self.sample_inputs, "forward")
+
+    def on_sequential_epoch_end(self, state: State, event: Event, **kwargs):
+        self.score_linears()
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs):
+        self.remove_hooks()
+
+    def on_finalize(self, state: State, **kwargs) -> bool:
+        """
+        Write the scores to `output_dir`, and from now on beside the model when it is saved
+
+        :raises WexpandError: if no linear saw enough tokens to be scored
+        """
+        for name in self._names.values():
+            if name not in self._scores.linears and name not in self._scores.skipped:
+                self._scores.skipped[name] = "saw no calibration tokens"
+        for name, reason in self._scores.skipped.items():
+            logger.warning(f"{name}: not scored, it {reason}")
+        if not self._scores.linears:
+            raise WexpandError(
+                f"NeuronScoringModifier: none of {len(self._names)} linears saw {MIN_TOKENS} "
+                "calibration tokens; give more or longer calibration samples"
+            )
+        self._names.clear()
+        if self.output_dir is not None and is_source_process():
+            save_scores(self._scores, self.output_dir)
+        save_scores_with(state.model, self._scores)
+        return True
+
+    def sample_inputs(self, module: torch.nn.Module, args: tuple[Any, ...], _output: Any):
+        """
+        Calibration hook: add the module's input rows to its sample. The first linear that sees
+        a tensor keeps the sample; linears that see the very same tensor share it
+
+        :param module: linear being calibrated
+        :param args: inputs to the module, the first element of which is the canonical input
+        :param _output: module output, unused
+        """
+        x = args[0].detach()
+        if not x.numel():
+            return
+        sample = self._samples.get(module)
+        if sample is None or not (sample.owner is module or sample.is_last(x)):
+            sample = next((s for s in self._samples.values() if s.is_last(x)), None)
+            if sample is None:
+                # seeded by name: a linear's sample does not depend on which others are scored
+                seed = self.seed + zlib.crc32(self._names[module].encode())
+                sample = SharedSample(module, RowSample(self.sample_tokens, seed))
+            self._samples[module] = sample
+        if sample.owner is module:
+            sample.add(x)
+
+    @torch.no_grad()
+    def score_linears(self):
+        """
+        Score the linears that have a sample, and release the samples
+        """
+        for module in tqdm(list(self._samples), desc="Scoring neurons"):
+            name, x = self._names[module], self._samples.pop(module).rows.rows
+            if len(x) < MIN_TOKENS:
+                self._scores.skipped[name] = f"saw {len(x)} calibration tokens"
+                continue
+            weight = module.weight.detach()  # once: every read may fetch it from another device
+            bias = None if module.bias is None else module.bias.detach()
+            try:
+                scores = neuron_scores(
+                    x,
+                    weight,
+                    bias,
+                    pairs=self.pairs,
+                    seed=self.seed,
+                    max_bytes=self.max_bytes,
+                )
+            except WexpandError as error:
+                raise WexpandError(f"{name}: {error}") from error
+            self._scores.linears[name] = ScoredLinear(
+                NeuronScores(*(v if v is None else v.float().cpu() for v in scores)),
+                tuple(weight.shape),
+                fingerprint(weight),
+                len(x),
+            )
+
+
+class SharedSample:
+    """
+    The sampled inputs of one linear, its owner, and of those that read the same tensors
+
+    :param owner: the linear whose inputs are added
+    :param rows: sample of the input rows
+    """
+
+    def __init__(self, owner: torch.nn.Module, rows: RowSample):
+        self.owner = owner
+        self.rows = rows
+        self.last: Tensor | None = None
+
+    def is_last(self, x: Tensor) -> bool:
+        """
+        :return: True if x is the very tensor that was added last, not an equal copy
+        """
+        # the last tensor is held, so its memory cannot have been given to another one
+        return (
+            self.last is not None
+            and self.last.data_ptr() == x.data_ptr()
+            and self.last.shape == x.shape
+            and self.last.stride() == x.stride()
+        )
+
+    def add(self, x: Tensor):
+        """
+        :param x: inputs [..., in]; those that the loss mask leaves out are not sampled
+        """
+        self.last = x
+        x = x.reshape(-1, x.shape[-1])
+        state = active_session().state
+        masks = getattr(state, "loss_masks", None)
+        mask = masks[state.current_batch_idx] if masks else None
+        if mask is not None and mask.numel() == x.shape[0]:
+            x = x[mask.flatten().bool().to(x.device)]
+        self.rows.add(x)
+
+
+def find_linears(
+    model: torch.nn.Module, targets: list[str], ignore: list[str]
+) -> dict[torch.nn.Module, str]:
+    """
+    :param model: model to search
+    :param targets: names, `re:` patterns or class names
+    :param ignore: the same, for linears to leave out
+    :return: every torch.nn.Linear that is a target or lies in one, with its name
+    :raises WexpandError: if there is none
+    """
+    linears = {}
+    for parent, matched in match_named_modules(model, targets, ignore, warn_on_fail=True):
+        for name, module in matched.named_modules(prefix=parent):
+            if isinstance(module, torch.nn.Linear):
+                linears[module] = name
+    ignored = {module for _, module in match_named_modules(model, ignore)}
+    linears = {module: name for module, name in linears.items() if module not in ignored}
+    if not linears:
+        existing = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        raise WexpandError(
+            f"NeuronScoringModifier: targets {targets} without {ignore} match no Linear of "
+            f"{type(model).__name__}; it has {len(existing)}, such as {', '.join(existing[:3])}"
+        )
+    return linears
+
+
+def save_scores_with(model: torch.nn.Module, scores: ModelScores):
+    """
+    Make `model.save_pretrained` write the scores into the subfolder neuron_scores/ as well
+
+    :param model: model that was scored
+    :param scores: its scores; they replace those given earlier
+    """
+    inner = model.save_pretrained
+
+    @functools.wraps(inner)  # keeps llm-compressor's mark that it has wrapped it already
+    def save_pretrained(save_directory, *args, **kwargs):
+        result = inner(save_directory, *args, **kwargs)
+        if is_source_process():
+            save_scores(scores, Path(save_directory) / FOLDER)
+        return result
+
+    model.save_pretrained = save_pretrained
