@@ -1,0 +1,53 @@
+"""The one operation that a forward of an expanded layer calls.
+
+It is opaque to torch.compile: routing and kernel stay out of the graph, whatever the kernel does.
+It has a torch library of its own, so its name clashes with nobody's, and it never synchronises
+with a GPU unless the kernel does.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..router import route
+
+__all__ = ["routed_linear"]
+
+_library = torch.library.Library("wexpand", "DEF")
+_library.define(
+    "routed_linear(Tensor x, Tensor[] layout, Tensor? router_weight, Tensor? router_bias, "
+    "Tensor? experts, int out_features, str kernel) -> Tensor"
+)
+_kernel = cache(kernels.get)
+
+
+def _run(
+    x: Tensor,
+    layout: list[Tensor],
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    experts: Tensor | None,
+    out_features: int,
+    kernel: str,
+) -> Tensor:
+    if experts is None and router_weight is not None:
+        experts = route(x, router_weight, router_bias)
+    return _kernel(kernel).run(x.contiguous(), experts, layout, out_features)
+
+
+def _fake(x, layout, router_weight, router_bias, experts, out_features, kernel):
+    return x.new_empty(x.shape[0], out_features)
+
+
+# registered without torch.library.custom_op, whose Python wrapper costs tens of microseconds a call
+_library.impl("routed_linear", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("wexpand::routed_linear", _fake, lib=_library)
+
+routed_linear = torch.ops.wexpand.routed_linear.default
+"""y [tokens, out] = each token of x [tokens, in] times its expert's weights, no bias.
+
+`layout` is what `kernels.<kernel>.prepare` made. A token's expert is `experts` [tokens] if given,
+else the router's choice, else the only one there is.
+"""
