@@ -9,22 +9,30 @@ Per expanded linear NAME the safetensors files hold, instead of a dense NAME.wei
     NAME.router_bias    float32 [experts]               all linears of an input group
     NAME.bias           as it was
 
-and config.json holds a `quantization_config` (`WexpandConfig`) that gives every size before a tensor
-is read, a checksum (crc32) of every tensor of the model, and a digest of itself. Nothing in it
-names code. `check_linear` is the one check that every reader makes: transformers, vLLM, and
+and config.json holds a `quantization_config` (`WexpandConfig`) that gives every size before a
+tensor is read, a checksum (crc32) of every tensor of the model, and a digest of itself. Nothing in
+it names code. `check_linear` is the one check that every reader makes: transformers, vLLM, and
 `wexpand verify`.
 """
 
 import hashlib
 import json
 import os
+import reprlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from .errors import WexpandError
@@ -40,6 +48,7 @@ __all__ = [
     "checksum",
     "finalize",
     "parse_config",
+    "problems",
     "read_config",
     "read_linear",
     "tensor_files",
@@ -52,21 +61,41 @@ QUANT_METHOD = "wexpand"
 FORMAT_VERSION = 1
 
 
+# the row map is int32, and no dimension of a model comes near its limit
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+
+
 class LinearEntry(BaseModel):
     """The sizes of one expanded linear."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    in_features: PositiveInt
-    out_features: PositiveInt
-    experts: PositiveInt
-    versions: PositiveInt
+    in_features: Size
+    out_features: Size
+    experts: Size
+    versions: Size
     """rows in the pool, at most experts * out_features"""
     nnz: NonNegativeInt
-    """kept weights in the pool"""
+    """kept weights in the pool, at most versions * in_features"""
     bias: bool = False
     tokens: list[NonNegativeInt] = Field(default_factory=list)
     """calibration tokens that the router sent to each expert; empty where not counted"""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "LinearEntry":
+        if self.versions > self.experts * self.out_features:
+            raise ValueError(
+                f"versions {self.versions} exceeds experts * out_features = "
+                f"{self.experts * self.out_features}"
+            )
+        if self.nnz > self.versions * self.in_features:
+            raise ValueError(
+                f"nnz {self.nnz} exceeds versions * in_features = "
+                f"{self.versions * self.in_features}"
+            )
+        if len(self.tokens) not in (0, self.experts):
+            raise ValueError(f"tokens has {len(self.tokens)} counts for {self.experts} experts")
+        return self
 
     @classmethod
     def of(cls, pool: RowPool, bias: bool, tokens: list[int] | None = None) -> "LinearEntry":
@@ -107,7 +136,7 @@ class WexpandConfig(BaseModel):
     """sha256 of everything above, see `seal`"""
 
     def _digest(self) -> str:
-        text = json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True)
+        text = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def seal(self) -> "WexpandConfig":
@@ -137,8 +166,9 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Wexpa
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        value = reprlib.repr(first.get("input"))
         raise WexpandError(
-            f"{where}: quantization_config.{key}: {first.get('input')!r}: {first['msg']}"
+            f"{where}: quantization_config.{key}: {value}: {first['msg']}"
         ) from None
     return config.checked(where)
 
@@ -150,8 +180,10 @@ def read_config(directory: str | Path) -> WexpandConfig:
         values = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise WexpandError(f"{path}: there is no such file; a model directory has one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WexpandError(f"{path}: not JSON ({error})") from None
+    except OSError as error:
+        raise WexpandError(f"{path}: cannot be read ({error})") from None
     quantization = values.get("quantization_config") if isinstance(values, dict) else None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         found = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -167,13 +199,19 @@ def tensor_names(name: str, entry: LinearEntry) -> list[str]:
     return [f"{name}.{kind}" for kind in entry.shapes()]
 
 
-def tensor_files(directory: str | Path) -> dict[str, Path]:
-    """Tensor -> safetensors file, for every tensor of a model directory, from the files' headers."""
+def tensor_files(source: str | Path | Iterable[str | Path]) -> dict[str, Path]:
+    """Tensor -> safetensors file, from the files' headers.
+
+    :param source: a model directory, all of whose safetensors files count, or the files themselves
+    """
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise WexpandError(f"{directory}: holds no .safetensors file")
+    if isinstance(source, str | Path):
+        files = sorted(Path(source).glob("*.safetensors"))
+        if not files:
+            raise WexpandError(f"{source}: holds no .safetensors file")
+    else:
+        files = sorted(Path(file) for file in source)
     found: dict[str, Path] = {}
     for file in files:
         try:
@@ -237,12 +275,12 @@ def check_linear(
             )
     pool = RowPool(tensors["weight"], tensors["weight_mask"], tensors["row_map"], entry.in_features)
     pool.validate(where(name))
+    for kind in ("router_weight", "router_bias", "bias"):
+        if kind in entry.shapes() and not bool(torch.isfinite(tensors[kind]).all()):
+            raise WexpandError(f"{where(f'{name}.{kind}')}: holds NaN or infinite values")
     router = None
     if entry.experts > 1:
         router = Router(tensors["router_weight"], tensors["router_bias"])
-        for kind, tensor in zip(("router_weight", "router_bias"), router, strict=True):
-            if not bool(torch.isfinite(tensor).all()):
-                raise WexpandError(f"{where(f'{name}.{kind}')}: holds NaN or infinite values")
     return pool, router
 
 
@@ -266,6 +304,42 @@ def read_linear(
     return pool, router, tensors.get("bias")
 
 
+def problems(
+    files: Mapping[str, Path],
+    config: WexpandConfig,
+    progress: Callable[[str], None] = lambda tensor: None,
+) -> Iterator[WexpandError]:
+    """Every problem of a checkpoint's tensors, as the errors that a loader would raise.
+
+    A loader raises the first and stops; `wexpand verify` lists them all. One linear or tensor is in
+    memory at a time.
+
+    :param files: `tensor_files` of the checkpoint
+    :param progress: called with each linear's or tensor's name before it is read
+    """
+    ours = {t: name for name, entry in config.linears.items() for t in tensor_names(name, entry)}
+    for tensor in sorted(config.checksums.keys() - files.keys() - ours.keys()):
+        yield WexpandError(f"{tensor}: missing; config.json has its checksum")
+    for tensor in sorted(files.keys() - config.checksums.keys() - ours.keys()):
+        yield WexpandError(f"{files[tensor]}: {tensor}: unknown; config.json has no checksum of it")
+    for name in config.linears:
+        progress(name)
+        try:
+            read_linear(files, name, config)
+        except WexpandError as error:
+            yield error
+    others = {t: f for t, f in files.items() if t not in ours and t in config.checksums}
+    for tensor, value in tensors_of(others):
+        progress(tensor)
+        if (found := checksum(value)) != config.checksums[tensor]:
+            yield WexpandError(
+                f"{files[tensor]}: {tensor}: damaged: its checksum is {found}, config.json has "
+                f"{config.checksums[tensor]}"
+            )
+        elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            yield WexpandError(f"{files[tensor]}: {tensor}: holds NaN or infinite values")
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON so that readers see the old file or the whole new one."""
     partial = path.with_name(f".{path.name}.partial")
@@ -278,14 +352,17 @@ def finalize(
 ) -> WexpandConfig:
     """Turn a directory that `save_pretrained` has filled into a checkpoint of ours.
 
-    Reads every tensor once for its checksum and puts the sealed config into config.json.
+    Reads every tensor once for its checksum, checks the linears, and puts the sealed config into
+    config.json.
     """
     directory = Path(directory)
     files = tensor_files(directory)
     checksums = {name: checksum(tensor) for name, tensor in tensors_of(files)}
     config = WexpandConfig(linears=dict(linears), made_by=dict(made_by), checksums=checksums).seal()
+    for name in config.linears:
+        read_linear(files, name, config)
     values = json.loads((directory / "config.json").read_text(encoding="utf8"))
     values.pop("sparsity_config", None)
-    values["quantization_config"] = config.model_dump()
+    values["quantization_config"] = config.model_dump(mode="json")
     write_json(directory / "config.json", values)
     return config

@@ -1,0 +1,162 @@
+"""The transformers half: `AutoModelForCausalLM.from_pretrained` on a checkpoint of ours.
+
+transformers hands a model whose config.json names a quantization method to the quantizer
+registered under that name. Ours replaces the linears that the checkpoint expanded by
+`RoutedLinear`, while the model is still without memory (on the meta device), and leaves the loading
+to transformers: a RoutedLinear's state dict has the checkpoint's tensor names. With a quantizer,
+transformers no longer compares shapes and only warns of missing tensors, so everything is checked
+here first, from the files.
+
+A checkpoint may name its tensors differently than the model names its modules (transformers keeps
+a table of such renamings for older checkpoints); `module_tensor_names` follows that table.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import checkpoint
+from .checkpoint import LinearEntry
+from .errors import WexpandError
+from .linear import RoutedLinear
+from .saving import wrap_save_pretrained
+
+__all__ = [
+    "WexpandQuantizationConfig",
+    "WexpandQuantizer",
+    "check_shapes",
+    "install_linears",
+    "module_tensor_names",
+    "register",
+]
+
+
+def register() -> None:
+    """Make transformers know quant_method "wexpand"; a second call does nothing."""
+    if checkpoint.QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(checkpoint.QUANT_METHOD)(WexpandQuantizationConfig)
+        register_quantizer(checkpoint.QUANT_METHOD)(WexpandQuantizer)
+
+
+class WexpandQuantizationConfig(QuantizationConfigMixin):
+    """config.json's `quantization_config`, checked when made. Raises WexpandError."""
+
+    def __init__(self, **values: Any):
+        parsed = checkpoint.parse_config(values)
+        self.__dict__.update(parsed.model_dump(mode="json"))
+
+    def parsed(self) -> checkpoint.WexpandConfig:
+        """The same as the checkpoint module's own type."""
+        return checkpoint.WexpandConfig.model_validate(self.to_dict())
+
+
+class WexpandQuantizer(HfQuantizer):
+    """Builds the routed linears before transformers loads the weights into them."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        config = self.quantization_config.parsed()
+        files = checkpoint.tensor_files(checkpoint_files) if checkpoint_files else {}
+        if files:
+            for problem in checkpoint.problems(files, config):
+                raise problem
+        install_linears(model, config.linears)
+        check_shapes(model, files)
+        # routing must not depend on the dtype that the model is loaded in
+        kept = set(model._keep_in_fp32_modules_strict or ())
+        model._keep_in_fp32_modules_strict = kept | {"router_weight", "router_bias"}
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for module in model.modules():
+            if isinstance(module, RoutedLinear):
+                module.requires_grad_(False)
+        wrap_save_pretrained(model, self.quantization_config.made_by)
+        return model
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def module_tensor_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Tensor name in a checkpoint -> its name in `model`, for the tensors that the model takes as
+    they are.
+
+    Tensors that the model does not have, or would merge with others while loading, are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    table = get_model_conversion_mapping(model)
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    known, found = model.state_dict(), {}
+    for name in names:
+        for arguments in ((renamings, converters), ([], [])):
+            renamed, merged = rename_source_key(name, *arguments, model.base_model_prefix, known)
+            if renamed in known:
+                if merged is None:
+                    found[name] = renamed
+                break
+    return found
+
+
+def install_linears(model: nn.Module, linears: Mapping[str, LinearEntry]) -> None:
+    """Replace each of these linears of a model on the meta device by an empty RoutedLinear.
+
+    Raises WexpandError for a name that is no linear of the model, or one of another size.
+    """
+    renamed = module_tensor_names(model, [f"{name}.weight" for name in linears])
+    for name, entry in linears.items():
+        target = renamed.get(f"{name}.weight", "").removesuffix(".weight")
+        old = model.get_submodule(target) if target else None
+        if not isinstance(old, nn.Linear):
+            found = f"a {type(old).__name__}" if old is not None else "nothing"
+            raise WexpandError(
+                f"config.json: quantization_config.linears: {name} should be a linear of "
+                f"{type(model).__name__}, which has {found} by that name"
+            )
+        sizes = (old.in_features, old.out_features, old.bias is not None)
+        if sizes != (entry.in_features, entry.out_features, entry.bias):
+            raise WexpandError(
+                f"config.json: quantization_config.linears.{name}: in_features, out_features and "
+                f"bias {(entry.in_features, entry.out_features, entry.bias)} should be {sizes}, "
+                f"as in {type(model).__name__}"
+            )
+        new = RoutedLinear(
+            entry.in_features, entry.out_features, entry.experts, entry.versions, entry.nnz,
+            entry.bias, dtype=old.weight.dtype, device="meta",
+        )  # fmt: skip
+        new.tokens = list(entry.tokens)
+        new.train(old.training)
+        model.set_submodule(target, new)
+
+
+def check_shapes(model: nn.Module, files: Mapping[str, Path]) -> None:
+    """Compare the shape of every tensor in `files` with the model's; raises WexpandError."""
+    from safetensors import safe_open
+
+    names, known = module_tensor_names(model, files), model.state_dict()
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as tensors:
+            for name in (n for n in names if files[n] == file):
+                shape, right = tensors.get_slice(name).get_shape(), known[names[name]].shape
+                if tuple(shape) != tuple(right):
+                    raise WexpandError(
+                        f"{file}: {name}: shape {list(shape)} should be {list(right)}, as "
+                        f"{type(model).__name__} has it by config.json"
+                    )
