@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -35,8 +36,10 @@ __all__ = [
     "WexpandQuantizer",
     "check_shapes",
     "install_linears",
+    "linear_tensors",
     "module_tensor_names",
     "register",
+    "skeleton",
 ]
 
 
@@ -160,3 +163,49 @@ def check_shapes(model: nn.Module, files: Mapping[str, Path]) -> None:
                         f"{file}: {name}: shape {list(shape)} should be {list(right)}, as "
                         f"{type(model).__name__} has it by config.json"
                     )
+
+
+def skeleton(directory: str | Path) -> nn.Module:
+    """The dense model that a directory's config.json describes, on the meta device: no memory.
+
+    Runs no code from the directory. Raises WexpandError where transformers has no class for it.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        name = (config.architectures or ["none named"])[0]
+        class_ = getattr(transformers, name, None)
+        if not (isinstance(class_, type) and issubclass(class_, transformers.PreTrainedModel)):
+            raise WexpandError(
+                f"{directory}: config.json: architectures: {name} is no model class of "
+                f"transformers {transformers.__version__}, so its linears are not known"
+            )
+        with torch.device("meta"):
+            return class_._from_config(config)
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        if isinstance(error, WexpandError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WexpandError(
+            f"{directory}: transformers cannot build this model: {reason}"
+        ) from error
+
+
+def linear_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Tensor of a dense checkpoint -> linear, both by checkpoint names, for the linears of `model`
+    that can be packed: all but the output embedding (and those that share its weight).
+    """
+    head = model.get_output_embeddings()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    found = {}
+    for name, target in module_tensor_names(model, names).items():
+        module_name, _, kind = target.rpartition(".")
+        module = model.get_submodule(module_name)
+        if kind == "weight" and type(module) is nn.Linear and module is not head:
+            if target not in tied:
+                found[name] = name.removesuffix(".weight")
+    return found
