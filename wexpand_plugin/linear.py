@@ -54,6 +54,8 @@ class RoutedLinear(nn.Module):
             self.router_weight = parameter(experts, in_features, of=torch.float32)
             self.router_bias = parameter(experts, of=torch.float32)
         self.bias = parameter(out_features) if bias else None
+        self.tokens: list[int] = []
+        """calibration tokens per expert, where known"""
         self._dense: Tensor | None = None
 
     @classmethod
@@ -78,6 +80,11 @@ class RoutedLinear(nn.Module):
     def pool(self) -> RowPool:
         """The row pool of this linear; shares its tensors."""
         return RowPool(self.weight.data, self.weight_mask, self.row_map, self.in_features)
+
+    def stored_bytes(self) -> int:
+        """Bytes of the pool and the router in a checkpoint; the bias is not counted."""
+        router = 4 * self.experts * (self.in_features + 1) if self.experts > 1 else 0
+        return sum(self.pool.stored_bytes().values()) + router
 
     def unpack(self) -> None:
         """Keep dense experts [experts, out, in] at hand: fast, at `experts` times the memory."""

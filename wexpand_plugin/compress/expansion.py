@@ -1,0 +1,236 @@
+"""From the statistics of an input group to the row pools of its linears.
+
+Without a budget every expert gets its own version of every neuron (the paper's full expansion).
+With one, versions are solved for every node of the experts' merge tree, their errors on the
+calibration tokens follow in closed form, and `allocation` grants the versions that are worth their
+bytes. Small clusters are helped by shrinkage: an expert's Hessian is mixed with that of all tokens,
+
+    (1 - a) H_c + a H      with a = shrinkage * in / (n_c + shrinkage * in)
+
+so that a cluster with many times `in` tokens is left alone and an empty one gets the base version.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..allocation import Choice, Problem, Tree, merge_tree, stored_versions
+from ..errors import WexpandError
+from ..neurons import neuron_scores
+from ..router import Router, route
+from ..rowpool import RowPool, bit_counts, pack_experts, pack_rows, unpack_rows
+from ..solver import MaskStructure, solve
+from .statistics import GroupStatistics
+
+__all__ = ["SCORES", "Candidates", "Settings", "dense_bytes", "expand", "fixed_bytes", "propose"]
+
+SCORES = {
+    # name: (errors of the neuron's own versions count, field of NeuronScores that weights a neuron)
+    "gain": (True, None),
+    "wasserstein": (False, "wd"),
+    "gain_wasserstein": (True, "wd"),
+    "kurtosis": (False, "kurtosis"),
+    "gain_kurtosis": (True, "kurtosis"),
+    "random": (False, "random"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to expand; the recipe keys of the same names explain them."""
+
+    sparsity: float
+    structure: MaskStructure
+    num_experts: int = 16
+    size_budget: float | None = None
+    block_size: int = 128
+    dampening_frac: float = 0.01
+    shrinkage: float = 0.1
+    score: str = "gain"
+    share_versions: bool = True
+    router_dims: int | None = None
+    router_samples: int = 8192
+    router_restarts: int = 3
+    seed: int = 0
+    max_bytes: int = 2 << 30
+
+    def solve(self, weight: Tensor, hessians: Tensor, linears: list[int]) -> Tensor:
+        """[hessians, rows, in]"""
+        return solve(
+            weight, hessians, self.sparsity, self.structure, linears=linears,
+            block_size=self.block_size, dampening=self.dampening_frac, max_bytes=self.max_bytes,
+        )  # fmt: skip
+
+
+@dataclass
+class Candidates:
+    """All versions that one linear could store, and what each would do."""
+
+    pool: RowPool
+    """row_map [nodes, rows] is the identity: version v of neuron r is row v * rows + r"""
+    problem: Problem
+    energy: float
+    """sum of the squared dense outputs over the calibration tokens"""
+
+    def select(self, choice: Choice) -> RowPool:
+        """The pool that holds the granted versions only."""
+        order, row_map = stored_versions(choice)
+        device = self.pool.mask.device
+        return pack_rows(unpack_rows(self.pool, order.to(device)), row_map.to(device))
+
+
+def dense_bytes(weight: Tensor) -> int:
+    """Bytes of a dense weight."""
+    return weight.numel() * weight.element_size()
+
+
+def fixed_bytes(out_features: int, in_features: int, experts: int) -> int:
+    """Bytes that do not depend on the versions: row map and router."""
+    router = 4 * experts * (in_features + 1) if experts > 1 else 0
+    return 4 * experts * out_features + router
+
+
+def _shrunk(sums: Tensor, tokens: Tensor, total: Tensor, shrinkage: float) -> Tensor:
+    """Sums of x x^T [n, in, in] over `tokens` [n] rows each -> Hessians, mixed with `total`."""
+    tokens = tokens.to(sums).view(-1, 1, 1)
+    prior = shrinkage * sums.shape[1]
+    share = torch.where(tokens > 0, prior / (tokens + prior).clamp(min=1e-9), 1.0)
+    return torch.lerp(sums / tokens.clamp(min=1), total.expand_as(sums), share)
+
+
+def expand(weights: list[Tensor], statistics: GroupStatistics, settings: Settings) -> list[RowPool]:
+    """Full expansion: one pool per linear, every expert with its own version of every neuron."""
+    linears = [len(w) for w in weights]
+    total = statistics.total()
+    if statistics.experts == 1:
+        hessians = total.unsqueeze(0)
+    else:
+        hessians = _shrunk(statistics.sums, statistics.solved_tokens, total, settings.shrinkage)
+    solved = settings.solve(torch.cat(weights), hessians, linears)
+    return [pack_experts(part) for part in solved.split(linears, dim=1)]
+
+
+def propose(
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    statistics: GroupStatistics,
+    rows: Tensor,
+    settings: Settings,
+) -> list[Candidates]:
+    """Solve a version for every node of the merge tree, and weigh them.
+
+    :param weights: the dense weights [out_i, in] of the group's linears
+    :param rows: sample of the group's inputs [n, in], for scores that look at the outputs
+    """
+    linears = [len(w) for w in weights]
+    weight = torch.cat(weights)
+    tree = _tree(statistics, settings)
+    solved, errors, allowed = _solve_tree(weight, linears, tree, statistics, settings)
+    energies = _quadratic(weight.float(), statistics.sums)
+    proposals = []
+    for i, (versions, error, may, energy) in enumerate(
+        zip(
+            solved.split(linears, dim=1),
+            errors.split(linears, dim=2),
+            allowed.split(linears, dim=1),
+            energies.split(linears, dim=1),
+            strict=True,
+        )  # fmt: skip
+    ):
+        count = versions.shape[0] * versions.shape[1]
+        identity = torch.arange(count).view(versions.shape[0], versions.shape[1])
+        pool = pack_rows(versions.flatten(0, 1), identity.to(versions.device))
+        cost = bit_counts(pool.mask) * pool.values.element_size() + pool.mask.shape[1]
+        weighted = _weighted(error, rows, weights[i], biases[i], settings)
+        problem = Problem(tree, weighted.cpu(), may.cpu(), cost.view(len(versions), -1).cpu())
+        proposals.append(Candidates(pool, problem, float(energy.sum())))
+    return proposals
+
+
+def _tree(statistics: GroupStatistics, settings: Settings) -> Tree:
+    if settings.share_versions:
+        return merge_tree(statistics.mean_inputs().cpu(), statistics.solved_tokens)
+    # a root over all leaves, no nodes between: an expert has its own version or the base version
+    experts = statistics.experts
+    everyone = torch.ones(1, experts, dtype=torch.bool)
+    members = torch.cat([torch.eye(experts, dtype=torch.bool), everyone])
+    return Tree([tuple(range(experts))], members)
+
+
+def _solve_tree(
+    weight: Tensor,
+    linears: list[int],
+    tree: Tree,
+    statistics: GroupStatistics,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Versions [nodes, rows, in], errors [nodes, experts, rows], allowed [nodes, rows]."""
+    rows, width = weight.shape
+    device = statistics.sums.device
+    total, tokens = statistics.total(), statistics.solved_tokens
+    members = tree.members.to(device)
+    solved = weight.new_empty(tree.nodes, rows, width)
+    errors = torch.zeros(tree.nodes, tree.experts, rows, device=device)
+    held = _held_errors(weight, statistics)
+    held_error = torch.zeros_like(errors)
+    chunk = max(1, settings.max_bytes // (4 * width * (rows + 2 * width)))
+    for first in range(0, tree.nodes, chunk):
+        nodes = range(first, min(first + chunk, tree.nodes))
+        below = members[first : nodes.stop].float()
+        sums = torch.einsum("ne,eij->nij", below, statistics.sums)
+        hessians = _shrunk(sums, below.cpu() @ tokens.float(), total, settings.shrinkage)
+        if nodes.stop == tree.nodes:
+            hessians[-1] = total
+        solved[first : nodes.stop] = settings.solve(weight, hessians, linears)
+        for node in nodes:
+            change = (solved[node] - weight).float()
+            for expert in tree.members[node].nonzero().flatten().tolist():
+                errors[node, expert] = _quadratic(change, statistics.sums[expert : expert + 1])[0]
+                held_error[node, expert] = held(change, expert)
+    # a node's version is worth granting only if it helps on the rows that it was not solved for
+    base = held_error[-1]
+    gain = torch.einsum("ne,ner->nr", members.float(), base.unsqueeze(0) - held_error)
+    allowed = gain > 0
+    allowed[-1] = True
+    return solved, errors, allowed
+
+
+def _quadratic(rows: Tensor, sums: Tensor) -> Tensor:
+    """r^T S_c r for every row: [rows, in], [experts, in, in] -> [experts, rows]."""
+    return torch.stack([((rows @ s) * rows).sum(dim=1) for s in sums]).clamp_(min=0)
+
+
+def _held_errors(weight: Tensor, statistics: GroupStatistics) -> Callable[[Tensor, int], Tensor]:
+    """(change [rows, in], expert) -> its squared output error on the expert's held-back rows."""
+    held = statistics.held.rows.to(weight.device)
+    if not held.numel():
+        raise WexpandError(
+            "size_budget: no calibration rows could be held back; use sequences of 8 or more tokens"
+        )
+    assert isinstance(statistics.router, Router)
+    experts = route(held, *statistics.router)
+
+    def error(change: Tensor, expert: int) -> Tensor:
+        return (held[experts == expert] @ change.t()).square().sum(dim=0)
+
+    return error
+
+
+def _weighted(
+    errors: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings
+) -> Tensor:
+    """Errors [nodes, experts, rows] as the score sees them."""
+    own_errors, field = SCORES[settings.score]
+    if not own_errors:
+        errors = errors.mean(dim=2, keepdim=True).expand_as(errors)
+    if field is None:
+        return errors
+    if field == "random":
+        generator = torch.Generator().manual_seed(settings.seed)
+        score = torch.rand(errors.shape[2], generator=generator)
+    else:
+        score = getattr(neuron_scores(rows, weight, bias, seed=settings.seed), field)
+    score = score.float().clamp(min=0)
+    return errors * (score / score.mean().clamp(min=1e-12)).to(errors.device)

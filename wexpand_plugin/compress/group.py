@@ -1,0 +1,110 @@
+"""Expanding one input group: route, sum Hessians, solve, allocate, replace the linears."""
+
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.offload import OffloadCache, get_cache_init_kwargs, offload_module
+from torch import Tensor, nn
+
+from ..allocation import allocate
+from ..linear import RoutedLinear
+from ..router import Router, fit_router
+from ..rowpool import RowPool
+from .expansion import Candidates, Settings, dense_bytes, expand, fixed_bytes, propose
+from .replay import BlockReplay, InputGroup
+from .statistics import GroupStatistics, RowSample
+
+__all__ = ["ExpandedGroup", "expand_group", "replace_linear"]
+
+
+@dataclass
+class ExpandedGroup:
+    """What was done to the linears of one input group, in their order."""
+
+    modules: list[RoutedLinear]
+    candidates: list[Candidates]
+    """all versions to choose from; empty without a budget"""
+    tokens: Tensor
+    """calibration tokens per expert [experts]"""
+    errors: list[float]
+    """norm of the change of the outputs over the norm of the dense outputs"""
+
+
+def expand_group(
+    model: nn.Module, group: InputGroup, replay: BlockReplay, settings: Settings
+) -> ExpandedGroup:
+    """Replace the linears of `group` in `model` by routed ones, calibrated by `replay`."""
+    first = group.linears[0]
+    weights = [linear.weight.detach() for linear in group.linears]
+    biases = [None if m.bias is None else m.bias.detach() for m in group.linears]
+    device, width = weights[0].device, weights[0].shape[1]
+    router, sample = None, torch.empty(0)
+    if settings.num_experts > 1:
+        sample = _sample(first, replay, settings)
+        fitted = fit_router(
+            sample, settings.num_experts, dims=settings.router_dims,
+            restarts=settings.router_restarts, seed=settings.seed,
+        )  # fmt: skip
+        router = Router(*(part.float().to(device) for part in fitted))
+    budget = settings.size_budget
+    statistics = GroupStatistics(
+        width, router, hold_back=budget is not None, seed=settings.seed, device=device
+    )
+    for rows in replay.inputs(first, range(len(replay))):
+        statistics.add(rows)
+    statistics.flush()
+
+    candidates: list[Candidates] = []
+    if budget is None:
+        pools = expand(weights, statistics, settings)
+    else:
+        candidates = propose(weights, biases, statistics, sample, settings)
+        pools = []
+        for weight, proposal in zip(weights, candidates, strict=True):
+            fixed = fixed_bytes(len(weight), width, settings.num_experts)
+            choice = allocate([proposal.problem], budget * dense_bytes(weight) - fixed)[0]
+            pools.append(proposal.select(choice))
+
+    rows = statistics.sample.rows.to(weights[0].dtype)
+    modules, errors = [], []
+    for name, linear, bias, pool in zip(group.names, group.linears, biases, pools, strict=True):
+        dense = nn.functional.linear(rows, linear.weight, bias).float()
+        module = replace_linear(model, name, linear, pool, router, bias)
+        module.tokens = statistics.tokens.tolist()
+        # until the block has been propagated and its other groups have been replayed
+        module.unpack()
+        change = module(rows).float() - dense
+        errors.append(float(change.norm() / dense.norm().clamp(min=1e-12)))
+        modules.append(module)
+    return ExpandedGroup(modules, candidates, statistics.tokens, errors)
+
+
+def _sample(linear: nn.Linear, replay: BlockReplay, settings: Settings) -> Tensor:
+    """A sample of `router_samples` rows, from batches spread over the calibration set."""
+    sample, seen = RowSample(settings.router_samples, settings.seed), 0
+    batches = range(len(replay))
+    # every stride-th batch, then the ones after them, until there are rows enough to choose from
+    stride = max(1, len(batches) // 8)
+    for offset in range(stride):
+        for rows in replay.inputs(linear, batches[offset::stride]):
+            sample.add(rows)
+            seen += len(rows)
+        if seen >= 2 * settings.router_samples:
+            break
+    return sample.rows
+
+
+def replace_linear(
+    model: nn.Module,
+    name: str,
+    old: nn.Module,
+    pool: RowPool,
+    router: Router | None,
+    bias: Tensor | None,
+) -> RoutedLinear:
+    """Put a routed linear in the place of `old`, offloaded like it."""
+    module = RoutedLinear.from_pool(pool, router, bias)
+    if isinstance(old._parameters, OffloadCache):
+        offload_module(module, **get_cache_init_kwargs(old))
+    model.set_submodule(name, module)
+    return module

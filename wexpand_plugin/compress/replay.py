@@ -1,0 +1,135 @@
+"""Calibration by replay: run a block again to see the inputs of one of its linears.
+
+llm-compressor's sequential pipeline runs every block once for calibration and once for propagation.
+During the first run only the block's own arguments are kept. At its end the block is run again as
+often as needed: an earlier linear of the block may have been replaced by then, so a later one is
+seen with the inputs it will have in use. A replay stops as soon as the wanted linear is reached.
+
+Input groups are found the same way: the linears of a block that are called with the same tensor.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.cache import IntermediatesCache
+from torch import Tensor, nn
+
+from ..errors import WexpandError
+
+__all__ = ["BlockReplay", "InputGroup"]
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """The linears of one block that read the same tensor, in the order they are called."""
+
+    names: tuple[str, ...]
+    linears: tuple[nn.Linear, ...]
+
+    @property
+    def label(self) -> str:
+        """Short name for logs, like "model.layers.0.mlp: gate_proj + up_proj"."""
+        parents = {name.rpartition(".")[0] for name in self.names}
+        if len(parents) > 1:
+            return " + ".join(self.names)
+        return f"{parents.pop()}: {' + '.join(n.rpartition('.')[2] for n in self.names)}"
+
+
+class _Reached(Exception):
+    """Ends a replay early."""
+
+
+class BlockReplay:
+    """Records the arguments of `block` while the pipeline calibrates, and runs it again on them."""
+
+    def __init__(self, block: nn.Module, modifier: Modifier):
+        self.block = block
+        self.modifier = modifier
+        self.cache = IntermediatesCache(None, torch.device("cpu"))
+        modifier.register_hook(block, self._record, "forward_pre", with_kwargs=True)
+
+    def _record(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.cache.append({"args": args, "kwargs": kwargs})
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def _run(self, index: int, hooks: set) -> None:
+        inputs = self.cache.fetch(index)
+        with torch.no_grad(), HooksMixin.disable_hooks(keep=hooks):
+            try:
+                self.block(*inputs["args"], **inputs["kwargs"])
+            except _Reached:
+                pass
+
+    def groups(self, linears: dict[str, nn.Linear]) -> list[InputGroup]:
+        """The input groups among `linears` (name -> module of this block), in calling order.
+
+        A linear that no batch reaches (an expert of a mixture that gets no token) is left out.
+
+        :raises WexpandError: a linear is called more than once in a forward
+        """
+        names = {module: name for name, module in linears.items()}
+        found: list[list[nn.Linear]] = []
+        for index in range(len(self)):
+            calls: list[tuple[nn.Linear, Tensor]] = []
+
+            def note(module: nn.Linear, args: tuple, calls=calls) -> None:
+                calls.append((module, args[0]))
+
+            missing = [m for m in names if not any(m in group for group in found)]
+            if not missing:
+                break
+            hooks = {self.modifier.register_hook(m, note, "forward_pre") for m in missing}
+            self._run(index, hooks)
+            self.modifier.remove_hooks(hooks)
+            fresh: list[tuple[Tensor, list[nn.Linear]]] = []
+            for module, x in calls:
+                if any(module in group for _, group in fresh):
+                    raise WexpandError(
+                        f"{names[module]}: called more than once in a forward; add it to `ignore`"
+                    )
+                for other, group in fresh:
+                    if _same(x, other):
+                        group.append(module)
+                        break
+                else:
+                    fresh.append((x, [module]))
+            found += [group for _, group in fresh]
+        return [InputGroup(tuple(names[m] for m in group), tuple(group)) for group in found]
+
+    def inputs(self, linear: nn.Linear, batches: Sequence[int]) -> Iterator[Tensor]:
+        """The inputs [tokens, in] that reach `linear` in each of the given batches."""
+        masks = getattr(active_session().state, "loss_masks", None)
+        seen: list[Tensor] = []
+
+        def take(_module: nn.Linear, args: tuple) -> None:
+            seen.append(args[0].detach())
+            raise _Reached
+
+        hook = {self.modifier.register_hook(linear, take, "forward_pre")}
+        try:
+            for index in batches:
+                self._run(index, hook)
+                for x in seen:
+                    rows = x.reshape(-1, x.shape[-1])
+                    if masks and masks[index] is not None and masks[index].numel() == len(rows):
+                        rows = rows[masks[index].flatten().bool().to(rows.device)]
+                    yield rows
+                seen.clear()
+        finally:
+            self.modifier.remove_hooks(hook)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that are both alive are the same values in the same memory."""
+    return a is b or (
+        a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+    )
