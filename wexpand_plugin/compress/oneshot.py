@@ -1,0 +1,196 @@
+"""`wexpand compress`: llm-compressor's `oneshot` with the mistakes caught before work starts.
+
+The recipe is parsed and the model, the calibration text and the output directory are looked at
+first. Calibration text is joined and cut into rows of equal length, so that no padding enters the
+statistics. Everything is written beside the output directory and moved there when it is complete.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import WexpandError
+
+__all__ = ["calibration_rows", "check_recipe", "compress", "load_text"]
+
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def check_recipe(recipe: str | Path) -> None:
+    """Refuse a recipe that cannot be read, holds no modifier, or holds a wrong value.
+
+    :raises WexpandError: with the file, the key, its value and what would be right
+    """
+    import yaml
+    from llmcompressor.recipe import Recipe
+    from pydantic import ValidationError
+
+    path = Path(recipe)
+    if not path.is_file():
+        raise WexpandError(f"{path}: there is no such recipe file")
+    try:
+        stages = yaml.safe_load(path.read_text(encoding="utf8"))
+    except yaml.YAMLError as error:
+        raise WexpandError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    for name, arguments in _modifiers(path, stages):
+        if not isinstance(arguments, dict) or not arguments:
+            raise WexpandError(f"{path}: {name} has no values; give at least one key, indented")
+    try:
+        found = Recipe.create_instance(str(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key; {error.title} has {_keys(error.title)}"
+        raise WexpandError(f"{path}: {error.title}{key and f'.{key}'}: {message}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise WexpandError(f"{path}: {error}") from None
+    if not found.modifiers:
+        raise WexpandError(f"{path}: holds no modifier")
+
+
+def _modifiers(path: Path, stages: Any) -> list[tuple[str, Any]]:
+    """(name, arguments) of every modifier, by the names that llm-compressor looks for."""
+    if not isinstance(stages, dict) or not stages:
+        raise WexpandError(f"{path}: is empty; a recipe maps NAME_stage to NAME_modifiers")
+    found = []
+    for stage, groups in stages.items():
+        if not str(stage).endswith("_stage"):
+            raise WexpandError(
+                f"{path}: top-level key {stage!r} should end in _stage, or llm-compressor skips it"
+            )
+        for group, modifiers in (groups or {}).items():
+            if not str(group).endswith("_modifiers"):
+                raise WexpandError(f"{path}: {stage}.{group} should end in _modifiers")
+            found += list((modifiers or {}).items())
+    if not found:
+        raise WexpandError(f"{path}: holds no modifier")
+    return found
+
+
+def _keys(modifier: str) -> str:
+    from llmcompressor.modifiers import Modifier, ModifierFactory
+
+    known = ModifierFactory._registered_registry.get(modifier)
+    if known is None:
+        return "other keys"
+    return ", ".join(key for key in known.model_fields if key not in Modifier.model_fields)
+
+
+def load_text(
+    dataset: str, *, config: str | None = None, split: str = "train", column: str = "text"
+):
+    """A dataset with a text column: a local file or directory, or the id of a hub dataset."""
+    import datasets
+
+    path = Path(dataset)
+    if path.is_dir() and (path / "dataset_info.json").exists():
+        loaded = datasets.load_from_disk(str(path))
+    elif path.is_file():
+        if path.suffix not in FORMATS:
+            raise WexpandError(f"{path}: ends in {path.suffix!r}, not in {', '.join(FORMATS)}")
+        kind = FORMATS[path.suffix]
+        options = {"sample_by": "document"} if kind == "text" else {}
+        loaded = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    else:
+        try:
+            loaded = datasets.load_dataset(dataset, config, split=split)
+        except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise WexpandError(
+                f"dataset: {dataset!r} is no local file, and the hub did not give it ({reason})"
+            ) from None
+    if isinstance(loaded, dict):
+        loaded = loaded[split]
+    if not {column, "input_ids"} & set(loaded.column_names):
+        raise WexpandError(
+            f"dataset: {dataset!r} has no column {column!r}, only {', '.join(loaded.column_names)}"
+        )
+    return loaded
+
+
+def calibration_rows(data, tokenizer, *, samples: int, length: int, column: str, seed: int):
+    """`samples` rows of `length` tokens each, from the texts in random order, without padding.
+
+    :return: a `datasets.Dataset` with `input_ids` and `attention_mask`
+    :raises WexpandError: the texts are too short for a single row
+    """
+    from datasets import Dataset
+
+    if "input_ids" in data.column_names:
+        return data
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids: list[int] = []
+    for text in data.shuffle(seed=seed)[column]:
+        ids += begin + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= samples * length:
+            break
+    rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)][:samples]
+    if not rows:
+        raise WexpandError(
+            f"dataset: {len(ids)} tokens do not fill one row of {length}; use more text or a "
+            "smaller --max-seq-length"
+        )
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length] * len(rows)})
+
+
+def compress(
+    model: str,
+    recipe: str | Path,
+    dataset: str,
+    output: str | Path,
+    *,
+    samples: int = 128,
+    max_seq_length: int = 2048,
+    dataset_config: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    dtype: str = "auto",
+    seed: int = 0,
+) -> Path:
+    """Apply `recipe` to `model`, calibrated on `dataset`, and save to the new directory `output`.
+
+    :param model: model directory or hub id
+    :param recipe: YAML file of llm-compressor modifiers, ours among them or not
+    :param dataset: text file, .jsonl, .json, .csv, .parquet, saved dataset, or hub id
+    :param samples, max_seq_length: rows of calibration tokens and their length
+    :param dtype: "auto" keeps the checkpoint's
+    :param seed: which texts are taken, and the order of the rows
+    :return: the output directory
+    """
+    import torch
+    from llmcompressor import oneshot
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ..saving import partial_directory
+
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise WexpandError(f"output: {output} exists and is not empty; choose a new directory")
+    check_recipe(recipe)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise WexpandError(f"model: {model!r}: {str(error).splitlines()[0]}") from None
+    existing = getattr(config, "quantization_config", None)
+    if existing is not None:
+        method = existing.get("quant_method") if isinstance(existing, dict) else existing
+        raise WexpandError(
+            f"model: {model!r} is already compressed (quant_method {method!r}); "
+            "compress the dense model instead"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    longest = getattr(config, "max_position_embeddings", None) or max_seq_length
+    length = min(max_seq_length, longest)
+    data = calibration_rows(
+        load_text(dataset, config=dataset_config, split=split, column=text_column),
+        tokenizer, samples=samples, length=length, column=text_column, seed=seed,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    with partial_directory(output) as partial:
+        oneshot(
+            model=model, tokenizer=tokenizer, dataset=data, recipe=str(recipe), precision=dtype,
+            num_calibration_samples=min(samples, len(data)), max_seq_length=length,
+            output_dir=str(partial),
+        )  # fmt: skip
+    return output
