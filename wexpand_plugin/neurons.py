@@ -94,7 +94,10 @@ class _Pairs(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Tokens that form one distribution: all of them (`tokens` None), or those of a cluster."""
+    """Tokens that form one distribution: all of them (`tokens` None), or those of a cluster.
+
+    `quantiles` float64 has one Gaussian quantile for each of its tokens.
+    """
 
     tokens: Tensor | None
     quantiles: Tensor
@@ -299,8 +302,8 @@ def _weighted(y: Tensor, clusters: list[_Part], precision: float) -> Tensor:
     for part in clusters:
         own = _score(y[:, part.tokens], part, precision)[[0, 5, 6]]
         defined = ~own.isnan()
-        total += torch.where(defined, own, 0) * part.tokens.numel()
-        weights += defined * part.tokens.numel()
+        total += torch.where(defined, own, 0) * part.quantiles.numel()
+        weights += defined * part.quantiles.numel()
     return total / weights
 
 

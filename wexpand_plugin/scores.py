@@ -219,6 +219,8 @@ def _mismatch(model: torch.nn.Module, name: str, scored: ScoredLinear) -> str | 
         weight = model.get_submodule(name).weight
     except AttributeError:
         return "does not exist in it"
+    if not isinstance(weight, Tensor):
+        return "has no weight"
     if tuple(weight.shape) != scored.shape:
         return f"has shape {list(weight.shape)}, scored was {list(scored.shape)}"
     if fingerprint(weight) != scored.fingerprint:
@@ -315,6 +317,6 @@ def _ranks(values: Tensor) -> Tensor:
     return (counts.cumsum(0).double() - (counts.double() + 1) / 2)[place]
 
 
-def _overlap(chosen: Tensor, values: Tensor, percent: float) -> float:
+def _overlap(chosen: Tensor, values: Tensor, percent: float) -> float | None:
     others = wasserstein_neurons(values.nan_to_num(nan=-torch.inf), percent)
     return _number(torch.isin(chosen, others).double().mean())

@@ -16,7 +16,7 @@ from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from loguru import logger
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 from tqdm import tqdm
 
@@ -92,12 +92,7 @@ class NeuronScoringModifier(Modifier):
     # private variables
     _names: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
     _samples: dict[torch.nn.Module, "SharedSample"] = PrivateAttr(default_factory=dict)
-    _scores: ModelScores | None = PrivateAttr(default=None)
-
-    @field_validator("targets", "ignore", mode="after")
-    @classmethod
-    def _as_list(cls, value: str | list[str]) -> list[str]:
-        return [value] if isinstance(value, str) else value
+    _scores: ModelScores = PrivateAttr(default_factory=lambda: ModelScores("", "", {}, {}, {}))
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """
@@ -121,7 +116,9 @@ class NeuronScoringModifier(Modifier):
         for module in self._names:
             self.register_hook(module, self.sample_inputs, "forward")
 
-    def on_sequential_epoch_end(self, state: State, event: Event, **kwargs):
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs
+    ):
         self.score_linears()
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
@@ -243,7 +240,7 @@ class SharedSample:
 
 
 def find_linears(
-    model: torch.nn.Module, targets: list[str], ignore: list[str]
+    model: torch.nn.Module, targets: str | list[str], ignore: str | list[str]
 ) -> dict[torch.nn.Module, str]:
     """
     :param model: model to search
@@ -252,7 +249,9 @@ def find_linears(
     :return: every torch.nn.Linear that is a target or lies in one, with its name
     :raises WexpandError: if there is none
     """
-    linears = {}
+    targets = [targets] if isinstance(targets, str) else targets
+    ignore = [ignore] if isinstance(ignore, str) else ignore
+    linears: dict[torch.nn.Module, str] = {}
     for parent, matched in match_named_modules(model, targets, ignore, warn_on_fail=True):
         for name, module in matched.named_modules(prefix=parent):
             if isinstance(module, torch.nn.Linear):
@@ -268,11 +267,11 @@ def find_linears(
     return linears
 
 
-def save_scores_with(model: torch.nn.Module, scores: ModelScores):
+def save_scores_with(model: Any, scores: ModelScores):
     """
     Make `model.save_pretrained` write the scores into the subfolder neuron_scores/ as well
 
-    :param model: model that was scored
+    :param model: transformers model that was scored
     :param scores: its scores; they replace those given earlier
     """
     inner = model.save_pretrained
