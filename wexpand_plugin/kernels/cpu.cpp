@@ -89,6 +89,12 @@ struct Wide {
     }
 };
 
+// Keeps the compiler from folding a load into the expand instruction, whose memory form is slower on Zen 4.
+template <class Vector> Vector in_register(Vector v) {
+    asm("" : "+v"(v));
+    return v;
+}
+
 struct WideFloat : Wide {
     using Op = __m512;
     using Bits = uint16_t;
@@ -99,7 +105,7 @@ struct WideFloat : Wide {
 template <class V> struct Lanes;
 
 template <> struct Lanes<float> : WideFloat {
-    static Op expand(const float* p, Bits bits) { return _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(p)); }
+    static Op expand(const float* p, Bits bits) { return _mm512_maskz_expand_ps(bits, in_register(_mm512_loadu_ps(p))); }
     static Op load(const float* x) { return _mm512_loadu_ps(x); }
     static Op load(const float* x, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), x); }
 };
@@ -111,7 +117,7 @@ template <> struct Lanes<float> : WideFloat {
 
 template <> struct Lanes<Fp16> : WideFloat {
     static Op expand(const Fp16* p, Bits bits) {
-        return _mm512_cvtph_ps(_mm256_maskz_expand_epi16(bits, _mm256_loadu_si256((const __m256i*)p)));
+        return _mm512_cvtph_ps(_mm256_maskz_expand_epi16(bits, in_register(_mm256_loadu_si256((const __m256i*)p))));
     }
     static Op load(const Fp16* x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x)); }
     static Op load(const Fp16* x, int n) {
@@ -124,7 +130,9 @@ template <> struct Lanes<Bf16> : Wide {
     using Op = __m512i;
     using Bits = uint32_t;
     static constexpr int STEP = 32;
-    static Op expand(const Bf16* p, Bits bits) { return _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(p)); }
+    static Op expand(const Bf16* p, Bits bits) {
+        return _mm512_maskz_expand_epi16(bits, in_register(_mm512_loadu_si512(p)));
+    }
     static Op load(const Bf16* x) { return _mm512_loadu_si512(x); }
     static Op load(const Bf16* x, int n) { return _mm512_maskz_loadu_epi16((1u << n) - 1, x); }
     static void fma(Acc& acc, Op w, Op x) { acc = _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
@@ -133,7 +141,7 @@ template <> struct Lanes<Bf16> : Wide {
 template <> struct Lanes<Bf16> : WideFloat {
     static Op widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
     static Op expand(const Bf16* p, Bits bits) {
-        return widen(_mm256_maskz_expand_epi16(bits, _mm256_loadu_si256((const __m256i*)p)));
+        return widen(_mm256_maskz_expand_epi16(bits, in_register(_mm256_loadu_si256((const __m256i*)p))));
     }
     static Op load(const Bf16* x) { return widen(_mm256_loadu_si256((const __m256i*)x)); }
     static Op load(const Bf16* x, int n) { return widen(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), x)); }
@@ -282,11 +290,18 @@ template <> struct Lanes<Fp16> : Plain {};
 
 constexpr int ROWS = 4;
 
-// Straight from the row pool: expanded in registers.
+// Straight from the row pool: expanded in registers. Rows are too short for the hardware to learn their stream before it ends,
+// so while a group of rows is read the group after it is fetched: `ahead` values further on.
 template <class V> struct Packed {
     using L = Lanes<V>;
     const V* values[ROWS];
     const uint8_t* mask[ROWS];
+    int64_t ahead[ROWS];
+
+    void prefetch() const {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) __builtin_prefetch(values[r] + ahead[r]);
+    }
 
     typename L::Op next(int row, typename L::Bits valid) {
         const auto bits = typename L::Bits(load_bits<typename L::Bits>(mask[row]) & valid);
@@ -300,11 +315,10 @@ template <class V> struct Packed {
 // From rows already expanded into a tile, `stride` vectors apart.
 template <class V> struct Expanded {
     using L = Lanes<V>;
-    const typename L::Op* tile;
-    int64_t stride;
+    const typename L::Op* row[ROWS];
 
-    typename L::Op next(int row, typename L::Bits) { return tile[row * stride + (row == ROWS - 1 ? at++ : at)]; }
-    int64_t at = 0;
+    void prefetch() const {}
+    typename L::Op next(int r, typename L::Bits) { return *row[r]++; }
 };
 
 // sums[t * stride + row] += dot products of ROWS rows and T tokens over `columns` columns that start at `column` of x.
@@ -321,6 +335,7 @@ inline void block(Weights weights, const V* const* x, int64_t column, int64_t co
     const int rest = int(columns % L::STEP);
     constexpr auto ALL = typename L::Bits(~typename L::Bits(0));
     for (; column < end; column += L::STEP) {
+        if (column & L::STEP) weights.prefetch();  // two steps of a half full row are about one cache line
         typename L::Op w[ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) w[r] = weights.next(r, ALL);
@@ -407,7 +422,9 @@ template <class V> struct Call {
         Packed<V> weights;
         for (int r = 0; r < ROWS; ++r) {
             const int64_t version = map[row + r < out ? row + r : out - 1];
+            const int64_t next = map[row + r + ROWS < out ? row + r + ROWS : out - 1];
             weights.values[r] = values + starts[version];
+            weights.ahead[r] = int64_t(starts[next]) - int64_t(starts[version]);
             weights.mask[r] = mask + version * mask_bytes();
         }
         return weights;
@@ -437,6 +454,7 @@ template <class V> struct Call {
         for (int64_t row = 0; row < rows; row += ROWS) {
             auto weights = packed(map, first + row);
             for (int64_t s = 0; s < width; ++s) {
+                if (s & 1) weights.prefetch();
                 const auto valid = typename L::Bits(rest && s == width - 1 ? (uint64_t(1) << rest) - 1 : ~uint64_t(0));
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; ++r) tile[(row + r) * width + s] = weights.next(r, valid);
@@ -450,9 +468,11 @@ template <class V> struct Call {
             std::memset(sums, 0, n * rows * sizeof(float));
             for (int64_t column = 0; column < in; column += chunk) {
                 const int64_t columns = in - column < chunk ? in - column : chunk;
-                for (int64_t row = 0; row < rows; row += ROWS)
-                    block<V>(n, Expanded<V>{tile + row * width + column / L::STEP, width}, xs, column, columns,
-                             sums + row, rows);
+                for (int64_t row = 0; row < rows; row += ROWS) {
+                    const Op* at = tile + row * width + column / L::STEP;
+                    const Expanded<V> weights{{at, at + width, at + 2 * width, at + 3 * width}};
+                    block<V>(n, weights, xs, column, columns, sums + row, rows);
+                }
             }
             for (int t = 0; t < n; ++t)
                 for (int64_t r = 0; r < last - first; ++r)
