@@ -54,7 +54,8 @@ def test_identity_of_a_sharded_model(tmp_path, kind, dtype):
     (tmp_path / "dense" / "sub" / "template.jinja").write_text("x")
 
     done = pack(tmp_path / "dense", tmp_path / "packed", quiet=True, max_shard_bytes=20_000)
-    assert len(done.packed) == len(tiny.block_linears(model)) and not done.left and not done.notes
+    assert len(done.packed) == len(tiny.block_linears(model)) and not done.left
+    assert done.negative_zeros == 5 + weight.shape[1]
     assert done.bytes_after < done.bytes_before
     packed = tensors(tmp_path / "packed")
     assert sum(name.endswith(".row_map") for name in packed) == len(done.packed)
@@ -112,6 +113,25 @@ def test_packs_only_where_it_is_smaller(tmp_path):
     assert done.left["model.layers.0.mlp.gate_proj"] == pytest.approx(even - 0.02, abs=0.01)
     assert done.bytes_after < done.bytes_before + 2000
     AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_pruning_by_multiplication_leaves_negative_zeros(tmp_path):
+    """Half of the zeros are -0.0: stored unless told otherwise, and always said."""
+    model = tiny.dense(dtype=torch.bfloat16)
+    with torch.no_grad():
+        for linear in tiny.block_linears(model).values():
+            linear.weight *= torch.rand_like(linear.weight) < 0.2
+    model.save_pretrained(tmp_path / "dense")
+    exact = pack(tmp_path / "dense", tmp_path / "exact", quiet=True)
+    small = pack(tmp_path / "dense", tmp_path / "small", quiet=True, drop_negative_zeros=True)
+    assert "-0.0" in exact.notes[0] and "dropped" in small.notes[0]
+    assert exact.negative_zeros == small.negative_zeros > 0
+    assert small.bytes_after < 0.8 * exact.bytes_after
+    unpack(tmp_path / "exact", tmp_path / "exact_back", quiet=True)
+    assert same_bits(tensors(tmp_path / "dense"), tensors(tmp_path / "exact_back"))
+    unpack(tmp_path / "small", tmp_path / "small_back", quiet=True)
+    back = tensors(tmp_path / "small_back")
+    assert all(torch.equal(t, back[n]) for n, t in tensors(tmp_path / "dense").items())
 
 
 def test_no_linear_is_sparse(tmp_path):

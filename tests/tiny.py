@@ -73,7 +73,8 @@ def expand(
         if match not in name:
             continue
         shape = (experts, *linear.weight.shape)
-        weight = linear.weight.detach() * (torch.rand(shape, generator=generator) >= sparsity)
+        gone = torch.rand(shape, generator=generator) < sparsity
+        weight = torch.where(gone, 0.0, linear.weight.detach())
         if experts > 1:
             weight[1, ::2] = weight[0, ::2]
         key = (name.rpartition(".")[0], linear.in_features)
@@ -81,7 +82,7 @@ def expand(
             router = torch.randn(experts, linear.in_features, generator=generator)
             routers[key] = Router(router, torch.randn(experts, generator=generator) / 4)
         routed = RoutedLinear.from_pool(
-            pack_experts(weight.to(linear.weight.dtype)),
+            pack_experts(weight),
             routers[key] if experts > 1 else None,
             linear.bias,
         )

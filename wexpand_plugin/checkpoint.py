@@ -25,12 +25,13 @@ from torch import Tensor
 
 from .errors import WexpandError
 from .router import Router
-from .rowpool import RowPool
+from .rowpool import FLOATS, RowPool
 from .schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
     LinearEntry,
     WexpandConfig,
+    model_digest,
     parse_config,
     read_config,
     read_json,
@@ -46,6 +47,7 @@ __all__ = [
     "check_linear",
     "checksum",
     "finalize",
+    "model_digest",
     "parse_config",
     "problems",
     "read_config",
@@ -152,8 +154,9 @@ def check_linear(
             raise WexpandError(
                 f"{label}: shape {list(tensor.shape)} should be {list(shape)} by config.json"
             )
-        if dtype is not None and tensor.dtype != dtype:
-            raise WexpandError(f"{label}: dtype {tensor.dtype} should be {dtype}")
+        if tensor.dtype not in (FLOATS if dtype is None else (dtype,)):
+            right = dtype or "float32, bfloat16 or float16"
+            raise WexpandError(f"{label}: dtype {tensor.dtype} should be {right}")
         if checksums is not None and checksums.get(f"{name}.{kind}") != (found := checksum(tensor)):
             raise WexpandError(
                 f"{label}: damaged: its checksum is {found}, config.json has "
@@ -237,11 +240,16 @@ def finalize(
     directory = Path(directory)
     files = tensor_files(directory)
     checksums = {name: checksum(tensor) for name, tensor in tensors_of(files)}
-    config = WexpandConfig(linears=dict(linears), made_by=dict(made_by), checksums=checksums).seal()
-    for name in config.linears:
-        read_linear(files, name, config)
     values = read_json(directory / "config.json")
     values.pop("sparsity_config", None)
+    config = WexpandConfig(
+        linears=dict(linears),
+        made_by=dict(made_by),
+        checksums=checksums,
+        model_digest=model_digest(values),
+    ).seal()
+    for name in config.linears:
+        read_linear(files, name, config)
     values["quantization_config"] = config.model_dump(mode="json")
     write_json(directory / "config.json", values)
     return config

@@ -11,7 +11,8 @@ A checkpoint may name its tensors differently than the model names its modules (
 a table of such renamings for older checkpoints); `module_tensor_names` follows that table.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from .saving import wrap_save_pretrained
 __all__ = [
     "WexpandQuantizationConfig",
     "WexpandQuantizer",
-    "check_shapes",
+    "check_tensors",
     "install_linears",
     "linear_tensors",
     "module_tensor_names",
@@ -74,7 +75,8 @@ class WexpandQuantizer(HfQuantizer):
             for problem in checkpoint.problems(files, config):
                 raise problem
         install_linears(model, config.linears)
-        check_shapes(model, files)
+        if files:
+            check_tensors(model, files)
         # routing must not depend on the dtype that the model is loaded in
         kept = set(model._keep_in_fp32_modules_strict or ())
         model._keep_in_fp32_modules_strict = kept | {"router_weight", "router_bias"}
@@ -101,21 +103,24 @@ def module_tensor_names(model: nn.Module, names: Iterable[str]) -> dict[str, str
 
     Tensors that the model does not have, or would merge with others while loading, are left out.
     """
+    return {name: target for name, target, merged in _renamed(model, names) if not merged}
+
+
+def _renamed(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """(checkpoint name, name in the model, whether it is merged with others) of known tensors."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
-    known, found = model.state_dict(), {}
+    known = model.state_dict()
     for name in names:
         for arguments in ((renamings, converters), ([], [])):
-            renamed, merged = rename_source_key(name, *arguments, model.base_model_prefix, known)
-            if renamed in known:
-                if merged is None:
-                    found[name] = renamed
+            target, merged = rename_source_key(name, *arguments, model.base_model_prefix, known)
+            if target in known:
+                yield name, target, merged is not None
                 break
-    return found
 
 
 def install_linears(model: nn.Module, linears: Mapping[str, LinearEntry]) -> None:
@@ -149,8 +154,12 @@ def install_linears(model: nn.Module, linears: Mapping[str, LinearEntry]) -> Non
         model.set_submodule(target, new)
 
 
-def check_shapes(model: nn.Module, files: Mapping[str, Path]) -> None:
-    """Compare the shape of every tensor in `files` with the model's; raises WexpandError."""
+def check_tensors(model: nn.Module, files: Mapping[str, Path]) -> None:
+    """Compare the tensors in `files` with those of `model`; raises WexpandError.
+
+    Shapes must be equal. A tensor that only the model has would start with random values: that is
+    refused for the class that config.json names, others may add a head of their own.
+    """
     from safetensors import safe_open
 
     names, known = module_tensor_names(model, files), model.state_dict()
@@ -163,6 +172,14 @@ def check_shapes(model: nn.Module, files: Mapping[str, Path]) -> None:
                         f"{file}: {name}: shape {list(shape)} should be {list(right)}, as "
                         f"{type(model).__name__} has it by config.json"
                     )
+    if type(model).__name__ not in (model.config.architectures or ()):
+        return
+    found = {target for _, target, _ in _renamed(model, files)}
+    found |= {t for t, source in model.all_tied_weights_keys.items() if source in found}
+    optional = model._keys_to_ignore_on_load_missing or ()
+    for name in known:
+        if name not in found and not any(re.search(pattern, name) for pattern in optional):
+            raise WexpandError(f"{name}: missing; {type(model).__name__} has it by config.json")
 
 
 def skeleton(directory: str | Path) -> nn.Module:
@@ -186,10 +203,10 @@ def skeleton(directory: str | Path) -> nn.Module:
             )
         with torch.device("meta"):
             return class_._from_config(config)
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        if isinstance(error, WexpandError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except WexpandError:
+        raise
+    except Exception as error:  # configs and models of transformers raise what they like
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise WexpandError(
             f"{directory}: transformers cannot build this model: {reason}"
         ) from error

@@ -17,14 +17,12 @@ from tqdm import tqdm
 from . import __version__, checkpoint
 from .checkpoint import LinearEntry
 from .errors import WexpandError
-from .rowpool import RowPool, kept, pack_rows
+from .rowpool import FLOATS, RowPool, kept, pack_rows
 from .saving import partial_directory
 from .shards import SHARD_BYTES, Shards
 from .sources import copy_others, drop_leftovers, require_empty, resolve
 
 __all__ = ["Packed", "break_even", "pack", "unpack"]
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,10 @@ class Packed:
     bytes_before: int
     """of the safetensors files"""
     bytes_after: int
+    negative_zeros: int
+    """weights of the linears that are -0.0"""
     notes: list[str] = field(default_factory=list)
-    """what was dropped from config.json, in sentences"""
+    """what the user should know, in sentences"""
 
 
 def break_even(element_size: int, in_features: int) -> float:
@@ -56,6 +56,7 @@ def pack(
     model: str | Path,
     output: str | Path,
     *,
+    drop_negative_zeros: bool = False,
     quiet: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Packed:
@@ -63,6 +64,8 @@ def pack(
 
     :param model: a directory with safetensors files (one or sharded), or the id of a model
     :param output: a directory that does not exist, or is empty
+    :param drop_negative_zeros: treat -0.0, which pruning by multiplication leaves, as zero; else it
+        is stored like any weight, so that every bit survives
     :param quiet: no progress bar
     :param max_shard_bytes: of one output file; memory holds one file and the largest tensor
     :raises WexpandError: the model is quantised, packed already, not sparse enough, or has no
@@ -79,7 +82,7 @@ def pack(
     entries: dict[str, LinearEntry] = {}
     packed: dict[str, float] = {}
     left: dict[str, float] = {}
-    threshold = 0.0
+    threshold, negative_zeros = 0.0, 0
     with partial_directory(output) as partial:
         shards = Shards(partial, max_shard_bytes)
         with _bar(files, quiet) as bar:
@@ -89,7 +92,12 @@ def pack(
                 if linear is not None:
                     even = break_even(tensor.element_size(), tensor.shape[1])
                     threshold = max(threshold, even)
-                    pool, zeros = _pack_weight(f"{files[name]}: {name}", tensor, even)
+                    keep = _check_weight(f"{files[name]}: {name}", tensor)
+                    negative = int(keep.sum()) - int(tensor.count_nonzero())
+                    negative_zeros += negative
+                    if drop_negative_zeros and negative:
+                        keep = tensor != 0
+                    pool, zeros = _pack_weight(tensor, keep, even)
                     if pool is None:
                         left[linear] = zeros
                     else:
@@ -103,9 +111,14 @@ def pack(
             if not left:
                 raise WexpandError(f"{model}: holds no float weight of a linear of its blocks")
             sparsest = max(left, key=lambda name: left[name])
+            hint = (
+                "; -0.0 counts as a weight unless --drop-negative-zeros is given"
+                if negative_zeros and not drop_negative_zeros
+                else ""
+            )
             raise WexpandError(
                 f"{model}: no linear has more than {threshold:.1%} zeros, so packing would not "
-                f"make it smaller (the sparsest, {sparsest}, has {left[sparsest]:.1%})"
+                f"make it smaller (the sparsest, {sparsest}, has {left[sparsest]:.1%}{hint})"
             )
         shards.close()
         copy_others(source, partial)
@@ -114,7 +127,13 @@ def pack(
         checkpoint.finalize(partial, entries, made_by)
         after = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     before = sum(file.stat().st_size for file in set(files.values()))
-    return Packed(packed, left, threshold, before, after, notes)
+    if negative_zeros:
+        action = "dropped" if drop_negative_zeros else "stored, so that every bit survives"
+        notes.append(
+            f"{negative_zeros} weights of the linears are -0.0, as pruning by multiplication "
+            f"leaves them: {action}"
+        )
+    return Packed(packed, left, threshold, before, after, negative_zeros, notes)
 
 
 def unpack(
@@ -172,16 +191,20 @@ def unpack(
         checkpoint.write_json(partial / "config.json", values)
 
 
-def _pack_weight(label: str, weight: Tensor, even: float) -> tuple[RowPool | None, float]:
-    """The pool of a dense weight, None if its share of zeros is not above `even`; and the share."""
-    if weight.dtype not in _FLOATS:
+def _check_weight(label: str, weight: Tensor) -> Tensor:
+    """Which weights to store, after a check that the weight is one that can be packed."""
+    if weight.dtype not in FLOATS:
         raise WexpandError(
             f"{label}: dtype {weight.dtype} is that of a quantised model; only float32, bfloat16 "
             "and float16 weights can be packed"
         )
     if not bool(torch.isfinite(weight).all()):
         raise WexpandError(f"{label}: holds NaN or infinite values")
-    keep = kept(weight)
+    return kept(weight)
+
+
+def _pack_weight(weight: Tensor, keep: Tensor, even: float) -> tuple[RowPool | None, float]:
+    """The pool of a dense weight, None if its share of zeros is not above `even`; and the share."""
     zeros = 1 - keep.sum().item() / keep.numel()
     if zeros <= even:
         return None, zeros

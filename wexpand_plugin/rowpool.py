@@ -4,9 +4,10 @@ A linear expanded into experts needs, for each (expert, neuron) pair, one sparse
 Many pairs share a row (all those without an own version use the base version), so the rows are
 kept in a pool and a map points into it:
 
-    values   [nnz]                        the kept weights, row version after row version, columns
-    ascending mask     uint8 [versions, ceil(in/8)] bit b of byte j set: column 8j+b is kept
-    row_map  int32 [experts, out]         the row version that expert e uses for neuron r
+    values   [nnz]                          the kept weights, row version after row version,
+                                            columns ascending
+    mask     uint8 [versions, ceil(in/8)]   bit b of byte j set: column 8j+b is kept
+    row_map  int32 [experts, out]           the row version that expert e uses for neuron r
 
 Cost: one value per kept weight and one bit per weight, so 2(1-s) + 1/8 bytes per weight in
 bfloat16 at sparsity s (1.125 at 50%, 0.525 at 80%), against 2 dense. Where a row starts inside
@@ -21,9 +22,11 @@ from torch import Tensor
 from .errors import WexpandError
 
 __all__ = [
+    "FLOATS",
     "RowPool",
     "bit_counts",
     "concat_pools",
+    "kept",
     "pack_bits",
     "pack_experts",
     "pack_rows",
@@ -32,7 +35,8 @@ __all__ = [
     "unpack_rows",
 ]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""the dtypes that values may have"""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class RowPool:
 
         if self.values.dim() != 1:
             refuse("weight", f"shape {list(self.values.shape)} should have one dimension, [nnz]")
-        if self.values.dtype not in _FLOATS:
+        if self.values.dtype not in FLOATS:
             refuse("weight", f"dtype {self.values.dtype} should be float32, bfloat16 or float16")
         if self.mask.dtype != torch.uint8:
             refuse("weight_mask", f"dtype {self.mask.dtype} should be uint8")

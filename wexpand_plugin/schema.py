@@ -31,6 +31,7 @@ __all__ = [
     "QUANT_METHOD",
     "LinearEntry",
     "WexpandConfig",
+    "model_digest",
     "parse_config",
     "read_config",
     "read_json",
@@ -112,6 +113,9 @@ class WexpandConfig(BaseModel):
     """what made the checkpoint (versions, recipe values); informative"""
     checksums: dict[str, str] = Field(default_factory=dict)
     """tensor of the model -> crc32 of its bytes, 8 hexadecimal digits"""
+    model_digest: str = ""
+    """sha256 of the rest of config.json, see `model_digest`; only `wexpand verify` compares it, as
+    settings such as the context length may be edited on purpose"""
     digest: str = ""
     """sha256 of everything above, see `seal`"""
 
@@ -133,6 +137,12 @@ class WexpandConfig(BaseModel):
         return self
 
 
+def model_digest(values: Mapping[str, Any]) -> str:
+    """sha256 of config.json's `values` without quantization_config, as sorted JSON."""
+    rest = {key: value for key, value in values.items() if key != "quantization_config"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def parse_config(values: Mapping[str, Any], where: str = "config.json") -> WexpandConfig:
     """Validate a `quantization_config`. Errors name the key, its value and what would be right."""
     version = values.get("format_version")
@@ -147,9 +157,7 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Wexpa
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         value = reprlib.repr(first.get("input"))
-        raise WexpandError(
-            f"{where}: quantization_config.{key}: {value}: {first['msg']}"
-        ) from None
+        raise WexpandError(f"{where}: quantization_config.{key}: {value}: {first['msg']}") from None
     return config.checked(where)
 
 
