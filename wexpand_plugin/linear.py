@@ -70,8 +70,10 @@ class RoutedLinear(nn.Module):
         module.weight = nn.Parameter(pool.values, requires_grad=False)
         module.weight_mask, module.row_map = pool.mask, pool.row_map
         if router is not None:
-            module.router_weight = nn.Parameter(router.weight.float(), requires_grad=False)
-            module.router_bias = nn.Parameter(router.bias.float(), requires_grad=False)
+            # a copy for each linear of the group: transformers refuses to save shared tensors
+            weight, bias_ = (part.detach().to(torch.float32, copy=True) for part in router)
+            module.router_weight = nn.Parameter(weight, requires_grad=False)
+            module.router_bias = nn.Parameter(bias_, requires_grad=False)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return module

@@ -14,6 +14,7 @@ and float32 exact enough.
 scikit-learn does the PCA and the k-means; the folding and the routing are ours.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -67,23 +68,28 @@ def fit_router(
     import numpy as np
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     count, width = rows.shape
     if count < num_experts:
         raise WexpandError(f"num_experts: {num_experts} clusters cannot be made from {count} rows")
-    data = (
-        rows.detach().cpu().numpy().astype(np.float64)
-        if rows.dtype != torch.bfloat16
-        else rows.detach().cpu().float().numpy().astype(np.float64)
-    )
+    data = rows.detach().cpu().double().numpy()
     if not np.isfinite(data).all():
         raise WexpandError("router: the calibration inputs hold NaN or infinite values")
     dims = min(dims or max(8, width // 32), width, count)
     # threads change the order of k-means' sums, and with it the last bits of the centroids
     with threadpool_limits(1):
         pca = PCA(dims, random_state=seed).fit(data)
-        kmeans = KMeans(num_experts, n_init=restarts, random_state=seed).fit(pca.transform(data))
+        kmeans = KMeans(num_experts, n_init=restarts, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # an error of our own follows
+            kmeans.fit(pca.transform(data))
+    if (found := len(np.unique(kmeans.labels_))) < num_experts:
+        raise WexpandError(
+            f"num_experts: {num_experts} clusters cannot be made from calibration inputs with "
+            f"{found} distinct rows; use more varied text or fewer experts"
+        )
     mean, components, centroids = (
         torch.from_numpy(np.asarray(a, dtype=np.float64))
         for a in (pca.mean_, pca.components_, kmeans.cluster_centers_)

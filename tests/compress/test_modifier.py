@@ -1,0 +1,307 @@
+"""SparseExpansionModifier in real `oneshot` runs on tiny models of several architectures."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("llmcompressor")
+import datasets  # noqa: E402
+from llmcompressor import oneshot  # noqa: E402
+
+import wexpand_plugin  # noqa: E402, F401
+from wexpand_plugin.checkpoint import read_config, read_linear, tensor_files  # noqa: E402
+from wexpand_plugin.compress.modifier import SparseExpansionModifier  # noqa: E402
+from wexpand_plugin.errors import WexpandError  # noqa: E402
+from wexpand_plugin.linear import RoutedLinear  # noqa: E402
+
+VOCAB = 96
+STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
+
+
+def tiny(kind: str, path: Path, dtype=torch.float32) -> Path:
+    """A saved random model of 2 blocks; 52 does not divide by 8."""
+    sizes = dict(
+        hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+        tie_word_embeddings=kind == "Mistral",
+    )  # fmt: skip
+    if kind not in ("GPTNeoX", "OPT"):
+        sizes["num_key_value_heads"] = 2
+    if kind == "OPT":
+        sizes |= dict(ffn_dim=52, word_embed_proj_dim=32)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    config.dtype = dtype
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # the initialiser's 0.02 and zero biases would leave next to nothing to route on
+            if "layers" in name and "norm" not in name:
+                parameter.normal_(std=0.5 if name.endswith("bias") else 0.2)
+    model.save_pretrained(path)
+    return path
+
+
+def calibration(samples: int = 24, length: int = 48) -> datasets.Dataset:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(2, VOCAB, (samples, length), generator=generator).tolist()
+    return datasets.Dataset.from_dict(
+        {"input_ids": rows, "attention_mask": [[1] * length] * samples}
+    )
+
+
+def run(path: Path, output: Path | None = None, data=None, pipeline="independent", **values):
+    values = {"sparsity": 0.6, "num_experts": 4, "targets": ["Linear"], "ignore": ["lm_head"],
+              "router_restarts": 1} | values  # fmt: skip
+    data = data or calibration()
+    return oneshot(
+        model=str(path), dataset=data, recipe=[SparseExpansionModifier(**values)],
+        num_calibration_samples=len(data), max_seq_length=64, pipeline=pipeline,
+        output_dir=None if output is None else str(output),
+        tokenizer=None, processor=_tokenizer(),
+    )  # fmt: skip
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1")
+
+
+def logits(model, seed: int = 5) -> torch.Tensor:
+    ids = torch.randint(2, VOCAB, (3, 20), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Mistral", "GPTNeoX", "Qwen3", "OPT", "Gemma2"])
+def test_compresses_saves_and_reloads_equal(kind, tmp_path):
+    model = run(tiny(kind, tmp_path / "dense"), tmp_path / "out")
+    routed = {n: m for n, m in model.named_modules() if isinstance(m, RoutedLinear)}
+    assert len(routed) == {"GPTNeoX": 8, "OPT": 12}.get(kind, 14)
+    for module in routed.values():
+        assert module.experts == 4 and sum(module.tokens) == 24 * 48
+    expected = logits(model)
+    config = read_config(tmp_path / "out")
+    assert set(config.linears) == set(routed)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(reloaded), expected)
+
+
+def test_linears_that_read_the_same_tensor_share_a_router(tmp_path):
+    model = run(tiny("Llama", tmp_path / "dense"))
+    layer = model.model.layers[1]
+    attention, mlp = layer.self_attn, layer.mlp
+    for linear in (attention.k_proj, attention.v_proj):
+        assert torch.equal(linear.router_weight, attention.q_proj.router_weight)
+    assert torch.equal(mlp.gate_proj.router_weight, mlp.up_proj.router_weight)
+    routers = [attention.q_proj, attention.o_proj, mlp.gate_proj]
+    for i, one in enumerate(routers):
+        for other in routers[i + 1 :]:
+            assert not torch.equal(one.router_weight, other.router_weight)
+
+
+@pytest.mark.parametrize("structure,sparsity", [("row", 0.6), ("unstructured", 0.6), ("2:4", 0.5)])
+def test_every_expert_has_the_sparsity_asked_for(structure, sparsity, tmp_path):
+    model = run(
+        tiny("Llama", tmp_path / "dense"), mask_structure=structure, sparsity=sparsity,
+        targets=["re:.*mlp.*"],
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, RoutedLinear):
+            for expert in range(4):
+                weight = module.pool.expert(expert)
+                assert (weight == 0).float().mean().item() == pytest.approx(sparsity, abs=0.02)
+                if structure == "2:4":
+                    assert ((weight.view(-1, 4) == 0).sum(dim=1) == 2).all()
+
+
+def test_one_expert_is_llmcompressors_sparsegpt(tmp_path):
+    from llmcompressor.modifiers.pruning import SparseGPTModifier
+
+    path = tiny("Llama", tmp_path / "dense")
+    ours = run(path, num_experts=1, mask_structure="0:0", sparsity=0.5, targets=["re:.*mlp.*"])
+    theirs = oneshot(
+        model=str(path), dataset=calibration(), processor=_tokenizer(), max_seq_length=64,
+        num_calibration_samples=24,
+        recipe=[SparseGPTModifier(sparsity=0.5, targets=["re:.*layers.*mlp.*_proj$"])],
+    )  # fmt: skip
+    expected = dict(theirs.named_modules())
+    # later layers see inputs that differ by rounding, which may move a mask bit
+    module = ours.model.layers[0].mlp.gate_proj
+    assert module.experts == 1 and not hasattr(module, "router_weight")
+    weight = expected["model.layers.0.mlp.gate_proj"].weight
+    if (weight == 0).any():
+        assert torch.equal(module.pool.expert(0) == 0, weight == 0)
+        torch.testing.assert_close(module.pool.expert(0), weight, atol=1e-5, rtol=0)
+    else:
+        pytest.fail("SparseGPTModifier pruned nothing: its targets changed meaning")
+
+
+def test_down_proj_is_calibrated_on_the_sparse_gate_and_up(tmp_path):
+    """Its recorded tokens per expert must be those of the inputs it has in use."""
+    model = run(tiny("Llama", tmp_path / "dense"), targets=["re:.*layers.0.mlp.*"])
+    down = model.model.layers[0].mlp.down_proj
+    seen = []
+    down.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 52)))
+    data = calibration()
+    for row in data["input_ids"]:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([row]))
+    from wexpand_plugin.router import route
+
+    counts = torch.bincount(
+        route(torch.cat(seen), down.router_weight, down.router_bias), minlength=4
+    )
+    # a handful of tokens may sit on a boundary and move with the batch's rounding
+    assert (counts - torch.tensor(down.tokens)).abs().sum() <= 4
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("share", [True, False])
+def test_size_budget_is_met(scope, share, tmp_path):
+    path = tiny("Llama", tmp_path / "dense")
+    model = run(
+        path, tmp_path / "out", sparsity=0.8, size_budget=2.0, budget_scope=scope,
+        share_versions=share, targets=["re:.*mlp.*"], num_experts=3,
+    )  # fmt: skip
+    config, files = read_config(tmp_path / "out"), tensor_files(tmp_path / "out")
+    total = dense = 0
+    for name in config.linears:
+        pool, router, _ = read_linear(files, name, config)
+        stored = sum(pool.stored_bytes().values()) + 4 * sum(t.numel() for t in router)
+        assert stored == model.get_submodule(name).stored_bytes()
+        if scope == "layer":
+            assert stored <= 2.0 * 4 * pool.in_features * pool.out_features
+        total, dense = total + stored, dense + 4 * pool.in_features * pool.out_features
+    assert total <= 2.0 * dense
+
+
+def test_scores_choose_different_neurons(tmp_path):
+    path, maps = tiny("Llama", tmp_path / "dense"), {}
+    for score in ("gain", "wasserstein", "gain_wasserstein", "kurtosis", "random"):
+        model = run(path, sparsity=0.8, size_budget=1.2, score=score, num_experts=3,
+                    targets=["re:.*layers.0.mlp.gate.*"])  # fmt: skip
+        maps[score] = model.model.layers[0].mlp.gate_proj.pool
+    for score in ("wasserstein", "random"):
+        assert maps[score].mask.shape != maps["gain"].mask.shape or not torch.equal(
+            maps[score].mask, maps["gain"].mask
+        )
+
+
+def test_the_smallest_budget_is_plain_sparsegpt(tmp_path):
+    path = tiny("Llama", tmp_path / "dense")
+    targets = ["re:.*layers.0.mlp.gate_proj"]
+    plain = run(path, num_experts=1, targets=targets).model.layers[0].mlp.gate_proj
+    with pytest.raises(WexpandError) as refused:
+        run(path, size_budget=0.01, num_experts=2, targets=targets)
+    least = float(re.search(r"below ([\d.]+)", str(refused.value)).group(1))
+    small = run(path, size_budget=least + 0.002, num_experts=2, targets=targets)
+    pool = small.model.layers[0].mlp.gate_proj.pool
+    for expert in range(2):
+        assert torch.equal(pool.expert(expert) == 0, plain.pool.expert(0) == 0)
+        torch.testing.assert_close(pool.expert(expert), plain.pool.expert(0), atol=1e-5, rtol=0)
+
+
+def test_deterministic(tmp_path):
+    path = tiny("Llama", tmp_path / "dense")
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        runs.append(run(path, size_budget=2.0, targets=["re:.*mlp.*"]).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in runs), strict=True))
+
+
+def test_bfloat16_model_keeps_float32_routers(tmp_path):
+    path = tiny("Llama", tmp_path / "dense", torch.bfloat16)
+    model = run(path, tmp_path / "out", targets=["re:.*mlp.*"])
+    module = model.model.layers[0].mlp.gate_proj
+    assert module.weight.dtype == torch.bfloat16 and module.router_weight.dtype == torch.float32
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_other_pipelines(pipeline, tmp_path):
+    model = run(tiny("Llama", tmp_path / "dense"), pipeline=pipeline, targets=["re:.*mlp.*"])
+    assert sum(isinstance(m, RoutedLinear) for m in model.modules()) == 6
+
+
+def test_yaml_recipe_with_unquoted_mask_structure(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n      sparsity: 0.5\n"
+        "      mask_structure: 2:4\n      num_experts: 2\n      targets: ['re:.*mlp.*']\n"
+    )
+    model = oneshot(
+        model=str(tiny("Llama", tmp_path / "dense")), dataset=calibration(), recipe=str(recipe),
+        processor=_tokenizer(), max_seq_length=64, num_calibration_samples=24,
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    assert model.model.layers[0].mlp.up_proj.experts == 2
+    made_by = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert made_by["made_by"]["mask_structure"] == "2:4"
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the stories260K model is not on this machine")
+def test_stories260k(tmp_path):
+    model = run(STORIES, tmp_path / "out", targets=["re:.*mlp.*"], sparsity=0.5)
+    assert model.model.layers[0].mlp.down_proj.in_features == 172
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        (dict(sparsity=1.5), "sparsity: 1.5 should be between 0 and 1"),
+        (dict(sparsity=0.6, mask_structure="2:4"), "sparsity: 0.6 should be 0.5"),
+        (dict(mask_structure="4:2"), "mask_structure"),
+        (dict(num_experts=0), "num_experts: 0 should be at least 1"),
+        (dict(score="luck"), "score: 'luck' should be one of gain, wasserstein"),
+        (dict(budget_scope="planet"), "budget_scope"),
+        (dict(num_experts=1, size_budget=1.0), "size_budget: 1.0 should be null"),
+        (dict(sparsty=0.5), "sparsty"),
+        (dict(dampening_frac=0.0), "dampening_frac"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SparseExpansionModifier(**({"sparsity": 0.5} | values))
+
+
+def test_targets_that_match_nothing(tmp_path):
+    with pytest.raises(WexpandError, match=r"targets: \['re:.*nothing'\].* match no torch.nn.Lin"):
+        run(tiny("Llama", tmp_path / "dense"), targets=["re:.*nothing"])
+
+
+def test_too_little_calibration(tmp_path):
+    with pytest.raises(WexpandError, match="calibration: 96 tokens are too few for num_experts 4"):
+        run(tiny("Llama", tmp_path / "dense"), data=calibration(2))
+
+
+def test_nan_in_calibration_names_the_linears(tmp_path):
+    path = tiny("Llama", tmp_path / "dense")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.nan
+    model.save_pretrained(path)
+    with pytest.raises(WexpandError, match="layers.0.self_attn: q_proj.*NaN"):
+        run(path)
+
+
+def test_a_model_is_not_expanded_twice(tmp_path):
+    path = tiny("Llama", tmp_path / "dense")
+    model = run(path, tmp_path / "out")
+    with pytest.raises(ValueError, match="wexpand"):
+        run(tmp_path / "out")
+    with pytest.raises(WexpandError, match="already expanded"):
+        oneshot(
+            model=model, dataset=calibration(), processor=_tokenizer(), max_seq_length=64,
+            recipe=[SparseExpansionModifier(sparsity=0.5)], num_calibration_samples=24,
+        )  # fmt: skip
