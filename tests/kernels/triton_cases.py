@@ -1,0 +1,190 @@
+"""The Triton kernel against the reference: on a GPU if there is one, else in Triton's interpreter.
+
+Collected through test_triton.py, which gives the interpreter the process of its own that it needs.
+By hand: `TRITON_INTERPRET=1 pytest tests/kernels/triton_cases.py`. Shapes are small, because the
+interpreter takes about a millisecond per operation.
+"""
+
+import pytest
+import torch
+
+from wexpand_plugin.kernels import reference
+from wexpand_plugin.kernels import triton as kernel
+from wexpand_plugin.rowpool import RowPool, pack_rows
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# relative to the largest output
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def random_case(seed, experts, versions, out, width, density, tokens, dtype):
+    """A pool with rows of mixed density (empty and full ones too), x, and the chosen experts."""
+    torch.manual_seed(seed)
+    share = torch.full((versions, 1), density)
+    share[0::5] = 0.0
+    share[1::5] = 1.0
+    keep = torch.rand(versions, width) < share
+    rows = torch.randn(versions, width).to(dtype) * keep
+    row_map = torch.randint(versions, (experts, out), dtype=torch.int32)
+    x = torch.randn(tokens, width).to(dtype).to(DEVICE)
+    chosen = torch.randint(experts, (tokens,)).to(DEVICE) if experts > 1 else None
+    return pack_rows(rows, row_map, keep).to(DEVICE), x, chosen
+
+
+def assert_matches(y, pool, x, chosen):
+    """`y` against the reference on float64 copies of the same weights and inputs."""
+    exact = RowPool(pool.values.double(), pool.mask, pool.row_map, pool.in_features)
+    expected = reference.run(x.double(), chosen, reference.prepare(exact), pool.out_features)
+    assert y.shape == expected.shape and y.dtype == x.dtype
+    scale = expected.abs().max().clamp_min(1e-30)
+    assert ((y.double() - expected).abs().max() / scale).item() < TOLERANCE[x.dtype]
+
+
+def run(pool, x, chosen):
+    return kernel.run(x, chosen, kernel.prepare(pool), pool.out_features)
+
+
+def test_is_available():
+    assert kernel.unavailable(DEVICE, torch.bfloat16) is None
+    assert "float64" in kernel.unavailable(DEVICE, torch.float64)
+
+
+# gather_gemv up to 4 tokens (1 without experts), unsorted blocks up to 16, sorted ones above
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("experts", "tokens", "out", "width"),
+    [
+        (1, 1, 6, 1),
+        (1, 1, 5, 1061),
+        (5, 3, 5, 77),
+        (1, 2, 17, 300),
+        (3, 9, 17, 259),
+        (4, 16, 5, 256),
+        (1, 45, 33, 100),
+        (5, 70, 33, 40),
+    ],
+)
+def test_matches_the_reference(experts, tokens, out, width, dtype):
+    pool, x, chosen = random_case(tokens + width, experts, 11, out, width, 0.3, tokens, dtype)
+    assert_matches(run(pool, x, chosen), pool, x, chosen)
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(33, 64), (130, 128)])
+def test_larger_blocks(tokens, block):
+    assert kernel.tile(tokens, 1, 3, torch.bfloat16)[1] == block
+    pool, x, _ = random_case(tokens, 1, 9, 3, 70, 0.3, tokens, torch.bfloat16)
+    assert_matches(run(pool, x, None), pool, x, None)
+
+
+def test_larger_programs(monkeypatch):
+    monkeypatch.setattr(kernel, "WIDE", 8)
+    for tokens in (1, 7):
+        pool, x, chosen = random_case(tokens, 2, 9, 35, 40, 0.3, tokens, torch.bfloat16)
+        assert_matches(run(pool, x, chosen), pool, x, chosen)
+
+
+@pytest.mark.parametrize("tokens", [2, 10, 40])
+def test_all_tokens_of_one_expert(tokens):
+    pool, x, _ = random_case(1, 4, 12, 9, 64, 0.3, tokens, torch.float32)
+    chosen = torch.full((tokens,), 2, device=DEVICE)
+    assert_matches(run(pool, x, chosen), pool, x, chosen)
+
+
+def test_grid_holds_the_worst_split_of_tokens():
+    """34 tokens in blocks of 32 need three of them when they split 33 to 1."""
+    pool, x, _ = random_case(4, 2, 9, 3, 40, 0.3, 34, torch.float32)
+    chosen = torch.tensor([0] * 33 + [1], device=DEVICE)
+    assert_matches(run(pool, x, chosen), pool, x, chosen)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_nothing_kept(tokens):
+    pool = pack_rows(torch.zeros(4, 50), torch.arange(4).unsqueeze(0)).to(DEVICE)
+    assert not run(pool, torch.ones(tokens, 50, device=DEVICE), None).any()
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_no_tokens(experts):
+    pool, x, chosen = random_case(2, experts, 6, 5, 40, 0.3, 0, torch.bfloat16)
+    y = run(pool, x, chosen)
+    assert y.shape == (0, 5) and y.dtype == torch.bfloat16
+
+
+def test_strided_x_is_accepted():
+    pool, x, _ = random_case(6, 1, 6, 5, 32, 0.5, 8, torch.float32)
+    layout = kernel.prepare(pool)
+    expected = kernel.run(x, None, layout, 5)
+    assert torch.equal(kernel.run(torch.cat([x, x], dim=1)[:, :32], None, layout, 5), expected)
+    assert torch.equal(kernel.run(x.t().contiguous().t(), None, layout, 5), expected)
+
+
+def test_wide_row_starts_give_the_same():
+    """Row starts are int64 from 2**31 kept weights on."""
+    for tokens in (2, 20):
+        pool, x, chosen = random_case(7, 3, 12, 9, 64, 0.3, tokens, torch.float32)
+        values, mask, starts, row_map = kernel.prepare(pool)
+        assert starts.dtype == torch.int32
+        expected = kernel.run(x, chosen, [values, mask, starts, row_map], 9)
+        got = kernel.run(x, chosen, [values, mask, starts.long(), row_map], 9)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("tokens", [20, 1500])
+def test_sort_is_a_stable_counting_sort(tokens):
+    from wexpand_plugin.kernels._triton_kernels import sort_tokens
+
+    torch.manual_seed(tokens)
+    chosen = torch.randint(5, (tokens,), device=DEVICE) + 1  # nobody chose 0 or 6
+    order = torch.full((tokens,), -1, dtype=torch.int32, device=DEVICE)
+    ends = torch.full((7,), -1, dtype=torch.int32, device=DEVICE)
+    sort_tokens[(7,)](chosen, order, ends, tokens, BLOCK=1024)
+    assert torch.equal(order.long(), torch.argsort(chosen, stable=True))
+    assert torch.equal(ends.long(), torch.bincount(chosen, minlength=7).cumsum(0))
+
+
+def test_layout_is_as_documented(monkeypatch):
+    """Group q of a span is columns q, 64+q, 128+q, 192+q, and keeps its values in that order."""
+    monkeypatch.setattr(kernel, "AT_ONCE", 2 * 512)  # two rows at a time
+    pool, _, _ = random_case(8, 2, 7, 5, 300, 0.4, 1, torch.float32)
+    values, mask, starts, row_map = (t.cpu() for t in kernel.prepare(pool))
+    assert torch.equal(row_map, pool.row_map.cpu())
+    rows = torch.zeros(7, 512)
+    for version, words in enumerate(mask.tolist()):
+        place = int(starts[version])
+        for q in range(128):
+            for bit in range(4):
+                if words[q // 8] >> (4 * (q % 8) + bit) & 1:
+                    rows[version, q // 64 * 256 + bit * 64 + q % 64] = values[place]
+                    place += 1
+    everyone = RowPool(pool.values, pool.mask, torch.arange(7).unsqueeze(0), 300)
+    assert torch.equal(rows[:, :300], everyone.to("cpu").expert(0))
+    assert not rows[:, 300:].any()
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_layout_adds_less_than_five_percent(density):
+    torch.manual_seed(0)
+    keep = torch.rand(400, 2048 + 128) < density
+    pool = pack_rows(keep.bfloat16(), torch.arange(400).view(2, 200), keep)
+    packed = sum(pool.stored_bytes().values())
+    held = sum(t.numel() * t.element_size() for t in kernel.prepare(pool))
+    assert packed <= held < 1.05 * packed
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("tokens", [1, 4, 16, 100])
+def test_replays_in_a_cuda_graph(tokens):
+    """Captured with one set of inputs and experts, right for another: nothing was decided early."""
+    pool, x, chosen = random_case(9, 4, 90, 70, 300, 0.3, tokens, torch.bfloat16)
+    layout = kernel.prepare(pool)
+    kernel.run(x, chosen, layout, 70)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernel.run(x, chosen, layout, 70)
+    x.copy_(torch.randn_like(x))
+    chosen.copy_(torch.randint(4, (tokens,)))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_matches(y, pool, x, chosen)
