@@ -25,7 +25,7 @@ def passages(count: int = 64, characters: int = 1000, seed: int = 0, **_: Any) -
 
 
 def next_line(
-    count: int = 200, lines_before: int = 8, choices: int = 4, seed: int = 0, **_: Any
+    count: int = 400, lines_before: int = 8, choices: int = 4, seed: int = 0, **_: Any
 ) -> DatasetDict:
     """`count` questions: which of `choices` lines follows `lines_before` lines of a held-out file.
 
@@ -33,7 +33,7 @@ def next_line(
     that the shape of the code alone does not give the answer away.
     Columns: "context", "choices" (list of lines) and "answer" (the right one's place).
     """
-    files = [(name, text.splitlines()) for name, text in corpus.files("validation")]
+    files = [(name, text.split("\n")) for name, text in corpus.files("validation")]
     by_indentation: dict[int, list[tuple[str, str]]] = {}
     for name, lines in files:
         for line in filter(_telling, lines):
