@@ -127,7 +127,7 @@ def tensors_of(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
 def checksum(tensor: Tensor) -> str:
     """crc32 of a tensor's bytes, as 8 hexadecimal digits."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{zlib.crc32(memoryview(data.numpy())):08x}"
+    return f"{zlib.crc32(data.numpy().data):08x}"
 
 
 def check_linear(

@@ -1,40 +1,33 @@
-"""The transformers half: `AutoModelForCausalLM.from_pretrained` on a checkpoint of ours.
+"""The transformers half: how a checkpoint of ours and a model of transformers fit together.
 
-transformers hands a model whose config.json names a quantization method to the quantizer
-registered under that name. Ours replaces the linears that the checkpoint expanded by
-`RoutedLinear`, while the model is still without memory (on the meta device), and leaves the loading
-to transformers: a RoutedLinear's state dict has the checkpoint's tensor names. With a quantizer,
-transformers no longer compares shapes and only warns of missing tensors, so everything is checked
-here first, from the files.
+`AutoModelForCausalLM.from_pretrained` on a checkpoint of ours works once `register` was called,
+which importing `wexpand_plugin` does; `hf_quantizer` is what transformers then calls. Here is what
+it needs, and the checkpoint tools too: which tensor belongs to which module, replacing linears by
+routed ones on a model without memory (the meta device), and comparing files with a model.
 
 A checkpoint may name its tensors differently than the model names its modules (transformers keeps
 a table of such renamings for older checkpoints); `module_tensor_names` follows that table.
+
+Nothing of transformers is imported with this module: it may be imported while transformers is.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import checkpoint
 from .checkpoint import LinearEntry
 from .errors import WexpandError
 from .linear import RoutedLinear
-from .saving import wrap_save_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
-    "WexpandQuantizationConfig",
-    "WexpandQuantizer",
     "check_tensors",
     "install_linears",
     "linear_tensors",
@@ -46,58 +39,20 @@ __all__ = [
 
 def register() -> None:
     """Make transformers know quant_method "wexpand"; a second call does nothing."""
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+
+    from .hf_quantizer import WexpandQuantizationConfig, WexpandQuantizer
+
     if checkpoint.QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(checkpoint.QUANT_METHOD)(WexpandQuantizationConfig)
         register_quantizer(checkpoint.QUANT_METHOD)(WexpandQuantizer)
 
 
-class WexpandQuantizationConfig(QuantizationConfigMixin):
-    """config.json's `quantization_config`, checked when made. Raises WexpandError."""
-
-    def __init__(self, **values: Any):
-        parsed = checkpoint.parse_config(values)
-        self.__dict__.update(parsed.model_dump(mode="json"))
-
-    def parsed(self) -> checkpoint.WexpandConfig:
-        """The same as the checkpoint module's own type."""
-        return checkpoint.WexpandConfig.model_validate(self.to_dict())
-
-
-class WexpandQuantizer(HfQuantizer):
-    """Builds the routed linears before transformers loads the weights into them."""
-
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        config = self.quantization_config.parsed()
-        files = checkpoint.tensor_files(checkpoint_files) if checkpoint_files else {}
-        if files:
-            for problem in checkpoint.problems(files, config):
-                raise problem
-        install_linears(model, config.linears)
-        if files:
-            check_tensors(model, files)
-        # routing must not depend on the dtype that the model is loaded in
-        kept = set(model._keep_in_fp32_modules_strict or ())
-        model._keep_in_fp32_modules_strict = kept | {"router_weight", "router_bias"}
-        return model
-
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        for module in model.modules():
-            if isinstance(module, RoutedLinear):
-                module.requires_grad_(False)
-        wrap_save_pretrained(model, self.quantization_config.made_by)
-        return model
-
-    def is_serializable(self, *args, **kwargs) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-
-def module_tensor_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def module_tensor_names(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
     """Tensor name in a checkpoint -> its name in `model`, for the tensors that the model takes as
     they are.
 
@@ -106,7 +61,7 @@ def module_tensor_names(model: nn.Module, names: Iterable[str]) -> dict[str, str
     return {name: target for name, target, merged in _renamed(model, names) if not merged}
 
 
-def _renamed(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+def _renamed(model: "PreTrainedModel", names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
     """(checkpoint name, name in the model, whether it is merged with others) of known tensors."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -123,7 +78,7 @@ def _renamed(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str,
                 break
 
 
-def install_linears(model: nn.Module, linears: Mapping[str, LinearEntry]) -> None:
+def install_linears(model: "PreTrainedModel", linears: Mapping[str, LinearEntry]) -> None:
     """Replace each of these linears of a model on the meta device by an empty RoutedLinear.
 
     Raises WexpandError for a name that is no linear of the model, or one of another size.
@@ -154,7 +109,7 @@ def install_linears(model: nn.Module, linears: Mapping[str, LinearEntry]) -> Non
         model.set_submodule(target, new)
 
 
-def check_tensors(model: nn.Module, files: Mapping[str, Path]) -> None:
+def check_tensors(model: "PreTrainedModel", files: Mapping[str, Path]) -> None:
     """Compare the tensors in `files` with those of `model`; raises WexpandError.
 
     Shapes must be equal. A tensor that only the model has would start with random values: that is
@@ -182,7 +137,7 @@ def check_tensors(model: nn.Module, files: Mapping[str, Path]) -> None:
             raise WexpandError(f"{name}: missing; {type(model).__name__} has it by config.json")
 
 
-def skeleton(directory: str | Path) -> nn.Module:
+def skeleton(directory: str | Path) -> "PreTrainedModel":
     """The dense model that a directory's config.json describes, on the meta device: no memory.
 
     Runs no code from the directory. Raises WexpandError where transformers has no class for it.
@@ -212,14 +167,17 @@ def skeleton(directory: str | Path) -> nn.Module:
         ) from error
 
 
-def linear_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def linear_tensors(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
     """Tensor of a dense checkpoint -> linear, both by checkpoint names, for the linears of `model`
-    that can be packed: all but the output embedding (and those that share its weight).
+    that can be packed: all but the output embedding (and those that share its weight). In the
+    model's order.
     """
     head = model.get_output_embeddings()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     found = {}
-    for name, target in module_tensor_names(model, names).items():
+    order = {name: place for place, name in enumerate(model.state_dict())}
+    targets = module_tensor_names(model, names)
+    for name, target in sorted(targets.items(), key=lambda pair: order[pair[1]]):
         module_name, _, kind = target.rpartition(".")
         module = model.get_submodule(module_name)
         if kind == "weight" and type(module) is nn.Linear and module is not head:

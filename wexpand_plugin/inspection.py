@@ -235,4 +235,5 @@ def _dense(
                 bytes_per_token=sum(sizes.values()),
             )
         )
-    return found
+    order = list(wanted.values())
+    return sorted(found, key=lambda linear: order.index(linear.name))

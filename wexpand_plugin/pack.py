@@ -124,6 +124,7 @@ def pack(
         copy_others(source, partial)
         checkpoint.write_json(partial / "config.json", values)
         made_by = {"wexpand": __version__, "command": "pack"}
+        entries = {name: entries[name] for name in linears.values() if name in entries}
         checkpoint.finalize(partial, entries, made_by)
         after = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     before = sum(file.stat().st_size for file in set(files.values()))
@@ -181,7 +182,7 @@ def unpack(
                 linear = name.removesuffix(".weight")
                 if linear != name and linear in config.linears:
                     pool, _, _ = checkpoint.read_linear(files, linear, config)
-                    tensor = pool.expert(expert if pool.experts > 1 else 0)
+                    tensor = pool.expert((expert or 0) if pool.experts > 1 else 0)
                 if name not in ours:
                     shards.add(name, tensor)
         shards.close()

@@ -27,7 +27,7 @@ from .linear import RoutedLinear
 __all__ = ["linear_entries", "partial_directory", "wrap_save_pretrained"]
 
 
-def wrap_save_pretrained(model: nn.Module, made_by: Mapping[str, Any]) -> None:
+def wrap_save_pretrained(model: Any, made_by: Mapping[str, Any]) -> None:
     """Make `model.save_pretrained` write checkpoints of ours.
 
     Wrap again after another library has wrapped it: the outermost call must be ours. A second call
@@ -64,12 +64,12 @@ def wrap_save_pretrained(model: nn.Module, made_by: Mapping[str, Any]) -> None:
             checkpoint.finalize(partial, entries, self._wexpand_made_by)
         return result
 
-    save_pretrained._wexpand = save_pretrained
+    save_pretrained._wexpand = save_pretrained  # type: ignore[attr-defined]
     # a bound method, as llm-compressor expects to find when it wraps in its turn
     model.save_pretrained = types.MethodType(save_pretrained, model)
 
 
-def linear_entries(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, LinearEntry]:
+def linear_entries(model: Any, tensors: Mapping[str, Any]) -> dict[str, LinearEntry]:
     """The sizes of each RoutedLinear of `model`, by the name it has in the saved `tensors`.
 
     A module's attribute `tokens` (tokens per expert) is recorded where there is one.

@@ -44,7 +44,8 @@ class Shards:
         """Write what is left, and give the files their names."""
         if self._pending:
             self._flush()
-        count, weight_map = len(self._written), {}
+        count = len(self._written)
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._written):
             file = (
                 f"model-{number + 1:05d}-of-{count:05d}.safetensors"

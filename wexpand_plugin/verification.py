@@ -41,7 +41,8 @@ def _problems(directory: Path, quiet: bool) -> Iterator[WexpandError]:
             f"{found[:12]}...)"
         )
     yield from _index_problems(directory, files)
-    count = len(config.linears) + len(config.checksums)
+    ours = sum(len(checkpoint.tensor_names(n, entry)) for n, entry in config.linears.items())
+    count = len(config.linears) + max(len(files) - ours, 0)
     with tqdm(total=count, unit="", disable=quiet, desc="verify") as bar:
         yield from checkpoint.problems(files, config, lambda name: bar.update())
     if find_spec("transformers"):
