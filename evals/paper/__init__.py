@@ -1,0 +1,1 @@
+"""The paper's two central claims, checked on the models at hand."""
