@@ -71,6 +71,8 @@ inline void store(Fp16* y, float v) {
 //   Bits             unsigned integer of STEP bits          TOKENS  tokens per block that fit the registers
 //   expand(p, bits)  values p[0..popcount) spread to the set bits, zero elsewhere; may read a full vector from p
 //   load(x), load(x, n)   all STEP columns of x, or the first n and zeros
+//   in_register(v)   keeps the compiler from folding the load of v into each instruction that uses it: loads are what the
+//                    inner loop runs out of, and the memory form of expand is the slower one (both seen on Zen 4)
 //   fma(acc, w, x), sum4(acc of 4 rows, out)      out[0..3] += the sum of each accumulator's lanes
 
 #if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
@@ -79,6 +81,10 @@ struct Wide {
     using Acc = __m512;
     static constexpr int TOKENS = 6;
     static Acc zero() { return _mm512_setzero_ps(); }
+    template <class Vector> static Vector in_register(Vector v) {
+        asm("" : "+v"(v));
+        return v;
+    }
     static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) {
         const Acc ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
         const Acc cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -88,12 +94,6 @@ struct Wide {
         _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), quarter));
     }
 };
-
-// Keeps the compiler from folding a load into the expand instruction, whose memory form is slower on Zen 4.
-template <class Vector> Vector in_register(Vector v) {
-    asm("" : "+v"(v));
-    return v;
-}
 
 struct WideFloat : Wide {
     using Op = __m512;
@@ -183,6 +183,7 @@ struct Narrow {
     using Bits = uint8_t;
     static constexpr int STEP = 8, TOKENS = 2;
     static Acc zero() { return _mm256_setzero_ps(); }
+    static Op in_register(Op v) { return v; }
     static void fma(Acc& acc, Op w, Op x) { acc = _mm256_fmadd_ps(w, x, acc); }
     static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) {
         const Acc all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
@@ -252,6 +253,7 @@ struct Plain {
     using Bits = uint8_t;
     static constexpr int STEP = 8, TOKENS = 2;
     static Acc zero() { return {}; }
+    static const Op& in_register(const Op& v) { return v; }
     static void fma(Acc& acc, Op w, Op x) {
         for (int i = 0; i < 8; ++i) acc.lane[i] += w.lane[i] * x.lane[i];
     }
@@ -318,7 +320,7 @@ template <class V> struct Expanded {
     const typename L::Op* row[ROWS];
 
     void prefetch() const {}
-    typename L::Op next(int r, typename L::Bits) { return *row[r]++; }
+    typename L::Op next(int r, typename L::Bits) { return L::in_register(*row[r]++); }
 };
 
 // sums[t * stride + row] += dot products of ROWS rows and T tokens over `columns` columns that start at `column` of x.
@@ -341,7 +343,7 @@ inline void block(Weights weights, const V* const* x, int64_t column, int64_t co
         for (int r = 0; r < ROWS; ++r) w[r] = weights.next(r, ALL);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-            const auto xt = L::load(x[t] + column);
+            const auto xt = L::in_register(L::load(x[t] + column));
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) L::fma(acc[t][r], w[r], xt);
         }
@@ -378,9 +380,10 @@ void block(int tokens, Weights weights, const V* const* x, int64_t column, int64
 
 // ---- One call.
 
-constexpr int64_t TILE_BYTES = 256 << 10;   // expanded rows: half of a 512 KiB L2, a quarter of a 1 MiB one
-constexpr int64_t X_BYTES = 24 << 10;       // x of one block of tokens: most of a 32 KiB L1
-constexpr int64_t DIRECT_TOKENS = 12;       // more tokens of one expert than this pay for a tile
+constexpr int64_t MAX_ROWS = 64;       // rows per work item
+constexpr int64_t MAX_TOKENS = 512;    // tokens that share one expanded tile: their sums stay in L2
+constexpr int64_t X_BYTES = 24 << 10;  // x of a block of tokens, as held in registers: most of a 32 KiB L1
+constexpr int64_t DIRECT_TOKENS = 12;  // more tokens of one expert than this pay for a tile
 
 struct Buffer {  // grows to the largest call seen and is kept: no allocation once warm
     void* data = nullptr;
@@ -409,14 +412,6 @@ template <class V> struct Call {
     V* y;
 
     int64_t mask_bytes() const { return (in + 7) / 8; }
-    int64_t steps() const { return (in + L::STEP - 1) / L::STEP; }
-
-    // Rows per work item, a multiple of ROWS, so that a tile of them stays in L2.
-    int64_t rows_per_item() const {
-        const int64_t rows = TILE_BYTES / (steps() * int64_t(sizeof(Op))) / ROWS * ROWS;
-        return rows < ROWS ? ROWS : rows > 64 ? 64 : rows;
-    }
-
     // ROWS rows of an expert from `row`; past the last row the last one again, whose sums nobody stores.
     Packed<V> packed(const int32_t* map, int64_t row) const {
         Packed<V> weights;
@@ -445,44 +440,50 @@ template <class V> struct Call {
         }
     }
 
+    // Column chunk by column chunk: expand it for all rows, multiply it with all tokens, add to the sums.
     void tiled(const int32_t* map, const int32_t* tokens, int64_t count, int64_t first, int64_t last) const {
-        thread_local Buffer buffer;
-        const int64_t rows = (last - first + ROWS - 1) / ROWS * ROWS, width = steps();
-        Op* tile = (Op*)buffer.get(rows * width * sizeof(Op) + L::TOKENS * rows * sizeof(float));
-        float* sums = (float*)(tile + rows * width);
-        const int rest = int(in % L::STEP);
-        for (int64_t row = 0; row < rows; row += ROWS) {
-            auto weights = packed(map, first + row);
-            for (int64_t s = 0; s < width; ++s) {
-                if (s & 1) weights.prefetch();
-                const auto valid = typename L::Bits(rest && s == width - 1 ? (uint64_t(1) << rest) - 1 : ~uint64_t(0));
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; ++r) tile[(row + r) * width + s] = weights.next(r, valid);
-            }
-        }
-        const int64_t chunk = X_BYTES / (L::TOKENS * L::STEP * int64_t(sizeof(V))) * L::STEP;
-        for (int64_t t0 = 0; t0 < count; t0 += L::TOKENS) {
-            const int n = int(count - t0 < L::TOKENS ? count - t0 : L::TOKENS);
-            const V* xs[L::TOKENS];
-            for (int t = 0; t < n; ++t) xs[t] = x + tokens[t0 + t] * in;
-            std::memset(sums, 0, n * rows * sizeof(float));
-            for (int64_t column = 0; column < in; column += chunk) {
-                const int64_t columns = in - column < chunk ? in - column : chunk;
-                for (int64_t row = 0; row < rows; row += ROWS) {
-                    const Op* at = tile + row * width + column / L::STEP;
-                    const Expanded<V> weights{{at, at + width, at + 2 * width, at + 3 * width}};
-                    block<V>(n, weights, xs, column, columns, sums + row, rows);
+        thread_local Buffer tile_buffer, sums_buffer;
+        const int64_t groups = (last - first + ROWS - 1) / ROWS, rows = groups * ROWS;
+        const int64_t chunk = X_BYTES / (L::TOKENS * int64_t(sizeof(Op))) * L::STEP;
+        const int64_t width = chunk / L::STEP + 1;  // one vector apart, or equal columns of all rows share a cache set
+        Op* tile = (Op*)tile_buffer.get(rows * width * sizeof(Op));
+        float* sums = (float*)sums_buffer.get(count * rows * sizeof(float));
+        std::memset(sums, 0, count * rows * sizeof(float));
+        Packed<V> weights[MAX_ROWS / ROWS];
+        for (int64_t g = 0; g < groups; ++g) weights[g] = packed(map, first + g * ROWS);
+
+        for (int64_t column = 0; column < in; column += chunk) {
+            const int64_t columns = in - column < chunk ? in - column : chunk;
+            for (int64_t g = 0; g < groups; ++g) expand(weights[g], columns, tile + g * ROWS * width, width);
+            for (int64_t t0 = 0; t0 < count; t0 += L::TOKENS) {
+                const int n = int(count - t0 < L::TOKENS ? count - t0 : L::TOKENS);
+                const V* xs[L::TOKENS];
+                for (int t = 0; t < n; ++t) xs[t] = x + tokens[t0 + t] * in;
+                for (int64_t g = 0; g < groups; ++g) {
+                    const Op* at = tile + g * ROWS * width;
+                    const Expanded<V> expanded{{at, at + width, at + 2 * width, at + 3 * width}};
+                    block<V>(n, expanded, xs, column, columns, sums + t0 * rows + g * ROWS, rows);
                 }
             }
-            for (int t = 0; t < n; ++t)
-                for (int64_t r = 0; r < last - first; ++r)
-                    store(y + tokens[t0 + t] * out + first + r, sums[t * rows + r]);
+        }
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t r = 0; r < last - first; ++r) store(y + tokens[t] * out + first + r, sums[t * rows + r]);
+    }
+
+    static void expand(Packed<V>& weights, int64_t columns, Op* tile, int64_t width) {
+        for (int64_t s = 0; columns > 0; ++s, columns -= L::STEP) {
+            const auto valid = typename L::Bits(columns < L::STEP ? (uint64_t(1) << columns) - 1 : ~uint64_t(0));
+            if (s & 1) weights.prefetch();
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) tile[r * width + s] = weights.next(r, valid);
         }
     }
 
     // `order` lists the tokens expert by expert; `begins` [experts + 1] says where each expert's begin.
     void run(const int32_t* order, const int64_t* begins, int64_t experts, int threads) const {
-        const int64_t rows = rows_per_item(), chunks = (out + rows - 1) / rows;
+        int64_t rows = out / (4 * threads) / ROWS * ROWS;  // some items for each thread
+        rows = rows < ROWS ? ROWS : rows > MAX_ROWS ? MAX_ROWS : rows;
+        const int64_t chunks = (out + rows - 1) / rows;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (int64_t item = 0; item < experts * chunks; ++item) {
             const int64_t expert = item / chunks, first = item % chunks * rows;
@@ -491,7 +492,9 @@ template <class V> struct Call {
             if (count == 0) continue;
             const int32_t *map = row_map + expert * out, *tokens = order + begins[expert];
             if (count <= DIRECT_TOKENS) direct(map, tokens, count, first, last);
-            else tiled(map, tokens, count, first, last);
+            else
+                for (int64_t t = 0; t < count; t += MAX_TOKENS)
+                    tiled(map, tokens + t, count - t < MAX_TOKENS ? count - t : MAX_TOKENS, first, last);
         }
     }
 };
