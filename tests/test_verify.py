@@ -276,6 +276,17 @@ def test_verify_finds_corruptions(sound, tmp_path, corrupt):
         shutil.rmtree(path)
 
 
+def meaning(content: bytes):
+    """A file's content but for white space in its JSON: config.json, or a safetensors file."""
+    try:
+        if content[:1] == b"{":
+            return json.loads(content)
+        size = int.from_bytes(content[:8], "little")
+        return size, json.loads(content[8 : 8 + size]), bytes(content[8 + size :])
+    except ValueError:
+        return object()
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_byte_of_any_file(sound, tmp_path_factory, data):
@@ -286,12 +297,9 @@ def test_any_byte_of_any_file(sound, tmp_path_factory, data):
     content = bytearray(file.read_bytes())
     place = data.draw(st.integers(0, len(content) - 1))
     content[place] ^= data.draw(st.integers(1, 255))
-    try:
-        harmless = json.loads(content) == json.loads(file.read_bytes())
-    except ValueError:
-        harmless = False
+    harmless = meaning(content) == meaning(file.read_bytes())
     file.write_bytes(content)
-    assert verify(path) or harmless  # white space of config.json may change
+    assert verify(path) or harmless
     shutil.rmtree(path)
 
 

@@ -41,6 +41,7 @@ def _problems(directory: Path, quiet: bool) -> Iterator[WexpandError]:
             f"{found[:12]}...)"
         )
     yield from _index_problems(directory, files)
+    yield from _header_problems(files)
     ours = sum(len(checkpoint.tensor_names(n, entry)) for n, entry in config.linears.items())
     count = len(config.linears) + max(len(files) - ours, 0)
     with tqdm(total=count, unit="", disable=quiet, desc="verify") as bar:
@@ -73,6 +74,17 @@ def _index_problems(directory: Path, files: dict[str, Path]) -> Iterator[Wexpand
             yield WexpandError(
                 f"{index}: {tensor}: listed in {listed.get(tensor)}, found in {right}"
             )
+
+
+def _header_problems(files: dict[str, Path]) -> Iterator[WexpandError]:
+    """transformers reads files that say they hold PyTorch's tensors."""
+    from safetensors import safe_open
+
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as tensors:
+            metadata = tensors.metadata()
+        if (metadata or {}).get("format") != "pt":
+            yield WexpandError(f"{file}: its header says {metadata}, should say format: pt")
 
 
 def _check_fit(directory: Path, files: dict[str, Path], config: WexpandConfig) -> None:
