@@ -1,0 +1,36 @@
+"""Importing the package is light, and a library that we cannot work with stays usable."""
+
+import subprocess
+import sys
+
+
+def python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout + run.stderr
+
+
+def test_nothing_heavy_is_imported():
+    found = python(
+        "import wexpand_plugin, wexpand_plugin.serve, sys; "
+        "print(sorted({'torch', 'transformers', 'llmcompressor', 'vllm', 'sklearn', 'matplotlib'}"
+        " & set(sys.modules)))"
+    )
+    assert found.strip() == "[]"
+
+
+def test_a_failing_half_is_reported_and_harmless():
+    found = python(
+        "import wexpand_plugin, sys; sys.modules['wexpand_plugin.hf'] = None; "
+        "import transformers.quantizers.auto; print('alive')"
+    )
+    assert "alive" in found and "cannot be used with this transformers" in found
+
+
+def test_modifiers_are_known_after_importing_llmcompressor_in_either_order():
+    for order in ("wexpand_plugin, llmcompressor", "llmcompressor, wexpand_plugin"):
+        found = python(
+            f"import {order}; from llmcompressor.modifiers.factory import ModifierFactory as F; "
+            "print(sorted(F._registered_registry))"
+        )
+        assert "['NeuronScoringModifier', 'SparseExpansionModifier']" in found
