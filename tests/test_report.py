@@ -202,7 +202,7 @@ def test_without_baseline_a_neuron_is_compared_with_its_shared_version(made):
 def test_full_expansion_and_one_expert(made, tmp_path):
     dataset = str(made / "text.jsonl")
     tiny.expanded(tmp_path / "two", experts=2, sparsity=0.4, seed=3)
-    for path, experts, note in (("two", 2, None), ("one", 1, "--baseline"), ("all", 3, "--base")):
+    for path, experts, note in (("two", 2, None), ("one", 1, None), ("all", 3, "--baseline")):
         if path != "two":
             model = tiny.expand(tiny.dense(), experts=experts)
             for name, module in list(model.named_modules()):
@@ -214,6 +214,8 @@ def test_full_expansion_and_one_expert(made, tmp_path):
         )
         assert ("Pass --baseline DIR" in page.text) == (note is not None)
         assert ("one expert, plain sparse" in page.text) == (experts == 1)
+        assert ("Who gains" in page.text) == (experts > 1)
+        assert ("full expansion" in page.text) == (path == "all")
 
 
 def _unshare(model, name):

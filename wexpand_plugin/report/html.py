@@ -136,8 +136,11 @@ def _sections(
             what = "the outputs of neurons before and after"
             add("distributions", title, words.pass_options(wanted, what))
         else:
-            figure = neuron_plots.distributions(measured)
-            add("distributions", title, words.distributions(measured), figure)
+            blue = "experts" if data.experts > 1 else "sparse model"
+            figure = neuron_plots.distributions(measured, blue)
+            add("distributions", title, words.distributions(measured, blue), figure)
+        if data.experts == 1:
+            return found
         title = "Who gains from experts"
         if measured is None:
             what = "which neurons gain the most"

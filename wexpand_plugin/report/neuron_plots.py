@@ -43,13 +43,16 @@ def wasserstein(wd: Mapping[str, Tensor], percent: float) -> Any:
     return figure
 
 
-def distributions(measured: Measurement, pairs: int = 4) -> Any:
-    """Outputs of the most entangled neurons of `pairs` linears, and of a median neuron of each."""
+def distributions(measured: Measurement, blue: str, pairs: int = 4) -> Any:
+    """Outputs of the most entangled neurons of `pairs` linears, and of a median neuron of each.
+
+    `blue` is what the compressed outputs are called.
+    """
     chosen = [pair for _, pair in zip(range(pairs), measured.distributions, strict=False)]
     figure, panels = grid(2 * len(chosen), len(chosen), 2.1)
     for row in (0, 1):
         for axes, pair in zip(panels[row * len(chosen) :], chosen, strict=False):
-            _outputs(axes, pair[row])
+            _outputs(axes, pair[row], blue)
     for axes in panels[:: len(chosen)]:
         axes.set_ylabel("density")
     _legend(figure, max(panels, key=lambda axes: len(axes.get_legend_handles_labels()[0])))
@@ -57,7 +60,7 @@ def distributions(measured: Measurement, pairs: int = 4) -> Any:
     return figure
 
 
-def _outputs(axes: Any, neuron: Distribution) -> None:
+def _outputs(axes: Any, neuron: Distribution, blue: str) -> None:
     low, high = np.quantile(neuron.dense.numpy(), (0.002, 0.998))
     low, high = min(low, -3.0), max(high, 3.0)
     edges = np.linspace(low, high, 50)
@@ -73,7 +76,7 @@ def _outputs(axes: Any, neuron: Distribution) -> None:
         base = density(neuron.base)
         highest = max(highest, base.max())
         axes.stairs(base, edges, color=COLOURS["orange"], linewidth=1.2, label="one version")
-    axes.stairs(experts, edges, color=COLOURS["blue"], linewidth=1.2, label="experts")
+    axes.stairs(experts, edges, color=COLOURS["blue"], linewidth=1.2, label=blue)
     gauss = np.exp(-(middle**2) / 2) / np.sqrt(2 * np.pi)
     axes.plot(middle, gauss, color=INK, linewidth=0.9, linestyle=":", label="Gaussian")
     # a spike may be cut: the rest would be flat

@@ -65,7 +65,10 @@ def tiles(data: ReportData) -> list[tuple[str, str]]:
     return [
         (f"{found.linear_bytes / dense:.2f} ×", "the dense size, on disk"),
         (f"{found.bytes_per_token / dense:.2f} ×", "the dense size, read per token"),
-        (f"{found.sparsity:.1%}", "zeros in every expert"),
+        (
+            f"{found.sparsity:.1%}",
+            "zeros in every " + ("linear" if data.experts == 1 else "expert"),
+        ),
         (str(data.experts), "expert per linear" if data.experts == 1 else "experts per linear"),
     ]
 
@@ -88,10 +91,17 @@ def budget(data: ReportData) -> str:
         for linear in data.linears
     )
     pairs = sum(linear.experts * linear.out_features for linear in data.linears)
-    return (
-        f"A neuron has {versions / neurons:.1f} row versions on average, for {data.experts} "
-        f"experts; {float(users) / pairs:.0%} of the (neuron, expert) pairs have a row to "
-        "themselves, the others share. Left: how many rows each expert costs, a shared row split "
+    if versions == pairs:
+        start = f"Each of the {data.experts} experts has its own row of every neuron: this is full "
+        start += "expansion, without a budget. "
+    else:
+        start = (
+            f"A neuron has {versions / neurons:.1f} row versions on average, for {data.experts} "
+            f"experts; {float(users) / pairs:.0%} of the (neuron, expert) pairs have a row to "
+            "themselves, the others share. "
+        )
+    return start + (
+        "Left: how many rows each expert costs, a shared row split "
         "among its users; bright experts are those that bytes were spent on. Middle: how many "
         "experts use the same row. Right: how many versions the neurons have."
     )
@@ -126,14 +136,14 @@ def wasserstein(scores: Mapping[str, Tensor], measured: Measurement | None, perc
     )
 
 
-def distributions(measured: Measurement) -> str:
+def distributions(measured: Measurement, blue: str) -> str:
     base = ""
     if measured.base is not None:
         base = f"one sparse version for all tokens ({measured.base}, orange), "
     return (
-        "Top: the most entangled neuron of each of the four linears where WD is highest. Bottom: "
+        "Top: the most entangled neuron of each of the linears where WD is highest. Bottom: "
         f"a neuron of median WD in the same linears. Grey is the dense model, then {base}"
-        "and the experts (blue). The closer a line follows the grey, the better the neuron "
+        f"and the {blue} (blue). The closer a line follows the grey, the better the neuron "
         "survived; equal shapes are necessary, not sufficient, for equal outputs."
     )
 
