@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -12,9 +10,8 @@ import torch
 
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.neurons import neuron_scores
-from wexpand_plugin.report import data as report_data
 from wexpand_plugin.report import inputs, measure, write
-from wexpand_plugin.report.data import Sharing, collect, common_versions, short_name, users
+from wexpand_plugin.report.data import collect
 from wexpand_plugin.scores import FOLDER, ModelScores, ScoredLinear, fingerprint, save_scores
 
 for needed in ("matplotlib", "jinja2", "datasets", "sklearn"):
@@ -257,30 +254,6 @@ def test_scores_beside_the_model_are_shown(made, tmp_path):
     assert "self_attn" not in _Page(page).source, "only what was expanded is shown"
 
 
-def test_row_maps_by_hand():
-    #        neuron 0: all share; 1: all own; 2: experts 0 and 2 share
-    row_map = torch.tensor([[0, 1, 4], [0, 2, 5], [0, 3, 4]], dtype=torch.int32)
-    assert users(row_map).tolist() == [[3, 1, 2], [3, 1, 1], [3, 1, 2]]
-    sharing = Sharing.of(row_map)
-    third = 1 / 3
-    expected = torch.tensor([third + 1 + 0.5, third + 1 + 1, third + 1 + 0.5]) / 3
-    torch.testing.assert_close(sharing.cost, expected)
-    torch.testing.assert_close(sharing.cost.sum() * 3, torch.tensor(6.0))
-    torch.testing.assert_close(sharing.users, torch.tensor([4.0, 2.0, 3.0]) / 9)
-    torch.testing.assert_close(sharing.versions, torch.tensor([1.0, 1.0, 1.0]) / 3)
-    version, count = common_versions(row_map, [5, 90, 6])
-    assert version.tolist() == [0, 2, 5] and count.tolist() == [3, 1, 1]
-    version, count = common_versions(row_map, [])
-    assert version.tolist() == [0, 1, 4] and count.tolist() == [3, 1, 2]
-
-
-def test_names_and_labels():
-    assert short_name("model.layers.3.mlp.up_proj") == "3.mlp.up_proj"
-    assert short_name("lm_head") == "lm_head"
-    group = report_data.Group(["model.layers.3.mlp.gate_proj", "model.layers.3.mlp.up_proj"], [])
-    assert group.label == "3.mlp gate_proj up_proj"
-
-
 def test_what_is_not_ours_is_refused(made, tmp_path):
     with pytest.raises(WexpandError, match="not a model that wexpand wrote"):
         write(made / "dense", tmp_path / "x.html")
@@ -317,15 +290,3 @@ def test_wrong_input(made, tmp_path, options, problem):
     with pytest.raises(WexpandError, match=problem):
         write(made / "ours", tmp_path / "x.html", quiet=True, **values)
     assert not (tmp_path / "x.html").exists()
-
-
-def test_importing_it_is_light(root):
-    code = (
-        "import sys, wexpand_plugin.report\n"
-        "heavy = ('matplotlib', 'jinja2', 'transformers', 'datasets')\n"
-        "print([name for name in heavy if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
