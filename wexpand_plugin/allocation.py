@@ -17,6 +17,7 @@ Neurons may be weighted: errors are multiplied by a weight [experts, rows] befor
 applied.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,19 +63,17 @@ def merge_tree(means: Tensor, tokens: Tensor) -> Tree:
     experts = means.shape[0]
     members = [torch.eye(experts, dtype=torch.bool)[e] for e in range(experts)]
     centres, sizes = list(means.double()), [float(n) for n in tokens]
-    alive, children = list(range(experts)), []
+    alive = list(range(experts))
+    children: list[tuple[int, ...]] = []
+
+    def cost(pair: tuple[int, int]) -> float:
+        a, b = pair
+        size = sizes[a] + sizes[b]
+        apart = float((centres[a] - centres[b]).square().sum())
+        return sizes[a] * sizes[b] / size * apart if size else 0.0
+
     while len(alive) > 1:
-        best = None
-        for i, a in enumerate(alive):
-            for b in alive[i + 1 :]:
-                size = sizes[a] + sizes[b]
-                cost = 0.0
-                if size:
-                    apart = float((centres[a] - centres[b]).square().sum())
-                    cost = sizes[a] * sizes[b] / size * apart
-                if best is None or cost < best[0]:
-                    best = (cost, a, b)
-        _, a, b = best
+        a, b = min(itertools.combinations(alive, 2), key=cost)
         size = sizes[a] + sizes[b]
         share = sizes[a] / size if size else 0.5
         centres.append(share * centres[a] + (1 - share) * centres[b])

@@ -44,6 +44,8 @@ class RoutedLinear(nn.Module):
 
         self.weight = parameter(nnz)
         width = (in_features + 7) // 8
+        self.weight_mask: Tensor
+        self.row_map: Tensor
         self.register_buffer(
             "weight_mask", torch.empty(versions, width, dtype=torch.uint8, device=device)
         )

@@ -8,8 +8,8 @@ from . import checkpoint
 
 __all__ = ["SHARD_BYTES", "Shards"]
 
-SHARD_BYTES = 1 << 30
-"""default size of one file: a model of any size is written with about 2 GB of memory"""
+SHARD_BYTES = 1 << 29
+"""default size of one file; larger tensors have a file of their own"""
 
 
 class Shards:

@@ -155,18 +155,19 @@ def _prune_columns(columns, factor, sparsity, structure, linears, block_size) ->
         end = min(start + block_size, width)
         block, errors = columns[:, start:end], torch.empty_like(columns[:, start:end])
         u, d = factor[:, start:end, start:end], scale[:, start:end]
-        pruned = None
-        if structure.kind != "n:m":
+        if structure.kind == "n:m":
+            pruned = torch.zeros_like(block, dtype=torch.bool)  # chosen group by group below
+        else:
             pruned = _choose(block.square() / d.square(), start, sparsity, structure, linears)
         for s in range(0, end - start, sub_block):
             e = min(s + sub_block, end - start)
             for i in range(s, e):
                 if structure.kind == "n:m" and i % structure.m == 0:
                     group = slice(i, i + structure.m)
-                    mask = torch.zeros_like(block[:, group], dtype=torch.bool)
                     cost = block[:, group].square() / d[:, group].square()
-                    mask.scatter_(1, cost.topk(structure.n, dim=1, largest=False).indices, True)
-                gone = mask[:, i % structure.m] if structure.kind == "n:m" else pruned[:, i]
+                    least = cost.topk(structure.n, dim=1, largest=False).indices
+                    pruned[:, group].scatter_(1, least, True)
+                gone = pruned[:, i]
                 error = torch.where(gone, block[:, i], 0) / d[:, i]
                 block[:, i].masked_fill_(gone, 0)
                 errors[:, i] = error

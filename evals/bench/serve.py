@@ -5,9 +5,9 @@
 
 Without models it makes synthetic ones of the given shape (`wexpand synth`: random weights and
 masks; what is measured does not depend on their values). One engine per model is started, all stay
-up, and they are asked in turn, so that a slow minute of the machine hits each of them. Prefill is the time
-of a prompt with one token generated; decode is what each further token takes. Prompts are random
-tokens, and every sequence of a batch is another, so that a batch meets many experts.
+up, and they are asked in turn, so that a slow minute of the machine hits each of them. Prefill is
+the time of a prompt with one token generated; decode is what each further token takes. Prompts are
+random tokens, and every sequence of a batch is another, so that a batch meets many experts.
 
 What bounds it: decoding one token reads every weight once, so its floor is bytes per token over the
 memory's bandwidth; both are printed. Prefill is bound by arithmetic, of which sparsity saves none.

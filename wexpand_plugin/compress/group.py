@@ -36,7 +36,9 @@ def expand_group(
     """Replace the linears of `group` in `model` by routed ones, calibrated by `replay`."""
     first = group.linears[0]
     weights = [linear.weight.detach() for linear in group.linears]
-    biases = [None if m.bias is None else m.bias.detach() for m in group.linears]
+    biases: list[Tensor | None] = [
+        None if m.bias is None else m.bias.detach() for m in group.linears
+    ]
     device, width = weights[0].device, weights[0].shape[1]
     router, sample = None, torch.empty(0)
     if settings.num_experts > 1:

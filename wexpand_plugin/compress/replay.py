@@ -10,6 +10,7 @@ Input groups are found the same way: the linears of a block that are called with
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from llmcompressor.core import active_session
@@ -50,7 +51,9 @@ class BlockReplay:
         self.block = block
         self.modifier = modifier
         self.cache = IntermediatesCache(None, torch.device("cpu"))
-        modifier.register_hook(block, self._record, "forward_pre", with_kwargs=True)
+        # llm-compressor types every hook as a function of one argument
+        hook: Any = self._record
+        modifier.register_hook(block, hook, "forward_pre", with_kwargs=True)
 
     def _record(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
         self.cache.append({"args": args, "kwargs": kwargs})
@@ -78,7 +81,8 @@ class BlockReplay:
         for index in range(len(self)):
             calls: list[tuple[nn.Linear, Tensor]] = []
 
-            def note(module: nn.Linear, args: tuple, calls=calls) -> None:
+            def note(*call: Any, calls=calls) -> None:
+                module, args = call
                 calls.append((module, args[0]))
 
             missing = [m for m in names if not any(m in group for group in found)]
@@ -107,8 +111,8 @@ class BlockReplay:
         masks = getattr(active_session().state, "loss_masks", None)
         seen: list[Tensor] = []
 
-        def take(_module: nn.Linear, args: tuple) -> None:
-            seen.append(args[0].detach())
+        def take(*call: Any) -> None:
+            seen.append(call[1][0].detach())
             raise _Reached
 
         hook = {self.modifier.register_hook(linear, take, "forward_pre")}

@@ -114,7 +114,7 @@ class NeuronScoringModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):
         for module in self._names:
-            self.register_hook(module, self.sample_inputs, "forward")
+            self.register_hook(module, self.sample_inputs, "forward")  # type: ignore[arg-type]
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[torch.nn.Module], **kwargs

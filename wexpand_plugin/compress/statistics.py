@@ -115,7 +115,7 @@ class GroupStatistics:
         start = int((self._batches * 0.6180339887) % 1 * (len(rows) - size))
         self._batches += 1
         held = rows[start : start + size]
-        if size:
+        if size and self.held_sum is not None:
             self.held.add(held)
             self.held_sum.addmm_(held.t(), held)
             self.tokens += torch.bincount(self._route(held), minlength=self.experts).cpu()

@@ -41,7 +41,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, str]:
     import os
 
     forced = os.environ.get("WEXPAND_KERNEL")
-    refused = []
+    refused: list[str] = []
     for name in (forced,) if forced else NAMES:
         kernel = get(name)
         reason = kernel.unavailable(device, dtype)

@@ -68,9 +68,10 @@ def _compiler() -> list[str]:
 
 
 def _run(command: list[str], problem: str) -> str:
-    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 300}
     try:
-        done = subprocess.run(command, **options)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=300
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} {problem}: {error}") from error
     if done.returncode:

@@ -9,6 +9,8 @@ Loading weights into a running engine again (sleep level 2, weight updates in tr
 supported.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -47,7 +49,7 @@ class WexpandLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -58,7 +60,7 @@ class WexpandLinearMethod(LinearMethodBase):
         parts = Parts(self.prefix, self.names, len(output_partition_sizes), self.config)
         for kind, dtype in _KINDS.items():
             parameter = Parameter(torch.empty(0, dtype=dtype or params_dtype), requires_grad=False)
-            parameter.weight_loader = parts.loader(kind)
+            setattr(parameter, "weight_loader", parts.loader(kind))  # noqa: B010
             layer.register_parameter(kind, parameter)
         # Models that reorder a fused matrix while loading look for its output dimension. Reordered
         # or not, what does not match the checksum is refused, so it can never be used wrongly.
@@ -75,7 +77,7 @@ class WexpandLinearMethod(LinearMethodBase):
             _said.add(sentence)
             logger.info("wexpand: %s", sentence)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         device = layer.weight.device
         parts = layer.wexpand_parts
         for kind in _KINDS:
@@ -98,7 +100,7 @@ class WexpandLinearMethod(LinearMethodBase):
             layer.register_buffer("router_bias", router.bias.to(device), persistent=False)
 
     def _assemble(
-        self, layer: torch.nn.Module, members: list[Member], columns: tuple[int, int] | None
+        self, layer: Any, members: list[Member], columns: tuple[int, int] | None
     ) -> tuple[RowPool, Router | None]:
         """This rank's row pool and the router; fills the layer's bias."""
         router_of: Member | None = None
@@ -114,6 +116,7 @@ class WexpandLinearMethod(LinearMethodBase):
                 )
             if member.router is not None:
                 router_of = router_of or member
+                assert router_of.router is not None
                 for first, own in zip(router_of.router, member.router, strict=True):
                     if not torch.equal(first, own):
                         raise WexpandError(
@@ -133,7 +136,7 @@ class WexpandLinearMethod(LinearMethodBase):
         pool = pools[0] if len(pools) == 1 else concat_pools(pools)
         return pool, router_of and router_of.router
 
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         experts = None
         if layer.wexpand_reduces:
@@ -155,7 +158,7 @@ class WexpandLinearMethod(LinearMethodBase):
             y = y + bias
         return y.view(*x.shape[:-1], layer.wexpand_out)
 
-    def dequantize_weight(self, layer: torch.nn.Module) -> Tensor:
+    def dequantize_weight(self, layer: Any) -> Tensor:
         raise WexpandError(
             f"{self.prefix}: expanded weights cannot be quantized when they are loaded; start "
             "without --quantization"

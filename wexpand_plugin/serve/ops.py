@@ -32,7 +32,7 @@ def _run(
     out_features: int,
     kernel: str,
 ) -> Tensor:
-    if experts is None and router_weight is not None:
+    if experts is None and router_weight is not None and router_bias is not None:
         experts = route(x, router_weight, router_bias)
     return _kernel(kernel).run(x.contiguous(), experts, layout, out_features)
 

@@ -7,7 +7,7 @@ when all are there.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Parts:
         if shard_id is None:
             return tuple(range(self.shards))
         ids = shard_id if isinstance(shard_id, tuple) else (shard_id,)
-        covers = tuple(_QKV.get(i, i) for i in ids)
+        covers: tuple[Any, ...] = tuple(_QKV.get(i, i) for i in ids)
         if not all(isinstance(i, int) and 0 <= i < self.shards for i in covers):
             raise WexpandError(
                 f"{self.prefix}: vLLM loads a part {shard_id!r} of it, which is not known here"
@@ -77,7 +77,7 @@ class Parts:
                 "checkpoint's tensors (--load-format dummy cannot stand in for them)"
             )
         if len(self.names) == self.shards:
-            covers = [(i,) for i in range(self.shards)]
+            covers: list[tuple[int, ...]] = [(i,) for i in range(self.shards)]
         elif len(self.names) == 1:
             covers = [tuple(range(self.shards))]
         else:

@@ -5,7 +5,7 @@ columns (inputs). Fused qkv with fewer key/value heads than ranks gives the same
 several ranks. Numbers refer to the linear as it is in the checkpoint.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Shard(NamedTuple):
     stop: int
 
 
-def shards_of(layer: torch.nn.Module) -> list[Shard]:
+def shards_of(layer: Any) -> list[Shard]:
     """The matrices of vLLM's linear `layer` and this rank's rows of each, in order."""
     if type(layer).weight_loader not in {cls.weight_loader for cls in _KNOWN}:
         raise WexpandError(
