@@ -182,7 +182,7 @@ def pack(
 
     \b
     Example:
-      wexpand pack neuralmagic/Sparse-Llama-3.1-8B-2of4 OUT
+      wexpand pack PRUNED OUT
       vllm serve OUT
     """
     from dataclasses import asdict
