@@ -79,7 +79,14 @@ def logits(model, seed: int = 5) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Mistral", "GPTNeoX", "Qwen3", "OPT", "Gemma2"])
+@pytest.mark.parametrize(
+    "kind",
+    ["Llama", "GPTNeoX"]
+    + [
+        pytest.param(k, marks=pytest.mark.slow)
+        for k in ("Qwen2", "Mistral", "Qwen3", "OPT", "Gemma2")
+    ],
+)
 def test_compresses_saves_and_reloads_equal(kind, tmp_path):
     model = run(tiny(kind, tmp_path / "dense"), tmp_path / "out")
     routed = {n: m for n, m in model.named_modules() if isinstance(m, RoutedLinear)}
@@ -162,8 +169,14 @@ def test_down_proj_is_calibrated_on_the_sparse_gate_and_up(tmp_path):
     assert (counts - torch.tensor(down.tokens)).abs().sum() <= 4
 
 
-@pytest.mark.parametrize("scope", ["layer", "model"])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(
+    "scope,share",
+    [
+        ("layer", True),
+        ("model", True),
+        pytest.param("layer", False, marks=pytest.mark.slow),
+    ],
+)
 def test_size_budget_is_met(scope, share, tmp_path):
     path = tiny("Llama", tmp_path / "dense")
     model = run(
@@ -182,6 +195,7 @@ def test_size_budget_is_met(scope, share, tmp_path):
     assert total <= 2.0 * dense
 
 
+@pytest.mark.slow
 def test_scores_choose_different_neurons(tmp_path):
     path, maps = tiny("Llama", tmp_path / "dense"), {}
     for score in ("gain", "wasserstein", "gain_wasserstein", "kurtosis", "random"):
@@ -208,6 +222,7 @@ def test_the_smallest_budget_is_plain_sparsegpt(tmp_path):
         torch.testing.assert_close(pool.expert(expert), plain.pool.expert(0), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_deterministic(tmp_path):
     path = tiny("Llama", tmp_path / "dense")
     runs = []
@@ -226,6 +241,7 @@ def test_bfloat16_model_keeps_float32_routers(tmp_path):
     assert torch.equal(logits(reloaded), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["sequential", "basic"])
 def test_other_pipelines(pipeline, tmp_path):
     model = run(tiny("Llama", tmp_path / "dense"), pipeline=pipeline, targets=["re:.*mlp.*"])
@@ -249,6 +265,7 @@ def test_yaml_recipe_with_unquoted_mask_structure(tmp_path):
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the stories260K model is not on this machine")
+@pytest.mark.slow
 def test_stories260k(tmp_path):
     model = run(STORIES, tmp_path / "out", targets=["re:.*mlp.*"], sparsity=0.5)
     assert model.model.layers[0].mlp.down_proj.in_features == 172
