@@ -272,14 +272,37 @@ def verify(directory: Directory, quiet: Quiet = False, as_json: Json = False) ->
 def report(
     directory: Directory,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="HTML file; by default in DIRECTORY.")
+        Path | None, typer.Option("--output", "-o", help="HTML file; by default DIR/report.html.")
     ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="The model before compression: directory or hub id.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", "-d", help="Text to run it on, not the calibration text."),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="The same model pruned without experts, to compare neurons with."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")] = 8192,
     quiet: Quiet = False,
 ) -> None:
-    """Write an HTML page about a compressed model: scores, experts, sizes, errors."""
-    from .report.html import write
+    """Write an HTML page about a compressed model: sizes, shared rows, tokens per expert.
 
-    written = write(directory, output)
+    With --dense and --dataset it also shows what neurons do: Wasserstein distances, output
+    distributions before and after, and which neurons gain from experts.
+
+    \b
+    Example:
+      wexpand report OUT --dense MODEL --dataset held_out.txt
+    """
+    from .report import write
+
+    written = write(
+        directory, output, dense=dense, dataset=dataset, baseline=baseline, tokens=tokens,
+        quiet=quiet,
+    )  # fmt: skip
     if not quiet:
         typer.echo(f"wrote {written}")
 
