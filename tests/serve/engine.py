@@ -51,16 +51,9 @@ def main(jobs: Path, results: Path) -> None:
             done[name] = {"error": traceback.format_exc()}
         results.write_text(json.dumps(done))
         if "tensor_parallel_size" not in job:
-            forget_engine()
+            from vllm.distributed import cleanup_dist_env_and_memory
 
-
-def forget_engine() -> None:
-    """Let go of what vLLM keeps per process and would hand to the next engine."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
-
-    cleanup_dist_env_and_memory()
-    _ROPE_DICT.clear()  # made for eager mode, rotary layers do not suit a compiled model
+            cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

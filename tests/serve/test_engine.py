@@ -93,8 +93,9 @@ def damaged(models, tmp_path_factory) -> Path:
 def served(models, damaged, tmp_path_factory) -> dict:
     llama, qwen2, plain = (str(models[name][0]) for name in ("llama", "qwen2", "plain"))
     jobs = [
-        {"name": "qwen2 compiled", "model": qwen2, "enforce_eager": False},
         {"name": "llama eager", "model": llama},
+        # after an eager engine: the compiled one then inherits in-place rotary layers
+        {"name": "qwen2 compiled", "model": qwen2, "enforce_eager": False},
         {"name": "llama in parts", "model": llama, "max_num_batched_tokens": 4,
          "enable_prefix_caching": True},
         {"name": "llama bfloat16", "model": llama, "dtype": "bfloat16"},

@@ -377,13 +377,38 @@ def test_compiles_without_graph_breaks():
         assert_close(compiled(x), expected(checkpoint, x) * 2)
 
 
+@torch.library.custom_op("wexpand_test::double", mutates_args=("q", "k"))
+def double(q: torch.Tensor, k: torch.Tensor) -> None:
+    """In place on two views, as vLLM's rotary embedding."""
+    q.mul_(2)
+    k.mul_(2)
+
+
+def test_compiled_bias_split_and_change_in_place():
+    checkpoint = qkv()
+    layer = qkv_layer(checkpoint, disable_tp=True)
+    checkpoint.fill(layer, QKV)
+
+    def forward(x):
+        q, k, v = run(layer, x).split([16, 8, 8], dim=-1)
+        double(q, k)
+        return q.view(-1, 4, 4) + 0, k.view(-1, 2, 4) + 0, v.view(-1, 2, 4) + 0
+
+    x = torch.randn(50, WIDTH)
+    options = {"enable_auto_functionalized_v2": False}  # as vLLM sets it
+    q, k, v = torch.compile(forward, fullgraph=True, dynamic=True, options=options)(x)
+    truth = expected(checkpoint, x)
+    truth[:, :24] *= 2
+    assert_close(torch.cat([t.flatten(1) for t in (q, k, v)], dim=1), truth)
+
+
 def test_op_passes_torchs_own_checks():
     checkpoint = qkv()
     layer = qkv_layer(checkpoint, disable_tp=True)
     checkpoint.fill(layer, QKV)
     layout = [getattr(layer, name) for name in layer.wexpand_layout]
-    arguments = (torch.randn(4, WIDTH), layout, layer.router_weight, layer.router_bias, None, 32,
-                 layer.wexpand_kernel)  # fmt: skip
+    arguments = (torch.randn(4, WIDTH), layout, layer.router_weight, layer.router_bias, None,
+                 layer.bias, 32, layer.wexpand_kernel)  # fmt: skip
     torch.library.opcheck(torch.ops.wexpand.routed_linear.default, arguments)
 
 

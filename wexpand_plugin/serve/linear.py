@@ -151,11 +151,10 @@ class WexpandLinearMethod(LinearMethodBase):
             layer.router_weight,
             layer.router_bias,
             experts,
+            bias,
             layer.wexpand_out,
             layer.wexpand_kernel,
         )
-        if bias is not None:
-            y = y + bias
         return y.view(*x.shape[:-1], layer.wexpand_out)
 
     def dequantize_weight(self, layer: Any) -> Tensor:

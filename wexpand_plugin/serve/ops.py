@@ -18,7 +18,7 @@ __all__ = ["routed_linear"]
 _library = torch.library.Library("wexpand", "DEF")
 _library.define(
     "routed_linear(Tensor x, Tensor[] layout, Tensor? router_weight, Tensor? router_bias, "
-    "Tensor? experts, int out_features, str kernel) -> Tensor"
+    "Tensor? experts, Tensor? bias, int out_features, str kernel) -> Tensor"
 )
 _kernel = cache(kernels.get)
 
@@ -29,15 +29,17 @@ def _run(
     router_weight: Tensor | None,
     router_bias: Tensor | None,
     experts: Tensor | None,
+    bias: Tensor | None,
     out_features: int,
     kernel: str,
 ) -> Tensor:
     if experts is None and router_weight is not None and router_bias is not None:
         experts = route(x, router_weight, router_bias)
-    return _kernel(kernel).run(x.contiguous(), experts, layout, out_features)
+    y = _kernel(kernel).run(x.contiguous(), experts, layout, out_features)
+    return y if bias is None else y.add_(bias)
 
 
-def _fake(x, layout, router_weight, router_bias, experts, out_features, kernel):
+def _fake(x, layout, router_weight, router_bias, experts, bias, out_features, kernel):
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -46,8 +48,12 @@ _library.impl("routed_linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("wexpand::routed_linear", _fake, lib=_library)
 
 routed_linear = torch.ops.wexpand.routed_linear.default
-"""y [tokens, out] = each token of x [tokens, in] times its expert's weights, no bias.
+"""y [tokens, out] = each token of x [tokens, in] times its expert's weights, plus `bias` [out].
 
 `layout` is what `kernels.<kernel>.prepare` made. A token's expert is `experts` [tokens] if given,
 else the router's choice, else the only one there is.
+
+The bias is added in here and not in the graph: the result is then one buffer, as a dense linear's,
+and what follows may take views of it. (Where a bias added in the graph was followed by a split and
+an in-place rotary embedding, Inductor's code read past the end of a buffer.)
 """
