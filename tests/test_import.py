@@ -33,4 +33,4 @@ def test_modifiers_are_known_after_importing_llmcompressor_in_either_order():
             f"import {order}; from llmcompressor.modifiers.factory import ModifierFactory as F; "
             "print(sorted(F._registered_registry))"
         )
-        assert "['NeuronScoringModifier', 'SparseExpansionModifier']" in found
+        assert "['NeuronScoringModifier', 'PackModifier', 'SparseExpansionModifier']" in found

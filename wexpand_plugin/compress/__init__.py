@@ -12,7 +12,8 @@ def register() -> None:
     from llmcompressor.modifiers.factory import ModifierFactory
 
     from .modifier import SparseExpansionModifier
+    from .packing import PackModifier
     from .scoring import NeuronScoringModifier
 
-    for modifier in (SparseExpansionModifier, NeuronScoringModifier):
+    for modifier in (SparseExpansionModifier, NeuronScoringModifier, PackModifier):
         ModifierFactory.register(modifier.__name__, modifier)

@@ -1,0 +1,81 @@
+"""`PackModifier`: put last in a recipe, it saves what was pruned as packed rows, ready to serve."""
+
+import torch
+from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from pydantic import Field
+
+from ..errors import WexpandError
+from ..rowpool import pack_experts
+from ..saving import wrap_save_pretrained
+from .group import replace_linear
+from .targets import target_linears
+
+__all__ = ["PackModifier"]
+
+
+class PackModifier(Modifier):
+    """
+    Packs the linears that earlier modifiers of the recipe pruned (SparseGPT, Wanda, magnitude,
+    2:4), so that the saved model is small and vLLM serves it sparse. Changes no weight.
+
+    Sample yaml:
+
+    ```yaml
+    pruning_stage:
+      pruning_modifiers:
+        WandaPruningModifier:
+          sparsity: 0.5
+          targets: ['re:.*layers.*_proj$']
+        PackModifier:
+          targets: ['Linear']
+          ignore: ['re:.*lm_head']
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - check that the targets match linears
+    - on_finalize
+        - replace each linear that is smaller packed; make `save_pretrained` write the checkpoint
+
+    :param targets: class names or "re:" patterns of linears, or of modules that contain them
+    :param ignore: the same, to leave out
+    """
+
+    targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
+    ignore: str | list[str] = Field(default_factory=lambda: ["re:.*lm_head", "re:.*embed_out"])
+
+    def on_initialize(self, state: State, **kwargs) -> bool:
+        """Refuse targets that match nothing, before any work."""
+        target_linears(state.model, self.targets, self.ignore)
+        return True
+
+    @torch.no_grad()
+    def on_finalize(self, state: State, **kwargs) -> bool:
+        """Pack what is smaller packed."""
+        packed = dense = count = 0
+        linears = target_linears(state.model, self.targets, self.ignore)
+        for name, linear in linears.items():
+            weight = linear.weight.detach()
+            # a pruned weight may be -0.0: multiplication by a mask leaves the sign
+            pool = pack_experts(torch.where(weight == 0, 0, weight).unsqueeze(0))
+            stored = sum(pool.stored_bytes().values())
+            size = weight.numel() * weight.element_size()
+            if stored >= size:
+                continue
+            bias = None if linear.bias is None else linear.bias.detach()
+            replace_linear(state.model, name, linear, pool, None, bias)
+            packed, dense, count = packed + stored, dense + size, count + 1
+        if not count:
+            raise WexpandError(
+                f"targets: none of {len(linears)} linears is sparse enough to be smaller packed; "
+                "put PackModifier after a modifier that prunes"
+            )
+        logger.info(
+            f"Packed {count} of {len(linears)} linears: {packed / 2**20:.1f} MiB, "
+            f"{packed / dense:.3f} of dense"
+        )
+        wrap_save_pretrained(state.model, {"modifier": type(self).__name__})
+        return True
