@@ -45,6 +45,7 @@ class Settings:
     structure: MaskStructure
     num_experts: int = 16
     size_budget: float | None = None
+    budget_scope: str = "layer"
     block_size: int = 128
     dampening_frac: float = 0.01
     shrinkage: float = 0.1
@@ -69,7 +70,8 @@ class Candidates:
     """All versions that one linear could store, and what each would do."""
 
     pool: RowPool
-    """row_map [nodes, rows] is the identity: version v of neuron r is row v * rows + r"""
+    place: Tensor
+    """[nodes * rows]: where in the pool version v of neuron r (at v * rows + r) is; -1: nowhere"""
     problem: Problem
     energy: float
     """sum of the squared dense outputs over the calibration tokens"""
@@ -77,8 +79,17 @@ class Candidates:
     def select(self, choice: Choice) -> RowPool:
         """The pool that holds the granted versions only."""
         order, row_map = stored_versions(choice)
-        device = self.pool.mask.device
-        return pack_rows(unpack_rows(self.pool, order.to(device)), row_map.to(device))
+        rows = unpack_rows(self.pool, self.place[order].to(self.pool.mask.device))
+        return pack_rows(rows, row_map.to(rows.device))
+
+    def shortlist(self, choice: Choice) -> "Candidates":
+        """The candidates reduced to the granted versions, to be chosen from again."""
+        order, _ = stored_versions(choice)
+        place = torch.full_like(self.place, -1)
+        place[order] = torch.arange(len(order))
+        allowed = self.problem.allowed & choice.granted
+        problem = self.problem._replace(allowed=allowed)
+        return Candidates(self.select(choice).to("cpu"), place, problem, self.energy)
 
 
 def dense_bytes(weight: Tensor) -> int:
@@ -139,13 +150,13 @@ def propose(
             strict=True,
         )  # fmt: skip
     ):
-        count = versions.shape[0] * versions.shape[1]
-        identity = torch.arange(count).view(versions.shape[0], versions.shape[1])
-        pool = pack_rows(versions.flatten(0, 1), identity.to(versions.device))
+        place = torch.arange(versions.shape[0] * versions.shape[1])
+        identity = place.view(versions.shape[:2]).to(versions.device)
+        pool = pack_rows(versions.flatten(0, 1), identity)
         cost = bit_counts(pool.mask) * pool.values.element_size() + pool.mask.shape[1]
         weighted = _weighted(error, rows, weights[i], biases[i], settings)
         problem = Problem(tree, weighted.cpu(), may.cpu(), cost.view(len(versions), -1).cpu())
-        proposals.append(Candidates(pool, problem, float(energy.sum())))
+        proposals.append(Candidates(pool, place, problem, float(energy.sum())))
     return proposals
 
 

@@ -16,6 +16,9 @@ from .statistics import GroupStatistics, RowSample
 
 __all__ = ["ExpandedGroup", "expand_group", "replace_linear"]
 
+SHORTLIST = 3
+"""a linear may take at most this many times its share of the model's budget; bounds what is kept"""
+
 
 @dataclass
 class ExpandedGroup:
@@ -23,7 +26,7 @@ class ExpandedGroup:
 
     modules: list[RoutedLinear]
     candidates: list[Candidates]
-    """all versions to choose from; empty without a budget"""
+    """with `budget_scope: model`, the versions that the whole model will choose from"""
     tokens: Tensor
     """calibration tokens per expert [experts]"""
     errors: list[float]
@@ -60,12 +63,15 @@ def expand_group(
     if budget is None:
         pools = expand(weights, statistics, settings)
     else:
-        candidates = propose(weights, biases, statistics, sample, settings)
         pools = []
-        for weight, proposal in zip(weights, candidates, strict=True):
+        proposals = propose(weights, biases, statistics, sample, settings)
+        for weight, proposal in zip(weights, proposals, strict=True):
             fixed = fixed_bytes(len(weight), width, settings.num_experts)
-            choice = allocate([proposal.problem], budget * dense_bytes(weight) - fixed)[0]
-            pools.append(proposal.select(choice))
+            share = budget * dense_bytes(weight) - fixed
+            pools.append(proposal.select(allocate([proposal.problem], share)[0]))
+            if settings.budget_scope == "model":
+                wide = allocate([proposal.problem], SHORTLIST * share)[0]
+                candidates.append(proposal.shortlist(wide))
 
     rows = statistics.sample.rows.to(weights[0].dtype)
     modules, errors = [], []

@@ -67,7 +67,8 @@ class SparseExpansionModifier(Modifier):
     :param num_experts: experts per input group; 1 is plain sparse, without a router
     :param size_budget: bytes stored for the targeted linears over their dense bytes; null stores
         every expert in full (the paper's method)
-    :param budget_scope: "layer" meets the budget in each linear, "model" over all of them
+    :param budget_scope: "layer" meets the budget in each linear, "model" over all of them (better;
+        keeps up to 3 times the budget in memory until the end)
     :param score: what the budget is spent on; "gain" (error removed per byte) or one of
         "wasserstein", "gain_wasserstein", "kurtosis", "gain_kurtosis", "random"
     :param share_versions: let similar experts share a version (on), or give an expert its own
@@ -277,7 +278,7 @@ class SparseExpansionModifier(Modifier):
                 raise WexpandError(f"{group.label}: {error}") from None
             for place, (linear, module) in enumerate(zip(group.names, done.modules, strict=True)):
                 self._expanded[linear] = module
-                if self.budget_scope == "model" and done.candidates:
+                if done.candidates:
                     self._candidates[linear] = done.candidates[place]
             logger.info(
                 f"{group.label}: {self.num_experts} experts, tokens per expert "
@@ -306,6 +307,7 @@ class SparseExpansionModifier(Modifier):
             old = self._expanded[name]
             router = Router(old.router_weight.data, old.router_bias.data)
             bias = None if old.bias is None else old.bias.data
-            module = replace_linear(model, name, old, candidates.select(choice), router, bias)
+            pool = candidates.select(choice).to(old.weight.device)
+            module = replace_linear(model, name, old, pool, router, bias)
             module.tokens = old.tokens
             self._expanded[name] = module

@@ -3,9 +3,9 @@
 Inputs arrive batch by batch and are never all stored. Rows are buffered until there are enough of
 them for efficient products, sorted by expert, and added to that expert's sum of x x^T.
 
-Where row versions will be granted by gain, one eighth of each batch is held back from the experts'
-Hessians, and a sample of it kept: a version is granted only if it also helps on rows it was not
-solved for. Base versions see all rows.
+Where row versions will be granted by gain, a sixteenth of each batch is held back from the
+experts' Hessians, and a sample of it kept: a version is granted only if it also helps on rows it
+was not solved for. Base versions see all rows.
 """
 
 import torch
@@ -17,7 +17,7 @@ from ..router import Router, route
 __all__ = ["GroupStatistics", "RowSample"]
 
 BUFFER_ROWS = 4096
-HELD_BACK = 8
+HELD_BACK = 16
 HELD_ROWS_PER_EXPERT = 256
 SAMPLE_ROWS = 1024
 
@@ -65,7 +65,7 @@ class GroupStatistics:
 
     :param in_features: width of the inputs
     :param router: None for one expert
-    :param hold_back: keep an eighth of the rows for `held`
+    :param hold_back: keep a sixteenth of the rows for `held`
     :param seed: of the held-back sample
     """
 
