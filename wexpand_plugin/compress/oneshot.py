@@ -5,6 +5,7 @@ first. Calibration text is joined and cut into rows of equal length, so that no 
 statistics. Everything is written beside the output directory and moved there when it is complete.
 """
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def check_recipe(recipe: str | Path) -> None:
     :raises WexpandError: with the file, the key, its value and what would be right
     """
     import yaml
+    from llmcompressor.modifiers.factory import ModifierFactory
     from llmcompressor.recipe import Recipe
     from pydantic import ValidationError
 
@@ -37,14 +39,25 @@ def check_recipe(recipe: str | Path) -> None:
     try:
         found = Recipe.create_instance(str(path))
     except ValidationError as error:
-        first = error.errors()[0]
+        # a misspelt key is also a missing one; the misspelling is the mistake
+        problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        first = problems[0]
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"unknown key; {error.title} has {_keys(error.title)}"
+        elif key and first["type"] != "missing":
+            message = f"{first['input']!r}: {message}"
         raise WexpandError(f"{path}: {error.title}{key and f'.{key}'}: {message}") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise WexpandError(f"{path}: {error}") from None
+        close = [
+            c
+            for name, _ in _modifiers(path, stages)
+            for c in difflib.get_close_matches(name, ModifierFactory._registered_registry, 1)
+            if c != name
+        ]
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise WexpandError(f"{path}: {error}{hint}") from None
     if not found.modifiers:
         raise WexpandError(f"{path}: holds no modifier")
 
@@ -69,7 +82,8 @@ def _modifiers(path: Path, stages: Any) -> list[tuple[str, Any]]:
 
 
 def _keys(modifier: str) -> str:
-    from llmcompressor.modifiers import Modifier, ModifierFactory
+    from llmcompressor.modifiers import Modifier
+    from llmcompressor.modifiers.factory import ModifierFactory
 
     known = ModifierFactory._registered_registry.get(modifier)
     if known is None:
