@@ -69,6 +69,7 @@ def models(tmp_path_factory) -> dict:
     made = {}
     for name, kind, expand in (
         ("llama", "llama", True), ("qwen2", "qwen2", True), ("plain", "llama", False),
+        ("gpt_neox", "gpt_neox", True),
     ):  # fmt: skip
         path = tmp_path_factory.mktemp(name)
         made[name] = (path, by_transformers(save(path, kind, expand)))
@@ -100,6 +101,7 @@ def served(models, damaged, tmp_path_factory) -> dict:
          "enable_prefix_caching": True},
         {"name": "llama bfloat16", "model": llama, "dtype": "bfloat16"},
         {"name": "plain", "model": plain},
+        {"name": "gpt_neox by vLLM's transformers backend", "model": str(models["gpt_neox"][0])},
         {"name": "lora", "model": llama, "enable_lora": True},
         {"name": "dummy", "model": llama, "load_format": "dummy"},
         {"name": "fp8", "model": llama, "quantization": "fp8"},
@@ -122,6 +124,7 @@ def assert_same(found: dict, truth: dict, tolerance: float) -> None:
         ("llama eager", "llama"),
         ("llama in parts", "llama"),
         ("plain", "plain"),
+        ("gpt_neox by vLLM's transformers backend", "gpt_neox"),
     ],
 )
 def test_same_text_and_logprobs_as_transformers(served, models, job, model):
