@@ -83,11 +83,14 @@ class Candidates:
         return pack_rows(rows, row_map.to(rows.device))
 
     def shortlist(self, choice: Choice) -> "Candidates":
-        """The candidates reduced to the granted versions, to be chosen from again."""
+        """The candidates reduced to the granted and base versions, to be chosen from again."""
+        granted = choice.granted.clone()
+        granted[-1] = True  # a base version may always be chosen, even if all experts left it here
+        choice = Choice(choice.use, granted)
         order, _ = stored_versions(choice)
         place = torch.full_like(self.place, -1)
         place[order] = torch.arange(len(order))
-        allowed = self.problem.allowed & choice.granted
+        allowed = self.problem.allowed & granted
         problem = self.problem._replace(allowed=allowed)
         return Candidates(self.select(choice).to("cpu"), place, problem, self.energy)
 
