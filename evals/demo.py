@@ -112,8 +112,8 @@ class Demo:
             calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         with self.announce("SparseGPT: prune, dense with zeros", "1 minute"):
             self.compress("sparsegpt", "sparsegpt.yaml", calibration)
-        with self.announce("Sparse Expansion: 16 experts of the same sparsity", "2 minutes"):
-            self.compress("expanded", "sparse_expansion.yaml", calibration)
+        with self.announce("Sparse Expansion: 16 experts of that sparsity, at the dense size", "2 minutes"):
+            self.compress("expanded", "sparse_expansion_budget.yaml", calibration)
         for name in self.models:
             with self.announce(f"held-out loss, {name}, with transformers", "1 minute"):
                 self.loss(name)

@@ -48,7 +48,7 @@ class Settings:
     budget_scope: str = "layer"
     block_size: int = 128
     dampening_frac: float = 0.01
-    shrinkage: float = 0.1
+    shrinkage: float = 0.03
     score: str = "gain"
     share_versions: bool = True
     router_dims: int | None = None

@@ -100,7 +100,7 @@ class SparseExpansionModifier(Modifier):
     ignore: str | list[str] = Field(default_factory=list)
     block_size: int = 128
     dampening_frac: float = 0.01
-    shrinkage: float = 0.1
+    shrinkage: float = 0.03
 
     # router arguments
     router_dims: int | None = None
