@@ -146,6 +146,7 @@ def choose_versions(problem: Problem, price: float) -> Choice:
                 descend(child, here)
 
     descend(root, torch.full((rows,), none, device=errors.device))
+    memo.clear()
     return Choice(use, granted)
 
 

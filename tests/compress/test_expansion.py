@@ -46,7 +46,7 @@ def test_select_packs_what_was_chosen(price):
 @pytest.mark.parametrize("price", [0.1, 0.3, 10.0])
 def test_a_shortlist_can_be_chosen_from_again(wide, price):
     found, versions = candidates()
-    short = found.shortlist(choose_versions(found.problem, wide))
+    short = found.shortlist([choose_versions(found.problem, w) for w in (wide, 0.2)])
     choice = choose_versions(short.problem, price)
     pool = short.select(choice).validate()
     for expert in range(4):
@@ -58,7 +58,7 @@ def test_a_shortlist_keeps_base_versions_that_nobody_used():
     rows = torch.arange(12)
     leaves = torch.zeros(7, 12, dtype=torch.bool)
     leaves[:4] = True
-    short = found.shortlist(Choice(torch.arange(4)[:, None].expand(4, 12), leaves))
+    short = found.shortlist([Choice(torch.arange(4)[:, None].expand(4, 12), leaves)])
     base = Choice(torch.full((4, 12), 6), torch.zeros(7, 12, dtype=torch.bool))
     base.granted[6] = True
     assert torch.equal(short.select(base).expert(2), versions[6, rows])

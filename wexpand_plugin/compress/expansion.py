@@ -82,11 +82,11 @@ class Candidates:
         rows = unpack_rows(self.pool, self.place[order].to(self.pool.mask.device))
         return pack_rows(rows, row_map.to(rows.device))
 
-    def shortlist(self, choice: Choice) -> "Candidates":
-        """The candidates reduced to the granted and base versions, to be chosen from again."""
-        granted = choice.granted.clone()
+    def shortlist(self, choices: list[Choice]) -> "Candidates":
+        """The candidates reduced to those granted in any of `choices`, to be chosen from again."""
+        granted = torch.stack([choice.granted for choice in choices]).any(dim=0)
         granted[-1] = True  # a base version may always be chosen, even if all experts left it here
-        choice = Choice(choice.use, granted)
+        choice = Choice(choices[0].use, granted)
         order, _ = stored_versions(choice)
         place = torch.full_like(self.place, -1)
         place[order] = torch.arange(len(order))

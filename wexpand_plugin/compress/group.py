@@ -16,8 +16,9 @@ from .statistics import GroupStatistics, RowSample
 
 __all__ = ["ExpandedGroup", "expand_group", "replace_linear"]
 
-SHORTLIST = 3
-"""a linear may take at most this many times its share of the model's budget; bounds what is kept"""
+SHORTLIST = (1.0, 1.5, 2.5)
+"""Times its share of the model's budget: a linear may choose again from what it would be granted at
+one of these. Bounds what is kept; more bytes grant other versions, not only further ones."""
 
 
 @dataclass
@@ -70,8 +71,8 @@ def expand_group(
             share = budget * dense_bytes(weight) - fixed
             pools.append(proposal.select(allocate([proposal.problem], share)[0]))
             if settings.budget_scope == "model":
-                wide = allocate([proposal.problem], SHORTLIST * share)[0]
-                candidates.append(proposal.shortlist(wide))
+                likely = [allocate([proposal.problem], share * part)[0] for part in SHORTLIST]
+                candidates.append(proposal.shortlist(likely))
 
     rows = statistics.sample.rows.to(weights[0].dtype)
     modules, errors = [], []

@@ -42,7 +42,13 @@ def load(flags: tuple[str, ...] = DEFAULT_FLAGS) -> ctypes.CDLL:
     pointer, long = ctypes.c_void_p, ctypes.c_int64
     shape, pool = [long] * 4, [pointer] * 4
     library.wexpand_linear.argtypes = [
-        ctypes.c_int, pointer, pointer, *shape, *pool, pointer, ctypes.c_int
+        ctypes.c_int,
+        pointer,
+        pointer,
+        *shape,
+        *pool,
+        pointer,
+        ctypes.c_int,
     ]
     library.wexpand_linear.restype = ctypes.c_int
     library.wexpand_instructions.argtypes = []

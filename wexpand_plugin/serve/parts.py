@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoint import WexpandConfig, check_linear, checksum
 from ..errors import WexpandError
 from ..router import Router
-from ..rowpool import RowPool, pack_rows
+from ..rowpool import FLOATS, RowPool, pack_rows
 
 __all__ = ["Member", "Parts"]
 
@@ -99,8 +99,8 @@ class Parts:
         else:
             pool, router = check_linear(name, entry, tensors, self.config.checksums)
         bias = tensors.get("bias")
-        if bias is not None and (entry is None or not entry.bias):
-            self._check_sum(f"{name}.bias", bias)
+        if entry is None or not entry.bias:
+            self._check_bias(f"{name}.bias", bias, pool)
         return Member(name, covers, pool, router, bias)
 
     def _dense(self, name: str, tensors: dict[str, Tensor]) -> RowPool:
@@ -112,9 +112,30 @@ class Parts:
                 f"{name}.weight: {found}, with {', '.join(sorted(tensors)) or 'no tensors'}; "
                 "config.json does not list it as expanded, so it should be [out, in] and alone"
             )
-        self._check_sum(f"{name}.weight", weight)
+        self._check_dense(f"{name}.weight", weight)
         rows = torch.arange(weight.shape[0], dtype=torch.int32, device=weight.device)
         return pack_rows(weight, rows[None], torch.ones_like(weight, dtype=torch.bool))
+
+    def _check_bias(self, tensor: str, value: Tensor | None, pool: RowPool) -> None:
+        """A bias that no entry promises: that of a dense linear, or of zeros, made by vLLM."""
+        if value is None:
+            if tensor in self.config.checksums:
+                raise WexpandError(f"{tensor}: missing; config.json has its checksum")
+            return
+        if tuple(value.shape) != (pool.out_features,):
+            raise WexpandError(
+                f"{tensor}: shape {list(value.shape)} should be [{pool.out_features}]"
+            )
+        self._check_dense(tensor, value)
+
+    def _check_dense(self, tensor: str, value: Tensor) -> None:
+        if value.dtype not in FLOATS:
+            raise WexpandError(
+                f"{tensor}: dtype {value.dtype} should be float32, bfloat16 or float16"
+            )
+        self._check_sum(tensor, value)
+        if not bool(torch.isfinite(value).all()):
+            raise WexpandError(f"{tensor}: holds NaN or infinite values")
 
     def _check_sum(self, tensor: str, value: Tensor) -> None:
         promised = self.config.checksums.get(tensor)
