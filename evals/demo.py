@@ -112,7 +112,7 @@ class Demo:
             calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         with self.announce("SparseGPT: prune, dense with zeros", "1 minute"):
             self.compress("sparsegpt", "sparsegpt.yaml", calibration)
-        with self.announce("Sparse Expansion: 16 experts of that sparsity, at the dense size", "2 minutes"):
+        with self.announce("Sparse Expansion: 16 experts in the dense model's size", "2 minutes"):
             self.compress("expanded", "sparse_expansion_budget.yaml", calibration)
         for name in self.models:
             with self.announce(f"held-out loss, {name}, with transformers", "1 minute"):
