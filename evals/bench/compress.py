@@ -29,7 +29,6 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "1 expert": {"num_experts": 1},
     "4 experts": {"num_experts": 4},
     "16 experts": {"num_experts": 16},
-    "16 experts, budget 1.0": {"num_experts": 16, "size_budget": 1.0},
 }
 
 
