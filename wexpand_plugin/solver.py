@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .errors import WexpandError
 
-__all__ = ["MaskStructure", "inverse_factor", "solve"]
+__all__ = ["MaskStructure", "chunk_size", "inverse_factor", "solve"]
 
 SUB_BLOCK = 32
 DAMPING_TRIES = 6
@@ -106,7 +106,7 @@ def solve(
     linears: list[int] | None = None,
     block_size: int = 128,
     dampening: float = 0.01,
-    max_bytes: int = 2 << 30,
+    max_bytes: int = 512 << 20,
 ) -> Tensor:
     """One sparse copy of `weight` per Hessian.
 
@@ -132,7 +132,7 @@ def solve(
                 )
     if isinstance(sparsity, Tensor) and structure.kind != "row":
         raise WexpandError(f"sparsity: one value per row needs mask_structure row, not {structure}")
-    chunk = max(1, max_bytes // (4 * width * (rows + width)))
+    chunk = chunk_size(rows, width, max_bytes)
     solved = weight.new_empty(len(hessians), rows, width)
     for first in range(0, len(hessians), chunk):
         part = hessians[first : first + chunk]
@@ -143,6 +143,11 @@ def solve(
         _prune_columns(columns, factor, sparsity, structure, linears, block_size)
         solved[first : first + chunk] = columns.transpose(1, 2)
     return solved
+
+
+def chunk_size(rows: int, width: int, max_bytes: int) -> int:
+    """How many experts to solve at once: a weight, a Hessian and four copies of it for each."""
+    return max(1, max_bytes // (4 * width * (rows + 5 * width)))
 
 
 def _prune_columns(columns, factor, sparsity, structure, linears, block_size) -> None:

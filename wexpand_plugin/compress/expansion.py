@@ -10,7 +10,7 @@ bytes. Small clusters are helped by shrinkage: an expert's Hessian is mixed with
 so that a cluster with many times `in` tokens is left alone and an empty one gets the base version.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from ..errors import WexpandError
 from ..neurons import neuron_scores
 from ..router import Router, route
 from ..rowpool import RowPool, bit_counts, pack_experts, pack_rows, unpack_rows
-from ..solver import MaskStructure, solve
+from ..solver import MaskStructure, chunk_size, solve
 from .statistics import GroupStatistics
 
 __all__ = ["SCORES", "Candidates", "Settings", "dense_bytes", "expand", "fixed_bytes", "propose"]
@@ -55,7 +55,13 @@ class Settings:
     router_samples: int = 8192
     router_restarts: int = 3
     seed: int = 0
-    max_bytes: int = 2 << 30
+    max_bytes: int = 512 << 20
+
+    def chunks(self, count: int, weight: Tensor) -> Iterator[slice]:
+        """Hessians to solve at once, so that they and their solutions fit in `max_bytes`."""
+        size = chunk_size(weight.shape[0], weight.shape[1], self.max_bytes)
+        for first in range(0, count, size):
+            yield slice(first, min(first + size, count))
 
     def solve(self, weight: Tensor, hessians: Tensor, linears: list[int]) -> Tensor:
         """[hessians, rows, in]"""
@@ -118,11 +124,16 @@ def expand(weights: list[Tensor], statistics: GroupStatistics, settings: Setting
     """Full expansion: one pool per linear, every expert with its own version of every neuron."""
     linears = [len(w) for w in weights]
     total = statistics.total()
+    weight = torch.cat(weights)
     if statistics.experts == 1:
-        hessians = total.unsqueeze(0)
+        solved = settings.solve(weight, total.unsqueeze(0), linears)
     else:
-        hessians = _shrunk(statistics.sums, statistics.solved_tokens, total, settings.shrinkage)
-    solved = settings.solve(torch.cat(weights), hessians, linears)
+        solved = weight.new_empty(statistics.experts, *weight.shape)
+        for some in settings.chunks(statistics.experts, weight):
+            hessians = _shrunk(
+                statistics.sums[some], statistics.solved_tokens[some], total, settings.shrinkage
+            )
+            solved[some] = settings.solve(weight, hessians, linears)
     return [pack_experts(part) for part in solved.split(linears, dim=1)]
 
 
@@ -189,16 +200,14 @@ def _solve_tree(
     errors = torch.zeros(tree.nodes, tree.experts, rows, device=device)
     held = _held_errors(weight, statistics)
     held_error = torch.zeros_like(errors)
-    chunk = max(1, settings.max_bytes // (4 * width * (rows + 2 * width)))
-    for first in range(0, tree.nodes, chunk):
-        nodes = range(first, min(first + chunk, tree.nodes))
-        below = members[first : nodes.stop].float()
+    for some in settings.chunks(tree.nodes, weight):
+        below = members[some].float()
         sums = torch.einsum("ne,eij->nij", below, statistics.sums)
         hessians = _shrunk(sums, below.cpu() @ tokens.float(), total, settings.shrinkage)
-        if nodes.stop == tree.nodes:
+        if some.stop == tree.nodes:
             hessians[-1] = total
-        solved[first : nodes.stop] = settings.solve(weight, hessians, linears)
-        for node in nodes:
+        solved[some] = settings.solve(weight, hessians, linears)
+        for node in range(some.start, some.stop):
             change = (solved[node] - weight).float()
             for expert in tree.members[node].nonzero().flatten().tolist():
                 errors[node, expert] = _quadratic(change, statistics.sums[expert : expert + 1])[0]

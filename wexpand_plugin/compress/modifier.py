@@ -108,7 +108,7 @@ class SparseExpansionModifier(Modifier):
     router_restarts: int = 3
     seed: int = 0
 
-    max_bytes: int = 2 << 30
+    max_bytes: int = 512 << 20
 
     # private variables
     _structure: MaskStructure = PrivateAttr()
@@ -227,6 +227,8 @@ class SparseExpansionModifier(Modifier):
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules=None, **kwargs):
         """Expand the linears of the blocks that have just been calibrated."""
+        for module in self._expanded.values():
+            module.repack()  # its block has been propagated
         ready = [n for n, replay in self._replays.items() if len(replay)]
         if modules is not None:
             ready = [n for n in ready if any(m is self._blocks[n] for m in modules)]

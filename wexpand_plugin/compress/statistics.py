@@ -8,6 +8,8 @@ experts' Hessians, and a sample of it kept: a version is granted only if it also
 was not solved for. Base versions see all rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -105,7 +107,8 @@ class GroupStatistics:
             rows = self._split(rows)
         self._buffer.append(rows)
         self._buffered += len(rows)
-        if self._buffered >= BUFFER_ROWS:
+        # rows are gathered so that each expert gets enough of them for an efficient product
+        if self._buffered >= BUFFER_ROWS or self.experts == 1:
             self.flush()
 
     def _split(self, rows: Tensor) -> Tensor:
@@ -122,27 +125,31 @@ class GroupStatistics:
         return torch.cat([rows[:start], rows[start + size :]])
 
     def _route(self, rows: Tensor) -> Tensor:
-        if self.router is None:
-            return torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        assert self.router is not None
         return route(rows, *self.router)
 
     def flush(self) -> None:
         """Add the buffered rows to the sums; call once more at the end."""
         if not self._buffer:
             return
-        rows = torch.cat(self._buffer)
+        if self.experts == 1:
+            parts: Sequence[Tensor] = self._buffer
+            counts = torch.tensor([self._buffered])
+        else:
+            rows = torch.cat(self._buffer)
+            experts = self._route(rows)
+            counts = torch.bincount(experts, minlength=self.experts).cpu()
+            parts = rows[experts.argsort(stable=True)].split(counts.tolist())
         self._buffer, self._buffered = [], 0
-        if not bool(torch.isfinite(rows).all()):
-            raise WexpandError("the calibration inputs hold NaN or infinite values")
-        experts = self._route(rows)
-        counts = torch.bincount(experts, minlength=self.experts).cpu()
-        parts = rows[experts.argsort(stable=True)].split(counts.tolist())
         for expert, part in enumerate(parts):
             if len(part):
                 self.sums[expert].addmm_(part.t(), part)
                 self.means[expert] += part.sum(dim=0)
         self.tokens += counts
         self.solved_tokens += counts
+        # a sum of rows is finite only if all of them are
+        if not bool(torch.isfinite(self.means).all()):
+            raise WexpandError("the calibration inputs hold NaN or infinite values")
 
     def total(self) -> Tensor:
         """Mean of x x^T over all rows [in, in]."""
