@@ -74,13 +74,14 @@ def fit_router(
     count, width = rows.shape
     if count < num_experts:
         raise WexpandError(f"num_experts: {num_experts} clusters cannot be made from {count} rows")
-    data = rows.detach().cpu().double().numpy()
+    # float64 stays what it is; half types have no numpy type
+    data = (rows if rows.dtype == torch.float64 else rows.float()).detach().cpu().numpy()
     if not np.isfinite(data).all():
         raise WexpandError("router: the calibration inputs hold NaN or infinite values")
     dims = min(dims or max(8, width // 32), width, count)
+    pca = PCA(dims, random_state=seed).fit(data)
     # threads change the order of k-means' sums, and with it the last bits of the centroids
     with threadpool_limits(1):
-        pca = PCA(dims, random_state=seed).fit(data)
         kmeans = KMeans(num_experts, n_init=restarts, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # an error of our own follows

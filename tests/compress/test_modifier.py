@@ -138,16 +138,14 @@ def test_one_expert_is_llmcompressors_sparsegpt(tmp_path):
         num_calibration_samples=24,
         recipe=[SparseGPTModifier(sparsity=0.5, targets=["re:.*layers.*mlp.*_proj$"])],
     )  # fmt: skip
-    expected = dict(theirs.named_modules())
-    # later layers see inputs that differ by rounding, which may move a mask bit
-    module = ours.model.layers[0].mlp.gate_proj
-    assert module.experts == 1 and not hasattr(module, "router_weight")
-    weight = expected["model.layers.0.mlp.gate_proj"].weight
-    if (weight == 0).any():
+    # the second block sees inputs that differ by rounding, which may move a mask bit
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        module = ours.get_submodule(f"model.layers.0.mlp.{name}")
+        weight = theirs.get_submodule(f"model.layers.0.mlp.{name}").weight
+        assert module.experts == 1 and not hasattr(module, "router_weight")
+        assert 0.5 <= (weight == 0).float().mean() < 0.52
         assert torch.equal(module.pool.expert(0) == 0, weight == 0)
-        torch.testing.assert_close(module.pool.expert(0), weight, atol=1e-5, rtol=0)
-    else:
-        pytest.fail("SparseGPTModifier pruned nothing: its targets changed meaning")
+        torch.testing.assert_close(module.pool.expert(0), weight.data, atol=1e-5, rtol=0)
 
 
 def test_down_proj_is_calibrated_on_the_sparse_gate_and_up(tmp_path):

@@ -14,7 +14,7 @@ from .expansion import Candidates, Settings, dense_bytes, expand, fixed_bytes, p
 from .replay import BlockReplay, InputGroup
 from .statistics import GroupStatistics, RowSample
 
-__all__ = ["ExpandedGroup", "expand_group", "replace_linear"]
+__all__ = ["ExpandedGroup", "expand_group", "replace_linear", "sum_hessians"]
 
 SHORTLIST = (1.0, 1.5, 2.5)
 """Times its share of the model's budget: a linear may choose again from what it would be granted at
@@ -34,10 +34,38 @@ class ExpandedGroup:
     """norm of the change of the outputs over the norm of the dense outputs"""
 
 
+def sum_hessians(
+    groups: list[InputGroup], routers: list[Router | None], replay: BlockReplay, settings: Settings
+) -> list[GroupStatistics]:
+    """The statistics of each group, from one replay of all batches."""
+    firsts = [group.linears[0] for group in groups]
+    found = [
+        GroupStatistics(
+            first.weight.shape[1], router, hold_back=settings.size_budget is not None,
+            seed=settings.seed, device=first.weight.device,
+        )
+        for first, router in zip(firsts, routers, strict=True)
+    ]  # fmt: skip
+    for inputs in replay.inputs(firsts, range(len(replay))):
+        for first, statistics in zip(firsts, found, strict=True):
+            if first in inputs:
+                statistics.add(inputs[first])
+    for statistics in found:
+        statistics.flush()
+    return found
+
+
 def expand_group(
-    model: nn.Module, group: InputGroup, replay: BlockReplay, settings: Settings
+    model: nn.Module,
+    group: InputGroup,
+    replay: BlockReplay,
+    settings: Settings,
+    statistics: GroupStatistics | None = None,
 ) -> ExpandedGroup:
-    """Replace the linears of `group` in `model` by routed ones, calibrated by `replay`."""
+    """Replace the linears of `group` in `model` by routed ones, calibrated by `replay`.
+
+    :param statistics: with one expert, what `sum_hessians` found for the group
+    """
     first = group.linears[0]
     weights = [linear.weight.detach() for linear in group.linears]
     biases: list[Tensor | None] = [
@@ -53,12 +81,8 @@ def expand_group(
         )  # fmt: skip
         router = Router(*(part.float().to(device) for part in fitted))
     budget = settings.size_budget
-    statistics = GroupStatistics(
-        width, router, hold_back=budget is not None, seed=settings.seed, device=device
-    )
-    for rows in replay.inputs(first, range(len(replay))):
-        statistics.add(rows)
-    statistics.flush()
+    if statistics is None:
+        (statistics,) = sum_hessians([group], [router], replay, settings)
 
     candidates: list[Candidates] = []
     if budget is None:
@@ -89,16 +113,17 @@ def expand_group(
 
 
 def _sample(linear: nn.Linear, replay: BlockReplay, settings: Settings) -> Tensor:
-    """A sample of `router_samples` rows, from batches spread over the calibration set."""
+    """About `router_samples` rows, from batches spread over the calibration set."""
     sample, seen = RowSample(settings.router_samples, settings.seed), 0
     batches = range(len(replay))
     # every stride-th batch, then the ones after them, until there are rows enough to choose from
     stride = max(1, len(batches) // 8)
     for offset in range(stride):
-        for rows in replay.inputs(linear, batches[offset::stride]):
-            sample.add(rows)
-            seen += len(rows)
-        if seen >= 2 * settings.router_samples:
+        for inputs in replay.inputs([linear], batches[offset::stride]):
+            for rows in inputs.values():
+                sample.add(rows)
+                seen += len(rows)
+        if seen >= settings.router_samples:
             break
     return sample.rows
 

@@ -21,8 +21,9 @@ from ..router import Router
 from ..saving import wrap_save_pretrained
 from ..solver import MaskStructure
 from .expansion import SCORES, Candidates, Settings, dense_bytes, fixed_bytes
-from .group import expand_group, replace_linear
+from .group import expand_group, replace_linear, sum_hessians
 from .replay import BlockReplay
+from .statistics import GroupStatistics
 from .targets import target_linears
 
 __all__ = ["SparseExpansionModifier"]
@@ -272,10 +273,15 @@ class SparseExpansionModifier(Modifier):
 
     def _expand_block(self, model: nn.Module, name: str, replay: BlockReplay) -> None:
         linears = {n: m for n, m in self._linears.items() if n == name or n.startswith(f"{name}.")}
-        for group in tqdm(replay.groups(linears), desc=f"Expanding {name}", leave=False):
+        groups = replay.groups(linears)
+        ready: list[GroupStatistics | None] = [None] * len(groups)
+        if self.num_experts == 1:
+            # plain SparseGPT, as llm-compressor does it: the whole block on its dense inputs
+            ready = [*sum_hessians(groups, [None] * len(groups), replay, self._settings())]
+        for group, found in zip(tqdm(groups, f"Expanding {name}", leave=False), ready, strict=True):
             start = time.perf_counter()
             try:
-                done = expand_group(model, group, replay, self._settings())
+                done = expand_group(model, group, replay, self._settings(), found)
             except WexpandError as error:
                 raise WexpandError(f"{group.label}: {error}") from None
             for place, (linear, module) in enumerate(zip(group.names, done.modules, strict=True)):

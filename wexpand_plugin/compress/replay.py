@@ -106,27 +106,38 @@ class BlockReplay:
             found += [group for _, group in fresh]
         return [InputGroup(tuple(names[m] for m in group), tuple(group)) for group in found]
 
-    def inputs(self, linear: nn.Linear, batches: Sequence[int]) -> Iterator[Tensor]:
-        """The inputs [tokens, in] that reach `linear` in each of the given batches."""
+    def inputs(
+        self, linears: Sequence[nn.Linear], batches: Sequence[int]
+    ) -> Iterator[dict[nn.Linear, Tensor]]:
+        """The inputs [tokens, in] that reach each of `linears` in each of the given batches.
+
+        A linear that a batch does not reach is missing from that batch's dict.
+        """
         masks = getattr(active_session().state, "loss_masks", None)
-        seen: list[Tensor] = []
+        seen: dict[nn.Linear, Tensor] = {}
 
         def take(*call: Any) -> None:
-            seen.append(call[1][0].detach())
-            raise _Reached
+            seen[call[0]] = call[1][0].detach()
+            if len(seen) == len(linears):
+                raise _Reached
 
-        hook = {self.modifier.register_hook(linear, take, "forward_pre")}
+        hooks = {self.modifier.register_hook(m, take, "forward_pre") for m in linears}
         try:
             for index in batches:
-                self._run(index, hook)
-                for x in seen:
-                    rows = x.reshape(-1, x.shape[-1])
-                    if masks and masks[index] is not None and masks[index].numel() == len(rows):
-                        rows = rows[masks[index].flatten().bool().to(rows.device)]
-                    yield rows
                 seen.clear()
+                self._run(index, hooks)
+                mask = masks[index] if masks else None
+                yield {module: _rows(x, mask) for module, x in seen.items()}
         finally:
-            self.modifier.remove_hooks(hook)
+            self.modifier.remove_hooks(hooks)
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[..., in] -> [tokens, in], without the tokens that llm-compressor's loss mask leaves out."""
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is not None and mask.numel() == len(rows):
+        rows = rows[mask.flatten().bool().to(rows.device)]
+    return rows
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
