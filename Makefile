@@ -1,16 +1,19 @@
-# make demo   the main job on the embedded model, from nothing to a table
-# make test   lint and the whole test suite, vLLM included
-# Both first make the environments they need; versions are pinned in .ci/pins.txt.
+# make demo        the main job on the embedded model, from nothing to a table
+# make test        lint and the whole test suite, vLLM included
+# make test-serve  the vLLM half of the suite; with VLLM=0.29.0, here or above, that version of
+#                  vLLM is used instead of the pinned one, in an environment of its own
+# All first make the environments they need; versions are pinned in .ci/pins.txt.
 
 VENVS ?= .venvs
 COMPRESS := $(VENVS)/compress
-SERVE := $(VENVS)/serve
+SERVE := $(VENVS)/serve$(if $(VLLM),-$(VLLM))
 # One thread: the models of the tests are so small that more only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+TEST_SERVE := $(TEST_ENV) $(SERVE)/bin/python -m pytest tests/serve
 
-.PHONY: help demo test lint env-compress env-serve clean
+.PHONY: help demo test test-serve lint env-compress env-serve clean
 help:
-	@sed -n 's/^# make/make/p' Makefile
+	@sed -n '/^#/!q; s/^# //p' Makefile
 	@echo "make lint, make env-compress, make env-serve, make clean (keeps the environments)"
 
 env-compress: $(COMPRESS)/.complete
@@ -31,9 +34,12 @@ test: env-compress env-serve lint
 	echo "== tests in the compress environment"; \
 	$(TEST_ENV) $(COMPRESS)/bin/python -m pytest --ignore=tests/serve tests || failed="compress"; \
 	echo "== tests in the serve environment"; \
-	$(TEST_ENV) $(SERVE)/bin/python -m pytest tests/serve || failed="$$failed serve"; \
+	$(TEST_SERVE) || failed="$$failed serve"; \
 	if [ -n "$$failed" ]; then echo "make test: failed in: $$failed"; exit 1; fi; \
 	echo "make test: lint and both halves of the suite passed"
+
+test-serve: env-serve
+	$(TEST_SERVE)
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
