@@ -130,7 +130,8 @@ class WexpandLinearMethod(LinearMethodBase):
                 bias = member.pool.values.new_zeros(member.pool.out_features)
             biases.append((bias if rows is None else bias[rows]).to(layer.wexpand_dtype))
         if layer.bias is not None:
-            layer.bias.data.copy_(torch.cat(biases))
+            # older vLLMs make it with requires_grad, and our op has no gradient
+            layer.bias.requires_grad_(False).copy_(torch.cat(biases))
         elif any(member.bias is not None for member in members):
             raise WexpandError(f"{self.prefix}: the checkpoint has a bias, vLLM's layer has none")
         pool = pools[0] if len(pools) == 1 else concat_pools(pools)
