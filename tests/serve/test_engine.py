@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -101,9 +102,7 @@ def served(models, damaged, tmp_path_factory) -> dict:
          "enable_prefix_caching": True},
         {"name": "llama bfloat16", "model": llama, "dtype": "bfloat16"},
         {"name": "plain", "model": plain},
-        # older vLLMs have a GPT-NeoX of their own, which cannot load what is not dense
-        {"name": "gpt_neox by vLLM's transformers backend", "model": str(models["gpt_neox"][0]),
-         "model_impl": "transformers"},
+        {"name": "gpt_neox", "model": str(models["gpt_neox"][0])},
         {"name": "lora", "model": llama, "enable_lora": True},
         {"name": "dummy", "model": llama, "load_format": "dummy"},
         {"name": "fp8", "model": llama, "quantization": "fp8"},
@@ -126,11 +125,23 @@ def assert_same(found: dict, truth: dict, tolerance: float) -> None:
         ("llama eager", "llama"),
         ("llama in parts", "llama"),
         ("plain", "plain"),
-        ("gpt_neox by vLLM's transformers backend", "gpt_neox"),
     ],
 )
 def test_same_text_and_logprobs_as_transformers(served, models, job, model):
     assert_same(served[job], models[model][1], 1e-3)
+
+
+def test_gpt_neox(served, models):
+    """One fused linear on disk, run by vLLM's transformers backend.
+
+    vLLMs before 0.32 have a GPT-NeoX of their own, which reorders its rows, as those of a dense
+    matrix, before we see them: that must stop the engine.
+    """
+    found = served["gpt_neox"]
+    if find_spec("vllm.model_executor.models.gpt_neox"):
+        assert "_repack_qkv" in found.get("error", "")
+    else:
+        assert_same(found, models["gpt_neox"][1], 1e-3)
 
 
 def test_bfloat16(served, models):
