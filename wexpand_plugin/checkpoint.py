@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .errors import WexpandError
 from .router import Router
-from .rowpool import FLOATS, RowPool
+from .rowpool import FLOATS, RowPool, finite
 from .schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -168,7 +168,7 @@ def check_linear(
     pool = RowPool(tensors["weight"], tensors["weight_mask"], tensors["row_map"], entry.in_features)
     pool.validate(where(name))
     for kind in ("router_weight", "router_bias", "bias"):
-        if kind in entry.shapes() and not bool(torch.isfinite(tensors[kind]).all()):
+        if kind in entry.shapes() and not finite(tensors[kind]):
             raise WexpandError(f"{where(f'{name}.{kind}')}: holds NaN or infinite values")
     router = None
     if entry.experts > 1:
@@ -242,8 +242,10 @@ def other_problems(
         elif not value.is_floating_point():
             # bytes have no type: of a damaged header their checksum knows nothing
             if tensor.endswith((".weight", ".bias")):
-                yield WexpandError(f"{where}: dtype {value.dtype} should be a float's")
-        elif not _finite(value):
+                yield WexpandError(
+                    f"{where}: dtype {value.dtype} should be float32, bfloat16 or float16"
+                )
+        elif not finite(value):
             yield WexpandError(f"{where}: holds NaN or infinite values")
 
 
@@ -251,11 +253,6 @@ def other_tensors(tensors: Mapping[str, T], config: WexpandConfig) -> dict[str, 
     """The entries of `tensors`, by name, that belong to no expanded linear."""
     ours = {t for name, entry in config.linears.items() for t in tensor_names(name, entry)}
     return {tensor: value for tensor, value in tensors.items() if tensor not in ours}
-
-
-def _finite(value: Tensor) -> bool:
-    """Whether no value is NaN or infinite; unlike isfinite().all() without copies of `value`."""
-    return not value.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(value))
 
 
 def finalize(

@@ -111,9 +111,7 @@ def _header_problems(files: dict[str, Path]) -> Iterator[WexpandError]:
             yield WexpandError(f"{file}: its header says {metadata}, should say format: pt")
 
 
-def check_fit(
-    model: "PreTrainedModel", files: dict[str, Path], config: WexpandConfig
-) -> None:
+def check_fit(model: "PreTrainedModel", files: dict[str, Path], config: WexpandConfig) -> None:
     """Raise WexpandError unless `model`, a `hf.skeleton`, has exactly the checkpoint's tensors."""
     from .hf import check_tensors, install_linears
 

@@ -4,8 +4,8 @@ The layers of `linear.py` check the tensors of expanded linears as they arrive. 
 (embeddings, norms, the output head, dense linears) vLLM loads without us, and it would serve
 them damaged. So when the first layer of a model asks for its method, before any weight is loaded,
 the directory that vLLM is about to read is checked here as `wexpand verify` does: index, headers,
-and checksum and content of these other tensors. Each is read twice that way, and the second time
-from the page cache; no tensor of an expanded linear is read here.
+and checksum and content of these other tensors. That way each of them is read twice, the second
+time from the page cache; no tensor of an expanded linear is read here.
 
 Of several workers only the first of each engine and of each machine reads. Settings in config.json
 that were changed after it was written are logged, and refused only where the tensors do not fit
@@ -140,10 +140,11 @@ def check_directory(directory: Path, config: WexpandConfig) -> None:
     _check_edited(directory, files, config)
     seconds = time.monotonic() - began
     if seconds > 1:
-        others = len(checkpoint.other_tensors(files, config))
+        others = checkpoint.other_tensors(files, config)
         logger.info(
-            "wexpand: checked the %d tensors outside of expanded linears in %.1f s", others, seconds
-        )
+            "wexpand: checked the %d tensors outside of expanded linears in %.1f s",
+            len(others), seconds,
+        )  # fmt: skip
 
 
 def _check_edited(directory: Path, files: dict[str, Path], config: WexpandConfig) -> None:
