@@ -14,6 +14,7 @@ from wexpand_plugin.rowpool import (
     RowPool,
     bit_counts,
     concat_pools,
+    finite,
     pack_bits,
     pack_experts,
     pack_rows,
@@ -30,6 +31,17 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return t.dtype, t.shape, t.contiguous().view(torch.uint8).numpy().tobytes()
 
     return bits(a) == bits(b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_sees_one_value_anywhere(dtype):
+    values = torch.full((3, 1001), torch.finfo(dtype).max, dtype=dtype)
+    assert finite(values) and finite(-values) and finite(values[:0])
+    for place in (0, 1500, values.numel() - 1):
+        for bad in ("nan", "inf", "-inf"):
+            damaged = values.clone()
+            damaged.view(-1)[place] = float(bad)
+            assert not finite(damaged)
 
 
 @st.composite

@@ -18,14 +18,14 @@ it names code. `check_linear` is the one check that every reader makes: transfor
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import WexpandError
 from .router import Router
-from .rowpool import FLOATS, RowPool
+from .rowpool import FLOATS, RowPool, finite
 from .schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -48,6 +48,8 @@ __all__ = [
     "checksum",
     "finalize",
     "model_digest",
+    "other_problems",
+    "other_tensors",
     "parse_config",
     "problems",
     "read_config",
@@ -60,6 +62,7 @@ __all__ = [
     "write_json",
 ]
 
+T = TypeVar("T")
 INDEX = "model.safetensors.index.json"
 
 
@@ -165,7 +168,7 @@ def check_linear(
     pool = RowPool(tensors["weight"], tensors["weight_mask"], tensors["row_map"], entry.in_features)
     pool.validate(where(name))
     for kind in ("router_weight", "router_bias", "bias"):
-        if kind in entry.shapes() and not bool(torch.isfinite(tensors[kind]).all()):
+        if kind in entry.shapes() and not finite(tensors[kind]):
             raise WexpandError(f"{where(f'{name}.{kind}')}: holds NaN or infinite values")
     router = None
     if entry.experts > 1:
@@ -206,27 +209,50 @@ def problems(
     :param files: `tensor_files` of the checkpoint
     :param progress: called with each linear's or tensor's name before it is read
     """
-    ours = {t: name for name, entry in config.linears.items() for t in tensor_names(name, entry)}
-    for tensor in sorted(config.checksums.keys() - files.keys() - ours.keys()):
-        yield WexpandError(f"{tensor}: missing; config.json has its checksum")
-    for tensor in sorted(files.keys() - config.checksums.keys() - ours.keys()):
-        yield WexpandError(f"{files[tensor]}: {tensor}: unknown; config.json has no checksum of it")
+    yield from other_problems(files, config, progress)
     for name in config.linears:
         progress(name)
         try:
             read_linear(files, name, config)
         except WexpandError as error:
             yield error
-    others = {t: f for t, f in files.items() if t not in ours and t in config.checksums}
-    for tensor, value in tensors_of(others):
+
+
+def other_problems(
+    files: Mapping[str, Path],
+    config: WexpandConfig,
+    progress: Callable[[str], None] = lambda tensor: None,
+) -> Iterator[WexpandError]:
+    """`problems` of the tensors that belong to no expanded linear: embeddings, norms, the output
+    head, dense linears. Reads no other.
+    """
+    others = other_tensors(files, config)
+    for tensor in sorted(other_tensors(config.checksums, config).keys() - files.keys()):
+        yield WexpandError(f"{tensor}: missing; config.json has its checksum")
+    for tensor in sorted(others.keys() - config.checksums.keys()):
+        yield WexpandError(f"{files[tensor]}: {tensor}: unknown; config.json has no checksum of it")
+    for tensor, value in tensors_of({t: f for t, f in others.items() if t in config.checksums}):
         progress(tensor)
+        where = f"{files[tensor]}: {tensor}"
         if (found := checksum(value)) != config.checksums[tensor]:
             yield WexpandError(
-                f"{files[tensor]}: {tensor}: damaged: its checksum is {found}, config.json has "
+                f"{where}: damaged: its checksum is {found}, config.json has "
                 f"{config.checksums[tensor]}"
             )
-        elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            yield WexpandError(f"{files[tensor]}: {tensor}: holds NaN or infinite values")
+        elif not value.is_floating_point():
+            # bytes have no type: of a damaged header their checksum knows nothing
+            if tensor.endswith((".weight", ".bias")):
+                yield WexpandError(
+                    f"{where}: dtype {value.dtype} should be float32, bfloat16 or float16"
+                )
+        elif not finite(value):
+            yield WexpandError(f"{where}: holds NaN or infinite values")
+
+
+def other_tensors(tensors: Mapping[str, T], config: WexpandConfig) -> dict[str, T]:
+    """The entries of `tensors`, by name, that belong to no expanded linear."""
+    ours = {t for name, entry in config.linears.items() for t in tensor_names(name, entry)}
+    return {tensor: value for tensor, value in tensors.items() if tensor not in ours}
 
 
 def finalize(

@@ -114,8 +114,8 @@ class WexpandConfig(BaseModel):
     checksums: dict[str, str] = Field(default_factory=dict)
     """tensor of the model -> crc32 of its bytes, 8 hexadecimal digits"""
     model_digest: str = ""
-    """sha256 of the rest of config.json, see `model_digest`; only `wexpand verify` compares it, as
-    settings such as the context length may be edited on purpose"""
+    """sha256 of the rest of config.json, see `model_digest`; `wexpand verify` reports another one,
+    vLLM logs it: settings such as the context length may be edited on purpose"""
     digest: str = ""
     """sha256 of everything above, see `seal`"""
 

@@ -1,12 +1,14 @@
 """Every check that any reader of a checkpoint makes, all at once: `wexpand verify`.
 
 Readers stop at the first problem; this lists them all. The checks themselves are those of
-`checkpoint` and `hf`, so what verifies, loads.
+`checkpoint` and `hf`, so what verifies, loads. vLLM's half takes its checks of whole directories
+from here (`serve/files.py`).
 """
 
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -14,7 +16,10 @@ from . import checkpoint
 from .checkpoint import WexpandConfig
 from .errors import WexpandError
 
-__all__ = ["verify"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["check_fit", "edited", "file_problems", "verify"]
 
 
 def verify(directory: str | Path, *, quiet: bool = True) -> list[str]:
@@ -33,24 +38,43 @@ def _problems(directory: Path, quiet: bool) -> Iterator[WexpandError]:
     except WexpandError as error:
         yield error
         return
-    values = checkpoint.read_json(directory / "config.json")
-    if config.model_digest != (found := checkpoint.model_digest(values)):
-        yield WexpandError(
-            f"{directory / 'config.json'}: was changed after it was written, outside "
-            f"quantization_config (its digest was {config.model_digest[:12]}..., now it is "
-            f"{found[:12]}...)"
-        )
-    yield from _index_problems(directory, files)
-    yield from _header_problems(files)
-    ours = sum(len(checkpoint.tensor_names(n, entry)) for n, entry in config.linears.items())
-    count = len(config.linears) + max(len(files) - ours, 0)
+    if problem := edited(directory, config):
+        yield problem
+    yield from file_problems(directory, files)
+    count = len(config.linears) + len(checkpoint.other_tensors(files, config))
     with tqdm(total=count, unit="", disable=quiet, desc="verify") as bar:
         yield from checkpoint.problems(files, config, lambda name: bar.update())
     if find_spec("transformers"):
+        from .hf import skeleton
+
         try:
-            _check_fit(directory, files, config)
+            check_fit(skeleton(directory), files, config)
         except WexpandError as error:
             yield error
+
+
+def edited(directory: Path, config: WexpandConfig) -> WexpandError | None:
+    """The problem that config.json has other model settings than when it was written, if so.
+
+    Not an error for those who serve it: a context length may be edited on purpose.
+    """
+    found = checkpoint.model_digest(checkpoint.read_json(directory / "config.json"))
+    if config.model_digest == found:
+        return None
+    return WexpandError(
+        f"{directory / 'config.json'}: was changed after it was written, outside "
+        f"quantization_config (its digest was {config.model_digest[:12]}..., now it is "
+        f"{found[:12]}...)"
+    )
+
+
+def file_problems(directory: Path, files: dict[str, Path]) -> Iterator[WexpandError]:
+    """Problems of index and headers: files that readers would miss, or not understand.
+
+    :param files: `checkpoint.tensor_files` of `directory`
+    """
+    yield from _index_problems(directory, files)
+    yield from _header_problems(files)
 
 
 def _index_problems(directory: Path, files: dict[str, Path]) -> Iterator[WexpandError]:
@@ -87,9 +111,9 @@ def _header_problems(files: dict[str, Path]) -> Iterator[WexpandError]:
             yield WexpandError(f"{file}: its header says {metadata}, should say format: pt")
 
 
-def _check_fit(directory: Path, files: dict[str, Path], config: WexpandConfig) -> None:
-    from .hf import check_tensors, install_linears, skeleton
+def check_fit(model: "PreTrainedModel", files: dict[str, Path], config: WexpandConfig) -> None:
+    """Raise WexpandError unless `model`, a `hf.skeleton`, has exactly the checkpoint's tensors."""
+    from .hf import check_tensors, install_linears
 
-    model = skeleton(directory)
     install_linears(model, config.linears)
     check_tensors(model, files)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tiny
 import torch
 from engine import LENGTH, PROMPTS
 
+from wexpand_plugin import checkpoint
 from wexpand_plugin.saving import wrap_save_pretrained
 
 pytestmark = pytest.mark.slow
@@ -20,13 +22,15 @@ SCRIPT = Path(__file__).with_name("engine.py")
 SIZES = dict(hidden_size=128, intermediate_size=172)  # heads of 32, which vLLM's CPU attention has
 
 
-def save(path: Path, kind: str, expand: bool = True, **changes) -> torch.nn.Module:
-    """A tiny model at `path`, every linear of its blocks expanded; returned in float32."""
-    model = tiny.dense(kind, **SIZES | changes)
-    if expand:
-        model = tiny.expand(model, match="")
+def save(path: Path, kind: str, match: str | None = "") -> torch.nn.Module:
+    """A tiny model at `path`, in several files, the linears of its blocks whose names contain
+    `match` expanded; returned in float32.
+    """
+    model = tiny.dense(kind, **SIZES)
+    if match is not None:
+        model = tiny.expand(model, match=match)
         wrap_save_pretrained(model, {"test": kind})
-    model.save_pretrained(path)
+    model.save_pretrained(path, max_shard_size="300kB")
     return model
 
 
@@ -68,31 +72,100 @@ def run_engines(directory: Path, jobs: list[dict], **environment) -> dict:
 def models(tmp_path_factory) -> dict:
     """Name -> (directory, what transformers computes)."""
     made = {}
-    for name, kind, expand in (
-        ("llama", "llama", True), ("qwen2", "qwen2", True), ("plain", "llama", False),
-        ("gpt_neox", "gpt_neox", True),
+    for name, kind, match in (
+        ("llama", "llama", ""), ("qwen2", "qwen2", ""), ("plain", "llama", None),
+        ("gpt_neox", "gpt_neox", ""), ("partly", "llama", "layers.0.mlp"),
     ):  # fmt: skip
         path = tmp_path_factory.mktemp(name)
-        made[name] = (path, by_transformers(save(path, kind, expand)))
+        made[name] = (path, by_transformers(save(path, kind, match)))
     return made
 
 
-@pytest.fixture(scope="module")
-def damaged(models, tmp_path_factory) -> Path:
-    """The Llama with one bit of one value flipped, after it was saved."""
+def flip_bit(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.view(torch.uint8).view(-1)[5] ^= 1
+    return tensor
+
+
+def change_tensor(path: Path, name: str, change) -> None:
     from safetensors.torch import load_file, save_file
 
-    source, path = models["llama"][0], tmp_path_factory.mktemp("damaged")
-    for file in source.iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(path / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[5] ^= 1
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    file = checkpoint.tensor_files(path)[name]
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def change_json(file: Path, change) -> None:
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def cut_file(path: Path) -> None:
+    file = sorted(path.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
+NORM, DOWN = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.down_proj.weight"
+INDEX = checkpoint.INDEX
+# name -> (how a copy of the model "partly" is damaged, what the error says); the file of all but
+# the last four is sound. Only layer 0's MLP is expanded: the others are tensors that vLLM loads
+# without us
+DAMAGES = {
+    "expanded": (lambda path: change_tensor(path, UP, flip_bit), f"{UP}: damaged"),
+    "embedding": (
+        lambda path: change_tensor(path, "model.embed_tokens.weight", flip_bit),
+        "model.embed_tokens.weight: damaged",
+    ),
+    "norm": (lambda path: change_tensor(path, NORM, flip_bit), f"{NORM}: damaged"),
+    "dense linear": (lambda path: change_tensor(path, Q, flip_bit), f"{Q}: damaged"),
+    "untouched layer": (lambda path: change_tensor(path, DOWN, flip_bit), f"{DOWN}: damaged"),
+    "shorter head": (
+        lambda path: change_tensor(path, "lm_head.weight", lambda tensor: tensor[:-1]),
+        "lm_head.weight: damaged",
+    ),
+    "lost from the index": (
+        lambda path: change_json(path / INDEX, lambda v: v["weight_map"].pop(NORM)),
+        f"{NORM}: listed in None",
+    ),
+    "elsewhere by the index": (
+        lambda path: change_json(path / INDEX, lambda v: v["weight_map"].update({NORM: "a"})),
+        f"{NORM}: listed in a, found in model-0",
+    ),
+    "cut file": (cut_file, "not a complete safetensors file"),
+    "more layers": (
+        lambda path: change_json(
+            path / "config.json",
+            lambda v: v.update(num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        ),
+        "model.layers.2.",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def damaged(models, tmp_path_factory) -> dict[str, Path]:
+    """Copies of the model "partly", each damaged in one place."""
+    found = {}
+    for name, (damage, _) in DAMAGES.items():
+        found[name] = tmp_path_factory.mktemp("damaged") / "model"
+        shutil.copytree(models["partly"][0], found[name])
+        damage(found[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def edited(models, tmp_path_factory) -> Path:
+    """The model "partly" with a setting changed on purpose."""
+    path = tmp_path_factory.mktemp("edited") / "model"
+    shutil.copytree(models["partly"][0], path)
+    change_json(path / "config.json", lambda v: v.update(max_position_embeddings=128))
     return path
 
 
 @pytest.fixture(scope="module")
-def served(models, damaged, tmp_path_factory) -> dict:
+def served(models, damaged, edited, tmp_path_factory) -> dict:
     llama, qwen2, plain = (str(models[name][0]) for name in ("llama", "qwen2", "plain"))
     jobs = [
         {"name": "llama eager", "model": llama},
@@ -106,7 +179,9 @@ def served(models, damaged, tmp_path_factory) -> dict:
         {"name": "lora", "model": llama, "enable_lora": True},
         {"name": "dummy", "model": llama, "load_format": "dummy"},
         {"name": "fp8", "model": llama, "quantization": "fp8"},
-        {"name": "damaged", "model": str(damaged)},
+        {"name": "partly", "model": str(models["partly"][0])},
+        {"name": "edited on purpose", "model": str(edited)},
+        *({"name": name, "model": str(path)} for name, path in damaged.items()),
     ]  # fmt: skip
     return run_engines(tmp_path_factory.mktemp("served"), jobs)
 
@@ -125,6 +200,8 @@ def assert_same(found: dict, truth: dict, tolerance: float) -> None:
         ("llama eager", "llama"),
         ("llama in parts", "llama"),
         ("plain", "plain"),
+        ("partly", "partly"),
+        ("edited on purpose", "partly"),
     ],
 )
 def test_same_text_and_logprobs_as_transformers(served, models, job, model):
@@ -164,18 +241,33 @@ def test_the_log_says_once_which_kernel(served):
         ("lora", "LoRA adapters cannot be served on expanded linears"),
         ("dummy", "--load-format dummy cannot stand in for them"),
         ("fp8", "wexpand"),
-        ("damaged", "model.layers.1.mlp.up_proj.weight: damaged"),
     ],
 )
 def test_refused_with_a_sentence(served, job, sentence):
     assert sentence in served[job].get("error", "")
 
 
-def test_two_workers_generate_the_text_of_one(models, tmp_path):
+@pytest.mark.parametrize("job", DAMAGES)
+def test_damage_is_refused_by_name(served, job):
+    assert DAMAGES[job][1] in served[job].get("error", "")
+
+
+def test_changed_settings_are_logged(served):
+    assert served["output"].count("config.json: was changed after it was written") == 2
+
+
+def test_two_workers_generate_the_text_of_one(models, damaged, tmp_path):
+    """And one of them refuses a damaged tensor for both."""
     path, truth = models["qwen2"]
-    job = {"name": "two", "model": str(path), "tensor_parallel_size": 2,
-           "distributed_executor_backend": "mp"}  # fmt: skip
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    jobs = [
+        {"name": "two", "model": str(path), **two},
+        {"name": "damaged", "model": str(damaged["norm"]), **two},
+    ]
     results = run_engines(
-        tmp_path, [job], VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="1"
+        tmp_path, jobs, VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="1"
     )
     assert_same(results["two"], truth, 1e-3)
+    assert "error" in results["damaged"]
+    refusals = results["output"].count(f"WexpandError: {damaged['norm']}")
+    assert refusals == 1 and DAMAGES["norm"][1] in results["output"]

@@ -21,7 +21,7 @@ must end in a WexpandError: neither another exception nor a crash nor a layer th
 
 Checksums and digest find damage, they are no signature: a valid tensor put there with its checksum
 is another model, not a corruption. Tensors that vLLM loads by itself (embeddings, norms, layers
-with no expanded linear) do not come past here; `wexpand verify` checks those.
+with no expanded linear) do not come past here: `test_fuzz_files` damages those, and the files.
 """
 
 import hashlib

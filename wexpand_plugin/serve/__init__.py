@@ -4,6 +4,7 @@ vLLM calls `register` in every process it starts, for every model it serves, so 
 never raises. The rest is imported when a checkpoint of ours is loaded:
 
     config.py    which linears of the model are expanded, and what is refused
+    files.py     the files as a whole, and the tensors that vLLM loads by itself, checked
     linear.py    one layer: its parameters, its tensors put together, its forward
     parts.py     the tensors of a layer as they arrive from the files, checked
     shards.py    the rows or columns that a tensor-parallel rank holds

@@ -60,6 +60,9 @@ class WexpandServeConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
+        from .files import check_engine
+
+        check_engine(self.checkpoint)
         if not isinstance(layer, LinearBase):
             self.refuse_inside(layer, prefix)
             return None

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoint import WexpandConfig, check_linear, checksum
 from ..errors import WexpandError
 from ..router import Router
-from ..rowpool import FLOATS, RowPool, pack_rows
+from ..rowpool import FLOATS, RowPool, finite, pack_rows
 
 __all__ = ["Member", "Parts"]
 
@@ -134,7 +134,7 @@ class Parts:
                 f"{tensor}: dtype {value.dtype} should be float32, bfloat16 or float16"
             )
         self._check_sum(tensor, value)
-        if not bool(torch.isfinite(value).all()):
+        if not finite(value):
             raise WexpandError(f"{tensor}: holds NaN or infinite values")
 
     def _check_sum(self, tensor: str, value: Tensor) -> None:
