@@ -1,18 +1,29 @@
 """What should bytes be spent on? Scores at equal bytes, by held-out loss.
 
     python -m evals.scores [--sparsity 0.8 ...] [--budget 1.0 ...] [--score gain ...] [--seeds 3]
-                           [--model evals/pocket/model] [--dataset pocket] [--json FILE]
+                           [--path full] [--model evals/pocket/model] [--dataset pocket]
+                           [--json FILE]
 
-Every cell compresses the model's MLP linears with 16 experts and measures the held-out loss; a seed
-decides the calibration text, the clusters and, for `random`, the neurons. Beside each loss stands
-the share of full expansion's gain that it recovers, (SparseGPT - loss) / (SparseGPT - full) with
-the SparseGPT (one expert) and full expansion of the same seed and sparsity, and the bytes stored
-over dense. Cells found in the JSON file are not run again, so an interrupted run goes on.
+The MLP linears of the model are expanded with 16 experts (`evals.expansion`: solved once for each
+sparsity and seed, then allocated for every budget and score over the whole model) and the held-out
+loss is measured. A seed decides the calibration text, the clusters and, for `random`, the neurons.
+Beside each loss stands the share of full expansion's gain that it recovers, (SparseGPT - loss) /
+(SparseGPT - full) with the SparseGPT (one expert) and full expansion of the same seed and sparsity,
+and the bytes stored and read by a token over dense.
+
+`--path full` calibrates later linears on fully expanded earlier ones, so that no score is
+favoured: for comparing scores. `--path budget` calibrates on what the recipe has there, earlier
+linears within the budget by gain: for the numbers of the recipe itself.
+
+Cells found in the JSON file are not run again, so an interrupted run goes on, and several
+processes may fill one file, each with its own sparsities.
 """
 
+import fcntl
 import itertools
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +31,10 @@ import typer
 
 from evals.pocket import MODEL, corpus
 
-__all__ = ["compressed", "summary", "training_texts"]
+__all__ = ["summary", "training_texts"]
 
 SCORES = ("gain", "wasserstein", "gain_wasserstein", "kurtosis", "random")
+CONTEXT = 256
 
 
 def training_texts(dataset: str, seed: int) -> list[str]:
@@ -45,58 +57,65 @@ def held_out_texts(dataset: str) -> list[str] | str:
     return texts[len(texts) * 9 // 10 :]
 
 
-def compressed(
-    model: Path | str,
-    texts: list[str],
-    seed: int,
-    rows: int = 128,
-    length: int = 256,
-    **values: Any,
-) -> tuple[Any, dict[str, float]]:
-    """Expand the MLP linears of `model`: the model, and bytes stored and read over dense.
+class Bench:
+    """One model and its held-out text."""
 
-    :param values: recipe keys of SparseExpansionModifier
-    """
-    import torch
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from transformers import AutoTokenizer
+    def __init__(self, model: str, dataset: str, calibration: int, tokens: int):
+        from transformers import AutoTokenizer
 
-    from wexpand_plugin.compress.modifier import SparseExpansionModifier
-    from wexpand_plugin.linear import RoutedLinear
+        self.model, self.dataset = model, dataset
+        self.calibration, self.tokens = calibration, tokens
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = corpus.token_rows(texts, tokenizer, length)[:rows].tolist()
-    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * length] * len(ids)})
-    modifier = SparseExpansionModifier(targets=[r"re:.*\.mlp\..*"], seed=seed, **values)
-    torch.manual_seed(seed)
-    expanded = oneshot(
-        model=str(model), dataset=data, recipe=[modifier], processor=tokenizer,
-        max_seq_length=length, num_calibration_samples=len(ids), precision="bfloat16",
-    )  # fmt: skip
-    routed = [m for m in expanded.modules() if isinstance(m, RoutedLinear)]
-    dense = sum(2 * m.in_features * m.out_features for m in routed)
-    read = 0.0
-    for module in routed:
-        router = 4 * module.experts * (module.in_features + 1) if module.experts > 1 else 0
-        read += module.pool.bytes_per_token(torch.tensor(module.tokens)) + router
-        module.unpack()
-    stored = sum(m.stored_bytes() for m in routed)
-    return expanded.float(), {"stored": stored / dense, "read": read / dense}
+    def network(self) -> Any:
+        """The dense model in float32, its weights rounded to bfloat16 as a checkpoint has them."""
+        from evals.perplexity import load_model
 
+        return load_model(self.model, "bfloat16", "cpu").float()
 
-def run_cell(model: str, dataset: str, cell: dict[str, Any]) -> dict[str, float]:
-    """Loss and sizes of one setting."""
-    from evals.perplexity import held_out_loss
+    def rows(self, seed: int) -> Any:
+        """Calibration token ids."""
+        texts = training_texts(self.dataset, seed)
+        return corpus.token_rows(texts, self.tokenizer, CONTEXT)[: self.calibration // CONTEXT]
 
-    values = {k: v for k, v in cell.items() if k not in ("seed",)}
-    context = 256
-    expanded, sizes = compressed(model, training_texts(dataset, cell["seed"]), cell["seed"],
-                                 length=context, **values)  # fmt: skip
-    loss = held_out_loss(
-        expanded, model, held_out_texts(dataset), tokens=32768, context=context, progress=False
-    ).loss
-    return {"loss": loss, **sizes}
+    def loss(self, network: Any) -> float:
+        from evals.perplexity import held_out_loss
+
+        return held_out_loss(
+            network, self.tokenizer, held_out_texts(self.dataset), tokens=self.tokens,
+            context=CONTEXT, progress=False,
+        ).loss  # fmt: skip
+
+    def cells(self, wanted: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Loss and sizes of cells that share sparsity, seed, experts and path."""
+        from dataclasses import asdict
+
+        from evals.expansion import expand_network, install, reallocate, sizes
+        from wexpand_plugin.compress.expansion import Settings
+        from wexpand_plugin.errors import WexpandError
+        from wexpand_plugin.solver import MaskStructure
+
+        first, network = wanted[0], self.network()
+        settings = Settings(
+            sparsity=first["sparsity"], structure=MaskStructure.parse("row"),
+            num_experts=first["num_experts"], size_budget=first.get("size_budget"),
+            seed=first["seed"],
+        )  # fmt: skip
+        scores = list(dict.fromkeys(cell["score"] for cell in wanted if "score" in cell))
+        expanded = expand_network(
+            network, self.rows(first["seed"]), settings, scores, first.get("path", "full")
+        )
+        for cell in wanted:
+            pools = [linear.pool for linear in expanded]
+            if "score" in cell:
+                try:
+                    pools = reallocate(expanded, cell["size_budget"], cell["score"])
+                except WexpandError as error:
+                    print(f"    left out: {error}", flush=True)
+                    continue
+                for linear, pool in zip(expanded, pools, strict=True):
+                    install(network, linear, pool)
+            yield {"cell": cell, "loss": self.loss(network), **asdict(sizes(expanded, pools))}
 
 
 def summary(cells: list[dict[str, Any]]) -> str:
@@ -111,7 +130,9 @@ def summary(cells: list[dict[str, Any]]) -> str:
     def key(cell: dict[str, Any]) -> tuple:
         return tuple((k, v) for k, v in cell.items() if k != "seed")
 
-    lines = [f"{'setting':66}{'loss':>16}{'recovered':>16}{'stored':>8}{'read':>7}"]
+    lines = [
+        f"{'setting':82}{'seeds':>6}{'loss':>16}{'recovered':>16}{'stored':>8}{'read':>7}{'weights':>8}"
+    ]
     for name, group in itertools.groupby(
         sorted(cells, key=lambda c: str(key(c["cell"]))), lambda c: key(c["cell"])
     ):
@@ -132,10 +153,24 @@ def summary(cells: list[dict[str, Any]]) -> str:
 
         text = " ".join(f"{k}={v}" for k, v in name)
         lines.append(
-            f"{text:66}{spread(losses):>16}{spread(share):>16}"
-            f"{found[0]['stored']:>8.3f}{found[0]['read']:>7.3f}"
+            f"{text:82}{len(found):>6}{spread(losses):>16}{spread(share):>16}"
+            f"{found[0]['stored']:>8.3f}{found[0]['read']:>7.3f}{found[0]['read_weights']:>8.3f}"
         )
     return "\n".join(lines)
+
+
+def add(file: Path, content: dict[str, Any], fresh: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Append cells to the JSON file, which other processes may be filling too; all its cells."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cells = json.loads(file.read_text())["cells"] if file.exists() else []
+        cells += [new for new in fresh if new["cell"] not in [old["cell"] for old in cells]]
+        if fresh:
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(content | {"cells": cells}, indent=1) + "\n")
+            partial.replace(file)
+    return cells
 
 
 def main(
@@ -147,35 +182,38 @@ def main(
     score: Annotated[list[str] | None, typer.Option(help=", ".join(SCORES))] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     experts: Annotated[int, typer.Option(min=2)] = 16,
-    scope: Annotated[str, typer.Option(help="layer or model")] = "layer",
-    share: Annotated[bool, typer.Option(help="Let experts share versions.")] = True,
+    path: Annotated[str, typer.Option(help="full or budget")] = "full",
+    calibration: Annotated[int, typer.Option(help="Calibration tokens.")] = 32768,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 32768,
 ) -> None:
     """Compare scores at equal bytes."""
-    results: dict[str, Any] = {"cells": []}
-    if json_file.exists():
-        results = json.loads(json_file.read_text())
-    done = [found["cell"] for found in results["cells"]]
-    cells: list[dict[str, Any]] = []
+    bench = Bench(model, dataset, calibration, tokens)
+    content = {
+        "command": "python -m evals.scores", "model": Path(model).name,
+        "dataset": Path(dataset).name, "calibration_tokens": calibration, "held_out_tokens": tokens,
+    }  # fmt: skip
     for seed, level in itertools.product(range(seeds), sparsity or [0.7, 0.8, 0.9]):
-        cells.append({"sparsity": level, "num_experts": 1, "seed": seed})
-        cells.append({"sparsity": level, "num_experts": experts, "seed": seed})
-        for size, name in itertools.product(budget or [0.5, 0.75, 1.0, 1.5], score or SCORES):
-            cells.append({
-                "sparsity": level, "num_experts": experts, "size_budget": size, "score": name,
-                "budget_scope": scope, "share_versions": share, "seed": seed,
-            })  # fmt: skip
-    for number, cell in enumerate(cells):
-        if cell in done:
-            continue
-        print(f"{number + 1}/{len(cells)} {cell}", flush=True)
-        found = run_cell(model, dataset, cell)
-        print(f"    {found}", flush=True)
-        results["cells"].append({"cell": cell, **found})
-        results |= {"model": Path(model).name, "dataset": Path(dataset).name,
-                    "command": "python -m evals.scores"}  # fmt: skip
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
-    print(summary(results["cells"]))
+        common = {"sparsity": level, "seed": seed}
+        sweeps: list[list[dict[str, Any]]] = [
+            [{**common, "num_experts": 1}], [{**common, "num_experts": experts}]
+        ]  # fmt: skip
+        grid = [
+            {**common, "num_experts": experts, "size_budget": size, "score": name, "path": path}
+            for size, name in itertools.product(budget or [0.5, 0.75, 1.0, 1.5], score or SCORES)
+        ]
+        # with "budget" the path depends on the budget, so each has a calibration of its own
+        sweeps += (
+            [grid]
+            if path == "full"
+            else [list(g) for _, g in itertools.groupby(grid, lambda cell: cell["size_budget"])]
+        )
+        for sweep in sweeps:
+            done = [found["cell"] for found in add(json_file, content, [])]
+            if missing := [cell for cell in sweep if cell not in done]:
+                for found in bench.cells(missing):
+                    print(json.dumps(found), flush=True)
+                    add(json_file, content, [found])
+    print(summary(add(json_file, content, [])))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ bytes. Small clusters are helped by shrinkage: an expert's Hessian is mixed with
 so that a cluster with many times `in` tokens is left alone and an empty one gets the base version.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..allocation import Choice, Problem, Tree, merge_tree, stored_versions
+from ..allocation import Choice, Problem, Tree, allocate, merge_tree, stored_versions
 from ..errors import WexpandError
 from ..neurons import neuron_scores
 from ..router import Router, route
@@ -24,7 +24,18 @@ from ..rowpool import RowPool, bit_counts, pack_experts, pack_rows, unpack_rows
 from ..solver import MaskStructure, chunk_size, solve
 from .statistics import GroupStatistics
 
-__all__ = ["SCORES", "Candidates", "Settings", "dense_bytes", "expand", "fixed_bytes", "propose"]
+__all__ = [
+    "SCORES",
+    "Candidates",
+    "Settings",
+    "allocate_model",
+    "dense_bytes",
+    "expand",
+    "fixed_bytes",
+    "propose",
+    "score_values",
+    "weigh",
+]
 
 SCORES = {
     # name: (errors of the neuron's own versions count, field of NeuronScores that weights a neuron)
@@ -168,7 +179,8 @@ def propose(
         identity = place.view(versions.shape[:2]).to(versions.device)
         pool = pack_rows(versions.flatten(0, 1), identity)
         cost = bit_counts(pool.mask) * pool.values.element_size() + pool.mask.shape[1]
-        weighted = _weighted(error, rows, weights[i], biases[i], settings)
+        values = score_values(settings.score, rows, weights[i], biases[i], settings.seed)
+        weighted = weigh(error, settings.score, values)
         problem = Problem(tree, weighted.cpu(), may.cpu(), cost.view(len(versions), -1).cpu())
         proposals.append(Candidates(pool, place, problem, float(energy.sum())))
     return proposals
@@ -241,19 +253,43 @@ def _held_errors(weight: Tensor, statistics: GroupStatistics) -> Callable[[Tenso
     return error
 
 
-def _weighted(
-    errors: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings
-) -> Tensor:
-    """Errors [nodes, experts, rows] as the score sees them."""
-    own_errors, field = SCORES[settings.score]
-    if not own_errors:
-        errors = errors.mean(dim=2, keepdim=True).expand_as(errors)
+def score_values(
+    score: str, rows: Tensor, weight: Tensor, bias: Tensor | None, seed: int
+) -> Tensor | None:
+    """What `score` says of each neuron of a linear [out]; None if it looks at errors only.
+
+    :param rows: sample of the linear's inputs [n, in]
+    """
+    field = SCORES[score][1]
     if field is None:
-        return errors
+        return None
     if field == "random":
-        generator = torch.Generator().manual_seed(settings.seed)
-        score = torch.rand(errors.shape[2], generator=generator)
-    else:
-        score = getattr(neuron_scores(rows, weight, bias, seed=settings.seed), field)
-    score = score.float().clamp(min=0)
-    return errors * (score / score.mean().clamp(min=1e-12)).to(errors.device)
+        return torch.rand(len(weight), generator=torch.Generator().manual_seed(seed))
+    return getattr(neuron_scores(rows, weight, bias, seed=seed), field)
+
+
+def weigh(errors: Tensor, score: str, values: Tensor | None) -> Tensor:
+    """Errors [nodes, experts, rows] as `score` sees them, given its `score_values`."""
+    if not SCORES[score][0]:
+        errors = errors.mean(dim=2, keepdim=True).expand_as(errors)
+    if values is None:
+        return errors
+    values = values.float().clamp(min=0)
+    return errors * (values / values.mean().clamp(min=1e-12)).to(errors.device)
+
+
+def allocate_model(
+    candidates: Sequence[Candidates], reach: Sequence[float], budget: float
+) -> list[Choice]:
+    """Allocate `budget` bytes of row versions over several linears.
+
+    Linears become comparable by the energy of their outputs, which divides their errors, and by how
+    far an error spreads: one made in an early block changes the input of every later block.
+
+    :param reach: for each linear, the share of the model's blocks from its own to the last
+    """
+    problems = [
+        c.problem._replace(errors=c.problem.errors * (share / c.energy))
+        for c, share in zip(candidates, reach, strict=True)
+    ]
+    return allocate(problems, budget)

@@ -16,7 +16,7 @@ from .statistics import GroupStatistics, RowSample
 
 __all__ = ["ExpandedGroup", "expand_group", "replace_linear", "sum_hessians"]
 
-SHORTLIST = (1.0, 1.5, 2.5)
+SHORTLIST = (0.5, 1.0, 2.0)
 """Times its share of the model's budget: a linear may choose again from what it would be granted at
 one of these. Bounds what is kept; more bytes grant other versions, not only further ones."""
 
@@ -95,7 +95,10 @@ def expand_group(
             share = budget * dense_bytes(weight) - fixed
             pools.append(proposal.select(allocate([proposal.problem], share)[0]))
             if settings.budget_scope == "model":
-                likely = [allocate([proposal.problem], share * part)[0] for part in SHORTLIST]
+                least = float(proposal.problem.cost[-1].sum())
+                likely = [
+                    allocate([proposal.problem], max(least, share * part))[0] for part in SHORTLIST
+                ]
                 candidates.append(proposal.shortlist(likely))
 
     rows = statistics.sample.rows.to(weights[0].dtype)

@@ -14,13 +14,19 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 from tqdm import tqdm
 
-from ..allocation import allocate
 from ..errors import WexpandError
 from ..linear import RoutedLinear
 from ..router import Router
 from ..saving import wrap_save_pretrained
 from ..solver import MaskStructure
-from .expansion import SCORES, Candidates, Settings, dense_bytes, fixed_bytes
+from .expansion import (
+    SCORES,
+    Candidates,
+    Settings,
+    allocate_model,
+    dense_bytes,
+    fixed_bytes,
+)
 from .group import expand_group, replace_linear, sum_hessians
 from .replay import BlockReplay
 from .statistics import GroupStatistics
@@ -68,8 +74,9 @@ class SparseExpansionModifier(Modifier):
     :param num_experts: experts per input group; 1 is plain sparse, without a router
     :param size_budget: bytes stored for the targeted linears over their dense bytes; null stores
         every expert in full (the paper's method)
-    :param budget_scope: "layer" meets the budget in each linear, "model" over all of them (better;
-        keeps a few times the budget in memory until the end)
+    :param budget_scope: "layer" meets the budget in each linear, "model" over all of them, with
+        more for early blocks, whose errors reach further (better; keeps a few times the budget in
+        memory until the end)
     :param score: what the budget is spent on; "gain" (error removed per byte) or one of
         "wasserstein", "gain_wasserstein", "kurtosis", "gain_kurtosis", "random"
     :param share_versions: let similar experts share a version (on), or give an expert its own
@@ -118,6 +125,8 @@ class SparseExpansionModifier(Modifier):
     _blocks: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _candidates: dict[str, Candidates] = PrivateAttr(default_factory=dict)
     _expanded: dict[str, RoutedLinear] = PrivateAttr(default_factory=dict)
+    # the share of the model's blocks that an error of the linear reaches: its own and later ones
+    _reach: dict[str, float] = PrivateAttr(default_factory=dict)
 
     @field_validator("mask_structure", mode="before")
     @classmethod
@@ -172,6 +181,7 @@ class SparseExpansionModifier(Modifier):
                 del linears[name]
             else:
                 self._blocks[owner] = blocks[owner]
+                self._reach[name] = 1 - list(blocks).index(owner) / len(blocks)
         if not linears:
             raise WexpandError(f"targets: {self.targets} match linears outside the blocks only")
         self._linears = linears
@@ -300,17 +310,16 @@ class SparseExpansionModifier(Modifier):
         return Settings(structure=self._structure, **{key: getattr(self, key) for key in shared})
 
     def _allocate_model(self, model: nn.Module) -> None:
-        """Allocate once more, over all linears at once, with errors relative to their outputs."""
+        """Allocate once more, over all linears at once."""
         assert self.size_budget is not None
-        problems, budget = [], 0.0
-        for name, candidates in self._candidates.items():
+        budget = 0.0
+        for name in self._candidates:
             old = self._expanded[name]
-            errors = candidates.problem.errors / candidates.energy
-            problems.append(candidates.problem._replace(errors=errors))
             dense = old.out_features * old.in_features * old.weight.element_size()
             fixed = fixed_bytes(old.out_features, old.in_features, self.num_experts)
             budget += self.size_budget * dense - fixed
-        choices = allocate(problems, budget)
+        reach = [self._reach[name] for name in self._candidates]
+        choices = allocate_model(list(self._candidates.values()), reach, budget)
         for (name, candidates), choice in zip(self._candidates.items(), choices, strict=True):
             old = self._expanded[name]
             router = Router(old.router_weight.data, old.router_bias.data)
