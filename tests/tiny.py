@@ -7,7 +7,7 @@ from wexpand_plugin.linear import RoutedLinear
 from wexpand_plugin.router import Router
 from wexpand_plugin.rowpool import pack_experts
 
-__all__ = ["CLASSES", "block_linears", "dense", "expand", "expanded", "prune", "tokens"]
+__all__ = ["CLASSES", "block_linears", "dense", "expand", "expanded", "prune", "tokenizer", "tokens"]
 
 CLASSES = ("llama", "qwen2", "gpt_neox")
 # widths that do not divide by 8, in the feed-forward (52) and elsewhere (40 does)
@@ -103,3 +103,12 @@ def expanded(path, kind: str = "llama", dtype: torch.dtype = torch.float32, **se
 
 def tokens(batch: int = 2, length: int = 17, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer():
+    """One token per word t0, t1, ... of the vocabulary."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1")

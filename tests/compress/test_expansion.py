@@ -6,10 +6,14 @@ import torch
 pytest.importorskip("llmcompressor")
 from wexpand_plugin.allocation import Choice, Problem, choose_versions, merge_tree  # noqa: E402
 from wexpand_plugin.compress.expansion import (  # noqa: E402
+    SCORES,
     Candidates,
     Settings,
+    allocate_model,
     expand,
     propose,
+    score_values,
+    weigh,
 )
 from wexpand_plugin.compress.statistics import GroupStatistics, RowSample  # noqa: E402
 from wexpand_plugin.router import Router  # noqa: E402
@@ -125,3 +129,38 @@ def test_row_sample_is_uniform_and_bounded():
     short = RowSample(50, seed=1)
     short.add(torch.arange(7.0).unsqueeze(1))
     assert torch.equal(short.rows.flatten(), torch.arange(7.0))
+
+
+def test_a_linear_whose_errors_reach_further_gets_more():
+    found, _ = candidates()
+    even = allocate_model([found, found], [1.0, 1.0], 50.0)
+    assert torch.equal(even[0].granted, even[1].granted)
+    early, late = allocate_model([found, found], [1.0, 0.25], 50.0)
+    assert early.granted.sum() > late.granted.sum()
+    spent = [float(found.problem.cost[c.granted].sum()) for c in (early, late)]
+    assert sum(spent) <= 50
+
+
+def test_errors_count_relative_to_the_outputs():
+    found, _ = candidates()
+    louder = Candidates(
+        found.pool, found.place, found.problem._replace(errors=found.problem.errors * 9), 9.0
+    )
+    choices = allocate_model([found, louder], [1.0, 1.0], 50.0)
+    assert torch.equal(choices[0].granted, choices[1].granted)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_weigh_neurons_and_keep_the_scale(score):
+    generator = torch.Generator().manual_seed(5)
+    errors = torch.rand(7, 4, 12, generator=generator)
+    rows, weight = torch.randn(256, 20, generator=generator), torch.randn(12, 20)
+    values = score_values(score, rows, weight, None, seed=0)
+    weighed = weigh(errors, score, values)
+    if score == "gain":
+        assert values is None and torch.equal(weighed, errors)
+        return
+    assert values is not None and values.shape == (12,)
+    share = values.float().clamp(min=0) / values.float().clamp(min=0).mean()
+    plain = errors if SCORES[score][0] else errors.mean(dim=2, keepdim=True)
+    torch.testing.assert_close(weighed, plain * share)

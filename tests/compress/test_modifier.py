@@ -11,6 +11,7 @@ import transformers
 pytest.importorskip("llmcompressor")
 import datasets  # noqa: E402
 from llmcompressor import oneshot  # noqa: E402
+from tiny import VOCAB, tokenizer  # noqa: E402
 
 import wexpand_plugin  # noqa: E402, F401
 from wexpand_plugin.checkpoint import read_config, read_linear, tensor_files  # noqa: E402
@@ -18,7 +19,6 @@ from wexpand_plugin.compress.modifier import SparseExpansionModifier  # noqa: E4
 from wexpand_plugin.errors import WexpandError  # noqa: E402
 from wexpand_plugin.linear import RoutedLinear  # noqa: E402
 
-VOCAB = 96
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
 
 
@@ -62,15 +62,8 @@ def run(path: Path, output: Path | None = None, data=None, pipeline="independent
         model=str(path), dataset=data, recipe=[SparseExpansionModifier(**values)],
         num_calibration_samples=len(data), max_seq_length=64, pipeline=pipeline,
         output_dir=None if output is None else str(output),
-        tokenizer=None, processor=_tokenizer(),
+        tokenizer=None, processor=tokenizer(),
     )  # fmt: skip
-
-
-def _tokenizer():
-    from tokenizers import Tokenizer, models
-
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1")
 
 
 def logits(model, seed: int = 5) -> torch.Tensor:
@@ -134,7 +127,7 @@ def test_one_expert_is_llmcompressors_sparsegpt(tmp_path):
     path = tiny("Llama", tmp_path / "dense")
     ours = run(path, num_experts=1, mask_structure="0:0", sparsity=0.5, targets=["re:.*mlp.*"])
     theirs = oneshot(
-        model=str(path), dataset=calibration(), processor=_tokenizer(), max_seq_length=64,
+        model=str(path), dataset=calibration(), processor=tokenizer(), max_seq_length=64,
         num_calibration_samples=24,
         recipe=[SparseGPTModifier(sparsity=0.5, targets=["re:.*layers.*mlp.*_proj$"])],
     )  # fmt: skip
@@ -254,7 +247,7 @@ def test_yaml_recipe_with_unquoted_mask_structure(tmp_path):
     )
     model = oneshot(
         model=str(tiny("Llama", tmp_path / "dense")), dataset=calibration(), recipe=str(recipe),
-        processor=_tokenizer(), max_seq_length=64, num_calibration_samples=24,
+        processor=tokenizer(), max_seq_length=64, num_calibration_samples=24,
         output_dir=str(tmp_path / "out"),
     )  # fmt: skip
     assert model.model.layers[0].mlp.up_proj.experts == 2
@@ -317,6 +310,6 @@ def test_a_model_is_not_expanded_twice(tmp_path):
         run(tmp_path / "out")
     with pytest.raises(WexpandError, match="already expanded"):
         oneshot(
-            model=model, dataset=calibration(), processor=_tokenizer(), max_seq_length=64,
+            model=model, dataset=calibration(), processor=tokenizer(), max_seq_length=64,
             recipe=[SparseExpansionModifier(sparsity=0.5)], num_calibration_samples=24,
         )  # fmt: skip

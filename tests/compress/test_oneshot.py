@@ -4,7 +4,7 @@ import json
 
 import pytest
 import transformers
-from test_modifier import _tokenizer, logits, tiny
+from test_modifier import logits, tiny
 
 pytest.importorskip("llmcompressor")
 import wexpand_plugin  # noqa: E402, F401
@@ -50,7 +50,7 @@ def test_every_recipe_of_the_repository_is_accepted(recipes):
 @pytest.fixture
 def inputs(tmp_path):
     model = tiny("Llama", tmp_path / "dense")
-    _tokenizer().save_pretrained(model)
+    tokenizer().save_pretrained(model)
     text = tmp_path / "text.jsonl"
     words = [" ".join(f"t{(i * 7 + j * j) % 90 + 2}" for j in range(60)) for i in range(60)]
     text.write_text("".join(json.dumps({"text": w}) + "\n" for w in words))
