@@ -23,13 +23,36 @@ constexpr const char* INSTRUCTIONS =
     "plain";
 #endif
 
+// The tokens of a batch, expert by expert, and where each expert's begin; `chosen` is null if there is one expert.
+struct Groups {
+    std::vector<int32_t> order;
+    std::vector<int64_t> begins;
+
+    void sort(const int64_t* chosen, int64_t tokens, int64_t experts) {  // by counts, running sums, and placing backwards
+        order.resize(tokens);
+        begins.assign(experts + 1, 0);
+        for (int64_t t = 0; t < tokens; ++t) ++begins[chosen ? chosen[t] : 0];
+        for (int64_t e = 0, sum = 0; e <= experts; ++e) {
+            sum += begins[e];
+            begins[e] = sum;
+        }
+        for (int64_t t = tokens - 1; t >= 0; --t) order[--begins[chosen ? chosen[t] : 0]] = int32_t(t);
+    }
+};
+
 template <class V>
-void linear(const void* x, void* y, int64_t in, int64_t out, const void* values, const uint8_t* mask,
-            const uint32_t* starts, const int32_t* row_map, const int32_t* order, const int64_t* begins,
-            int64_t experts, int threads) {
-    const Call<V> call{(const V*)x, in, out, (const V*)values, mask, starts, row_map, (V*)y, order, begins, experts, threads};
-    if constexpr (HAS_EXPAND<V>) Expanding<V>{call}.run();
-    else Narrow<V>{call}.run();
+void linear(const void* x, const int64_t* chosen, int64_t tokens, int64_t in, int64_t out, int64_t experts,
+            const void* values, const uint8_t* mask, const uint32_t* starts, const int32_t* row_map, void* y, int threads) {
+    thread_local Groups groups;
+    const int64_t batch = HAS_EXPAND<V> ? tokens : NARROW_TOKENS;
+    for (int64_t t = 0; t < tokens; t += batch) {
+        const int64_t count = tokens - t < batch ? tokens - t : batch;
+        groups.sort(chosen ? chosen + t : nullptr, count, experts);
+        const Call<V> call{(const V*)x + t * in, in, out, (const V*)values, mask, starts, row_map, (V*)y + t * out,
+                           groups.order.data(), groups.begins.data(), experts, threads};
+        if constexpr (HAS_EXPAND<V>) Expanding<V>{call}.run();
+        else Narrow<V>{call}.run();
+    }
 }
 
 }  // namespace
@@ -38,32 +61,15 @@ extern "C" {
 
 const char* wexpand_instructions() { return INSTRUCTIONS; }
 
-// y [tokens, out] = x [tokens, in] times the rows of each token's expert. `chosen` [tokens], or null for one expert.
+// y [tokens, out] = x [tokens, in] times the rows of each token's expert. `chosen` [tokens], or null for the first expert.
 // type: 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 if a chosen expert does not exist (y is then not written).
 int wexpand_linear(int type, const void* x, const int64_t* chosen, int64_t tokens, int64_t in, int64_t out,
                    int64_t experts, const void* values, const uint8_t* mask, const uint32_t* starts,
                    const int32_t* row_map, void* y, int threads) {
-    thread_local std::vector<int32_t> order;
-    thread_local std::vector<int64_t> begins;
-    order.resize(tokens);
-    begins.assign(experts + 1, 0);
-    if (chosen == nullptr) {
-        experts = 1;
-        begins[1] = tokens;
-        for (int64_t t = 0; t < tokens; ++t) order[t] = int32_t(t);
-    } else {  // counting sort: counts, running sums, then placing moves each begin to the next one's place
-        for (int64_t t = 0; t < tokens; ++t) {
-            if (chosen[t] < 0 || chosen[t] >= experts) return 1;
-            ++begins[chosen[t]];
-        }
-        for (int64_t e = 0, sum = 0; e <= experts; ++e) {
-            sum += begins[e];
-            begins[e] = sum;
-        }
-        for (int64_t t = tokens - 1; t >= 0; --t) order[--begins[chosen[t]]] = int32_t(t);
-    }
+    for (int64_t t = 0; chosen && t < tokens; ++t)
+        if (chosen[t] < 0 || chosen[t] >= experts) return 1;
     const auto call = type == 0 ? linear<float> : type == 1 ? linear<Bf16> : linear<Fp16>;
-    call(x, y, in, out, values, mask, starts, row_map, order.data(), begins.data(), experts, threads);
+    call(x, chosen, tokens, in, out, chosen ? experts : 1, values, mask, starts, row_map, y, threads);
     return 0;
 }
 

@@ -20,52 +20,53 @@ typedef float Vec __attribute__((vector_size(32), may_alias));
 constexpr int LANES = 8;
 
 // ---- 8 columns of weights: w = values p[0..popcount) spread to the set bits of a mask byte, zero elsewhere. May read up to 32
-// bytes from p.
+// bytes from p. The byte comes as `row`, moved SHIFT bits to the left: where its row of a table begins.
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
-struct Shuffles {
-    int8_t dwords[256][8] = {};   // float32, for vpermps; negative where the column is pruned
-    int8_t bytes[256][16] = {};   // float16, for pshufb; negative clears
-    int8_t upper[256][32] = {};   // bfloat16, for pshufb on two copies of 8 values: into the upper half of each float32
+template <class V> constexpr int WIDTH = 8;   // bytes of a row. float32: 8 x 1, for vpermps; negative where the column is pruned
+template <> constexpr int WIDTH<Fp16> = 16;  // 8 x 2, for pshufb; negative clears
+template <> constexpr int WIDTH<Bf16> = 32;  // 8 x 4, for pshufb on two copies of 8 values: to the upper halves of floats
+template <class V> constexpr int SHIFT = WIDTH<V> == 32 ? 5 : WIDTH<V> == 16 ? 4 : 0;  // addresses scale by 8 at no cost
+
+template <class V> struct Shuffles {
+    int8_t table[256 * WIDTH<V>] = {};
     constexpr Shuffles() {
-        for (int bits = 0; bits < 256; ++bits) {
-            int next = 0;
-            for (int lane = 0; lane < 8; ++lane) {
+        constexpr int size = WIDTH<V> / 8, used = size == 1 ? 1 : 2;  // bytes of a place, and of it those that hold a value
+        int8_t* to = table;
+        for (int bits = 0; bits < 256; ++bits)
+            for (int lane = 0, next = 0; lane < 8; ++lane, to += size) {
                 const bool kept = bits >> lane & 1;
-                dwords[bits][lane] = int8_t(kept ? next : -128);
-                for (int half = 0; half < 2; ++half) {
-                    const auto source = int8_t(kept ? 2 * next + half : -128);
-                    bytes[bits][2 * lane + half] = source;
-                    upper[bits][4 * lane + half] = -128;
-                    upper[bits][4 * lane + 2 + half] = source;
-                }
+                for (int byte = 0; byte < size; ++byte) to[byte] = -128;
+                for (int byte = 0; kept && byte < used; ++byte) to[size - used + byte] = int8_t(used * next + byte);
                 next += kept;
             }
-        }
     }
+    const int8_t* operator[](uint64_t row) const { return table + row * (WIDTH<V> >> SHIFT<V>); }
 };
-alignas(64) constexpr Shuffles SHUFFLES;
+template <class V> alignas(64) constexpr Shuffles<V> SHUFFLES;
 
-inline void expand(Vec& w, const float* p, uint8_t bits) {
-    const __m256i place = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)SHUFFLES.dwords[bits]));
+inline void expand(Vec& w, const float* p, uint64_t row) {
+    const __m256i place = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)SHUFFLES<float>[row]));
     __m256 values = _mm256_loadu_ps(p);
     asm("" : "+x"(values));  // vpermps takes twice as long with its values in memory (seen on Zen 3)
     const __m256 spread = _mm256_permutevar8x32_ps(values, place);
     w = _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(place));
 }
-inline void expand(Vec& w, const Bf16* p, uint8_t bits) {
+inline void expand(Vec& w, const Bf16* p, uint64_t row) {
     const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
-    w = _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, _mm256_load_si256((const __m256i*)SHUFFLES.upper[bits])));
+    w = _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, _mm256_load_si256((const __m256i*)SHUFFLES<Bf16>[row])));
 }
-inline void expand(Vec& w, const Fp16* p, uint8_t bits) {
-    w = _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)p),
-                                         _mm_load_si128((const __m128i*)SHUFFLES.bytes[bits])));
+inline void expand(Vec& w, const Fp16* p, uint64_t row) {
+    const __m128i values = _mm_loadu_si128((const __m128i*)p);
+    w = _mm256_cvtph_ps(_mm_shuffle_epi8(values, _mm_load_si128((const __m128i*)SHUFFLES<Fp16>[row])));
 }
 
 #else
 
-template <class V> [[gnu::noinline]] void expand(Vec& w, const V* p, uint8_t bits) {  // inlined, it takes seconds to compile
+template <class V> constexpr int SHIFT = 0;
+
+template <class V> [[gnu::noinline]] void expand(Vec& w, const V* p, uint64_t bits) {  // inlined, it takes seconds to compile
     for (int lane = 0; lane < LANES; ++lane) {
         const bool kept = bits >> lane & 1;
         w[lane] = kept ? to_float(*p) : 0.0f;
@@ -93,10 +94,11 @@ inline void dot(const V* values, const uint8_t* mask, int64_t ahead, int64_t col
             __builtin_prefetch((const char*)(values + ahead) + 64 * line);
 #pragma GCC unroll 8
         for (int step = 0; step < WORD / LANES; ++step) {
-            const auto bits = uint8_t(word >> LANES * step);
+            const int right = LANES * step - SHIFT<V>;
+            const uint64_t row = (right < 0 ? word << -right : word >> right) & 255u << SHIFT<V>;
             Vec w;
-            expand(w, values, bits);
-            values += __builtin_popcount(bits);
+            expand(w, values, row);
+            values += __builtin_popcountll(row);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) acc[t][step & 1] += w * *(const Vec*)(x + t * width + column + LANES * step);
         }
@@ -145,6 +147,7 @@ constexpr int64_t PANEL_BYTES = 24 << 10;  // of one panel's columns: most of a 
 constexpr int64_t ITEM_ROWS = 128;         // rows per work item: they share each visit of x to the L1
 constexpr int64_t ITEM_TOKENS = 512;       // their sums stay in L2
 constexpr int64_t AHEAD = 4;               // rows
+constexpr int64_t NARROW_TOKENS = 1024;    // per call: bounds the packed x, which is kept
 
 template <class V> struct Narrow {
     const Call<V>& call;
