@@ -7,7 +7,16 @@ from wexpand_plugin.linear import RoutedLinear
 from wexpand_plugin.router import Router
 from wexpand_plugin.rowpool import pack_experts
 
-__all__ = ["CLASSES", "block_linears", "dense", "expand", "expanded", "prune", "tokenizer", "tokens"]
+__all__ = [
+    "CLASSES",
+    "block_linears",
+    "dense",
+    "expand",
+    "expanded",
+    "prune",
+    "tokenizer",
+    "tokens",
+]
 
 CLASSES = ("llama", "qwen2", "gpt_neox")
 # widths that do not divide by 8, in the feed-forward (52) and elsewhere (40 does)

@@ -5,6 +5,7 @@ import json
 import pytest
 import transformers
 from test_modifier import logits, tiny
+from tiny import tokenizer
 
 pytest.importorskip("llmcompressor")
 import wexpand_plugin  # noqa: E402, F401

@@ -33,7 +33,7 @@ p_stage:
 def test_prune_and_pack_in_one_recipe(name, structure, tmp_path):
     tiny.dense("llama").save_pretrained(tmp_path / "dense")
     model = oneshot(
-        model=str(tmp_path / "dense"), dataset=calibration(), processor=tokenizer(),
+        model=str(tmp_path / "dense"), dataset=calibration(), processor=tiny.tokenizer(),
         recipe=RECIPE.format(name=name, structure=structure), max_seq_length=64,
         num_calibration_samples=24, output_dir=str(tmp_path / "out"),
     )  # fmt: skip
@@ -50,6 +50,6 @@ def test_nothing_to_pack_is_said(tmp_path):
     tiny.dense("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(WexpandError, match="none of 14 linears is sparse enough"):
         oneshot(
-            model=str(tmp_path / "dense"), dataset=calibration(), processor=tokenizer(),
+            model=str(tmp_path / "dense"), dataset=calibration(), processor=tiny.tokenizer(),
             recipe=[PackModifier()], max_seq_length=64, num_calibration_samples=24,
         )  # fmt: skip

@@ -62,7 +62,8 @@ def test_it_is_the_recipe(tmp_path):
     )
     done = oneshot(
         model=str(tmp_path), dataset=data, recipe=[recipe], shuffle_calibration_samples=False,
-        max_seq_length=32, num_calibration_samples=len(ids), tokenizer=None, processor=tiny.tokenizer(),
+        max_seq_length=32, num_calibration_samples=len(ids), tokenizer=None,
+        processor=tiny.tokenizer(),
     )  # fmt: skip
     expected = {n: m for n, m in done.named_modules() if isinstance(m, RoutedLinear)}
     settings = Settings(0.7, **SETTINGS | {"num_experts": 1})

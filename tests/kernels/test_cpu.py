@@ -3,6 +3,7 @@
     pytest tests/kernels/test_cpu.py
 """
 
+import ctypes
 import os
 import stat
 import subprocess
@@ -94,6 +95,11 @@ def test_matches_the_reference(code_path, dtype):
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_wide_layers_cross_every_tile_and_column_block(code_path, dtype, tokens):
     assert_matches(*random_case(7, 3, 200, 150, 5632 + 5, 0.3, tokens, dtype))
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_more_tokens_than_one_batch(code_path, experts):
+    assert_matches(*random_case(4, experts, 30, 20, 200, 0.3, 1100, torch.bfloat16))
 
 
 def test_all_tokens_of_one_expert():
@@ -207,6 +213,15 @@ def test_cache_is_private_and_used(tmp_path, monkeypatch):
     assert build.build(source) == library and library.stat().st_mtime_ns == stamp
     assert build.build(source, (*build.DEFAULT_FLAGS, "-DX")) != library
     assert sorted(p.suffix for p in library.parent.iterdir()) == [".so", ".so"]
+
+
+def test_a_changed_header_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, header = tmp_path / "tiny.cpp", tmp_path / "tiny_answer.h"
+    source.write_text('#include "tiny_answer.h"\nextern "C" int answer() { return ANSWER; }\n')
+    for answer in (42, 43):
+        header.write_text(f"#define ANSWER {answer}\n")
+        assert ctypes.CDLL(str(build.build(source))).answer() == answer
 
 
 def test_foreign_cache_is_refused(tmp_path, monkeypatch):

@@ -3,9 +3,9 @@
 A wheel would have to carry one binary per instruction set; `-march=native` gives the one that fits,
 in a few seconds. The library goes to `$XDG_CACHE_HOME/wexpand` (or `~/.cache/wexpand`), a folder
 that only its owner may enter, under a name that holds a hash of all that could change the machine
-code: source, compiler, flags, and the CPU's own list of features (a home directory may be shared
-between machines). Processes that start together each compile to a name of their own and rename:
-whoever comes last replaces a library by an equal one.
+code: source and headers, compiler, flags, and the CPU's own list of features (a home directory may
+be shared between machines). Processes that start together each compile to a name of their own and
+rename: whoever comes last replaces a library by an equal one.
 """
 
 import hashlib
@@ -30,14 +30,16 @@ class BuildError(RuntimeError):
 def build(source: Path, flags: tuple[str, ...] = DEFAULT_FLAGS) -> Path:
     """The shared library made from the C++ file `source`, compiled now unless cached.
 
+    Its own headers lie beside it and are named after it: `cpu.cpp` may include `cpu_*.h`.
     Raises BuildError with one sentence.
     """
     compiler = _compiler()
     version = _run([*compiler, "--version"], "does not answer --version")
-    text = source.read_text()
+    headers = sorted(source.parent.glob(f"{source.stem}_*.h"))
+    texts = [path.read_text() for path in (source, *headers)]
     key = hashlib.sha256()
     call = shlex.join([*compiler, *flags])
-    for part in (text, version, call, platform.machine(), _cpu_features()):
+    for part in (*texts, version, call, platform.machine(), _cpu_features()):
         data = part.encode()
         key.update(len(data).to_bytes(8, "little") + data)
     folder = _cache_folder()

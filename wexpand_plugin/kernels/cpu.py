@@ -7,7 +7,7 @@ Its layout is the checkpoint's own, made safe for vector loads. `prepare` return
     starts   int32 (all 32 bits) [versions]      where each row version begins in `values`
     row_map  int32 [experts, out]                as in the checkpoint
 
-The kernel reads the mask 8 to 32 bits at a time wherever a row begins and cuts off what belongs to
+The kernel reads the mask 8 to 64 bits at a time wherever a row begins and cuts off what belongs to
 the next row, so only the last row needs padding: 4 bytes per row version and 72 bytes are added.
 """
 

@@ -1,0 +1,100 @@
+// What both CPU kernels (cpu_avx512.h, cpu_narrow.h) share: number types, a buffer that is kept, the arguments of a call.
+
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+struct Bf16 { uint16_t bits; };
+struct Fp16 { uint16_t bits; };
+
+template <class To, class From> To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+template <class Bits> Bits load_bits(const uint8_t* mask) {
+    Bits bits;
+    std::memcpy(&bits, mask, sizeof bits);
+    return bits;
+}
+
+inline float to_float(float v) { return v; }
+inline float to_float(Bf16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
+inline float to_float(Fp16 v) {
+    const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, magnitude = v.bits & 0x7fff;
+    if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    // Moving the exponent by a multiplication gets subnormal halves right too: 2^112 = 2^(127-15).
+    return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f));
+}
+
+inline void store(float* y, float v) { *y = v; }
+inline void store(Bf16* y, float v) {
+    const uint32_t u = bit_cast<uint32_t>(v);
+    y->bits = v != v ? 0x7fc0 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);  // nearest, ties to even
+}
+inline void store(Fp16* y, float v) {
+    const uint32_t u = bit_cast<uint32_t>(v), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+    uint32_t half;
+    if (magnitude > 0x7f800000) half = 0x7e00;
+    else if (magnitude >= 0x477ff000) half = 0x7c00;  // 65520 and above round to infinity
+    else if (magnitude < 0x38800000)  // subnormal: adding 0.5 lines the half's last bit up with the float's
+        half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+    else half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    y->bits = uint16_t(sign | half);
+}
+
+struct Buffer {  // grows to the largest call seen and is kept: no allocation once warm
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+    void* get(size_t bytes) {
+        if (bytes > size) {
+            std::free(data);
+            size = (bytes + 63) / 64 * 64;
+            data = std::aligned_alloc(64, size);
+        }
+        return data;
+    }
+};
+
+// The arguments of one call. See cpu.py for the row pool's layout: values end in 64 bytes of padding, the mask in 8.
+template <class V> struct Call {
+    const V* x;
+    int64_t in, out;
+    const V* values;
+    const uint8_t* mask;
+    const uint32_t* starts;
+    const int32_t* row_map;
+    V* y;
+    const int32_t* order;   // the tokens, expert by expert
+    const int64_t* begins;  // [experts + 1] where each expert's tokens begin in `order`
+    int64_t experts;
+    int threads;
+
+    int64_t mask_bytes() const { return (in + 7) / 8; }
+    int64_t count(int64_t expert) const { return begins[expert + 1] - begins[expert]; }
+
+    // work(expert, first, last): every expert that has tokens, a range of at most `most` output rows at a time, on all threads.
+    template <class Work> void share(int64_t most, Work work) const {
+        int64_t rows = out / (4 * threads) / 4 * 4;  // some items for each thread
+        rows = rows < 4 ? 4 : rows > most ? most : rows;
+        const int64_t chunks = (out + rows - 1) / rows;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (int64_t item = 0; item < experts * chunks; ++item) {
+            const int64_t expert = item / chunks, first = item % chunks * rows;
+            if (count(expert)) work(expert, first, first + rows < out ? first + rows : out);
+        }
+    }
+};
+
+}  // namespace
