@@ -1,8 +1,9 @@
 """Sparse Expansion for llm-compressor, served by vLLM.
 
-Importing this package makes three libraries know about it, each only once it is imported itself:
+Importing this package makes two libraries know about it, each only once it is imported itself:
 
-- llm-compressor: recipes may name `SparseExpansionModifier` and `NeuronScoringModifier`;
+- llm-compressor: recipes may name `SparseExpansionModifier`, `NeuronScoringModifier` and
+  `PackModifier`;
 - transformers: `from_pretrained` of its Auto classes reads checkpoints of quant_method "wexpand".
 
 vLLM finds its half by an entry point (`wexpand_plugin.serve:register`) and needs no import.

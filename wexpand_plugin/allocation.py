@@ -47,10 +47,12 @@ class Tree(NamedTuple):
 
     @property
     def experts(self) -> int:
+        """Leaves of the tree."""
         return self.members.shape[1]
 
     @property
     def nodes(self) -> int:
+        """Leaves, inner nodes and the root: 2 * experts - 1 in a binary tree."""
         return self.members.shape[0]
 
 
@@ -194,8 +196,7 @@ def stored_versions(choice: Choice) -> tuple[Tensor, Tensor]:
     """Number the granted versions neuron by neuron: flat index [versions], row map [experts, rows].
 
     :return: positions into a [nodes * rows] stack of candidate rows, in storage order, and the
-    int32
-        row map that points into that order
+        int32 row map that points into that order
     """
     use, granted = choice
     number = torch.full(granted.shape, -1, dtype=torch.int64, device=granted.device)

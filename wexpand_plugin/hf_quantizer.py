@@ -61,8 +61,10 @@ class WexpandQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:
+        """Yes: `save_pretrained` writes a checkpoint again (`saving.wrap_save_pretrained`)."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """No: kept weights and masks have no gradient."""
         return False

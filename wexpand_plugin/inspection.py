@@ -49,6 +49,7 @@ class LinearInspection:
 
     @property
     def stored_bytes(self) -> int:
+        """On disk, of all kinds."""
         return sum(self.bytes.values())
 
     @property
@@ -75,22 +76,27 @@ class Inspection:
 
     @property
     def linear_bytes(self) -> int:
+        """On disk, of all `linears`."""
         return sum(linear.stored_bytes for linear in self.linears)
 
     @property
     def dense_bytes(self) -> int:
+        """Of all `linears` as dense weights in the same dtype, biases included."""
         return sum(linear.dense_bytes for linear in self.linears)
 
     @property
     def bytes_per_token(self) -> float:
+        """That one token reads of all `linears`, a mean over experts."""
         return sum(linear.bytes_per_token for linear in self.linears)
 
     @property
     def sparsity(self) -> float:
+        """Share of weights not stored, over all row versions of all `linears`."""
         weights = sum(linear.versions * linear.in_features for linear in self.linears)
         return 1 - sum(linear.nnz for linear in self.linears) / weights if weights else 0.0
 
     def bytes_by_kind(self) -> dict[str, int]:
+        """`stored_bytes` of all `linears`, split into values, mask, row_map, router and bias."""
         return {kind: sum(linear.bytes[kind] for linear in self.linears) for kind in KINDS}
 
     def as_dict(self) -> dict[str, Any]:

@@ -51,18 +51,22 @@ class RowPool:
 
     @property
     def versions(self) -> int:
+        """Row versions stored, for all neurons together."""
         return self.mask.shape[0]
 
     @property
     def experts(self) -> int:
+        """Rows of the row map; 1 is plain sparse."""
         return self.row_map.shape[0]
 
     @property
     def out_features(self) -> int:
+        """Neurons."""
         return self.row_map.shape[1]
 
     @property
     def nnz(self) -> int:
+        """Weights kept, over all row versions; a kept one may be zero."""
         return self.values.numel()
 
     def stored_bytes(self) -> dict[str, int]:

@@ -26,6 +26,7 @@ class Shards:
         self.total = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Put `tensor` into the current file, or write that and begin the next."""
         if self._pending and self._bytes + tensor.nbytes > self.limit:
             self._flush()
         self._pending[name] = tensor.contiguous()

@@ -112,9 +112,9 @@ def solve(
 
     :param weight: [rows, in] of one linear, or of several that share their input, stacked
     :param hessians: [experts, in, in] float32, any positive scale (mean of x x^T over an expert's
-    tokens)
+        tokens)
     :param sparsity: fraction pruned, 0 <= s < 1; with the `row` structure also a tensor [rows],
-    one value per row
+        one value per row
     :param linears: rows of each stacked linear; unstructured thresholds are taken within a linear
     :param block_size: columns per mask decision
     :param dampening: see `inverse_factor`

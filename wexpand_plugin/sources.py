@@ -78,6 +78,7 @@ def _needed(found: Mapping[str, Any], key: str) -> str | None:
 
 
 def require_empty(output: str | Path) -> None:
+    """Refuse an output that exists, unless it is an empty directory. Raises WexpandError."""
     path = Path(output)
     if path.is_dir() and any(path.iterdir()):
         raise WexpandError(f"{output}: is not empty; name a directory that does not exist")

@@ -3,6 +3,10 @@
 For measuring speed and memory at sizes that nobody has compressed yet, and for trying the serving
 half without a model at hand. Rows are written straight as row pools, file by file, so memory stays
 small however large the model is. The text such a model writes is noise.
+
+Under a budget, which (neuron, expert) pairs have rows of their own is random, spread evenly over
+neurons and experts, and all others share the neuron's base row. A compressed model spends the same
+bytes where they help, so how rows are shared, and what its caches make of that, may differ.
 """
 
 from dataclasses import dataclass

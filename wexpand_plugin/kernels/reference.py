@@ -1,7 +1,8 @@
 """The truth: unpack each expert's rows and multiply, in plain torch, on any device.
 
 Slow (a dense weight is built for every expert that has tokens) and simple enough to be believed.
-Every other kernel is tested against it.
+Every other kernel is tested against it. It asks for the experts in use, so on a GPU it synchronises
+and no CUDA graph can hold it.
 """
 
 from collections.abc import Callable

@@ -52,6 +52,7 @@ class Group:
 
     @property
     def label(self) -> str:
+        """The group in short: `3.mlp gate_proj up_proj`."""
         parent = self.linears[0].rpartition(".")[0]
         same = [name for name in self.linears if name.rpartition(".")[0] == parent]
         names = [short_name(parent)] + [name.rpartition(".")[2] for name in same]
@@ -72,6 +73,7 @@ class ReportData:
 
     @property
     def linears(self) -> list[LinearInspection]:
+        """The expanded linears and their sizes, in the checkpoint's order."""
         return self.sizes.linears
 
     @property

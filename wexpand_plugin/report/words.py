@@ -74,6 +74,7 @@ def tiles(data: ReportData) -> list[tuple[str, str]]:
 
 
 def sizes(data: ReportData) -> str:
+    """What the compressed linears weigh: on disk, dense, per token."""
     found = data.sizes
     return (
         f"The {len(data.linears)} compressed linears weigh {readable_bytes(found.linear_bytes)} "
@@ -84,6 +85,7 @@ def sizes(data: ReportData) -> str:
 
 
 def budget(data: ReportData) -> str:
+    """How many row versions neurons have, and who shares them."""
     versions = sum(linear.versions for linear in data.linears)
     neurons = sum(linear.out_features for linear in data.linears)
     users = sum(
@@ -108,6 +110,7 @@ def budget(data: ReportData) -> str:
 
 
 def tokens(data: ReportData, counted: Sequence[Group]) -> str:
+    """How evenly routers spread the calibration tokens; `counted`: groups that recorded them."""
     if not counted:
         return "This checkpoint does not record how many calibration tokens each expert got."
     shares = [count / sum(group.tokens) for group in counted for count in group.tokens]
@@ -120,6 +123,7 @@ def tokens(data: ReportData, counted: Sequence[Group]) -> str:
 
 
 def wasserstein(scores: Mapping[str, Tensor], measured: Measurement | None, percent: float) -> str:
+    """What WD is, and how it is distributed here; `scores`: linear -> WD of its neurons."""
     source = "the scores stored beside the model"
     floor = ""
     if measured is not None:
@@ -137,6 +141,7 @@ def wasserstein(scores: Mapping[str, Tensor], measured: Measurement | None, perc
 
 
 def distributions(measured: Measurement, blue: str) -> str:
+    """How to read the outputs of single neurons; `blue` names what the blue line shows."""
     base = ""
     if measured.base is not None:
         base = f"one sparse version for all tokens ({measured.base}, orange), "
@@ -149,6 +154,7 @@ def distributions(measured: Measurement, blue: str) -> str:
 
 
 def improvement(measured: Measurement, percent: float) -> str:
+    """How much lower experts' errors are than one sparse version's, and whether WD explains it."""
     ratios, tops, explained, left_out = [], [], [], 0
     for linear in measured.linears.values():
         ratio = linear.improvement
@@ -180,6 +186,7 @@ def improvement(measured: Measurement, percent: float) -> str:
 
 
 def pass_options(wanted: str, what: str) -> str:
+    """What stands in place of a plot: the options `wanted` that would draw it."""
     return f"Pass {wanted} to see {what}: the dense model is then run over some text."
 
 

@@ -29,15 +29,17 @@ class WexpandServeConfig(QuantizationConfig):
         """vLLM's name of each expanded linear -> its name in the checkpoint"""
 
     def get_name(self) -> str:
+        """What `quant_method` in config.json says."""
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """The dtypes that a model may be served in: those that the kernels have."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Turing, the oldest GPU that Triton compiles for; CPUs are not asked."""
-        return 75
+        """Ampere, the oldest GPU that `kernels/triton.py` runs on; CPUs are not asked."""
+        return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -46,9 +48,11 @@ class WexpandServeConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "WexpandServeConfig":
+        """From config.json's `quantization_config`; WexpandError if it is damaged."""
         return cls(config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        """Rename the expanded linears as the model class renames its checkpoint's tensors."""
         self.hf_names = hf_to_vllm_mapper.apply_dict(self.hf_names)
 
     def members(self, prefix: str) -> list[str]:
@@ -58,6 +62,12 @@ class WexpandServeConfig(QuantizationConfig):
         return [f"{parent}{dot}{name}" for name in packed]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Ours for a linear with an expanded member, vLLM's own for other layers.
+
+        The first call checks the model's files, before vLLM loads any weight.
+
+        :raises WexpandError: damaged files, or a layer that cannot be served expanded
+        """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         from .files import check_engine
