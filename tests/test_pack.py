@@ -52,11 +52,16 @@ def test_identity_of_a_sharded_model(tmp_path, kind, dtype):
     (tmp_path / "dense" / "tokenizer.json").write_text("{}")
     (tmp_path / "dense" / "sub").mkdir()
     (tmp_path / "dense" / "sub" / "template.jinja").write_text("x")
+    for name in ("modeling_own.py", "sub/state.pkl", "old.ckpt", "old.npz"):
+        (tmp_path / "dense" / name).write_text("x")
 
     done = pack(tmp_path / "dense", tmp_path / "packed", quiet=True, max_shard_bytes=20_000)
     assert len(done.packed) == len(tiny.block_linears(model)) and not done.left
     assert done.negative_zeros == 5 + weight.shape[1]
     assert done.bytes_after < done.bytes_before
+    for pattern in ("*.py", "*.pkl", "*.ckpt", "*.npz"):
+        assert not list((tmp_path / "packed").rglob(pattern))
+    assert any("runs code: modeling_own.py, sub/state.pkl" in note for note in done.notes)
     packed = tensors(tmp_path / "packed")
     assert sum(name.endswith(".row_map") for name in packed) == len(done.packed)
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1

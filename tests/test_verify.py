@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def sound(tmp_path_factory) -> Path:
     model = tiny.expanded(path.with_name("one"), "qwen2", match="")
     model.save_pretrained(path, max_shard_size="60kB")
     return path
+
+
+def test_without_transformers_a_skipped_check_is_said(sound, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert verify(sound) == []
+    assert f"{sound}: not checked: whether it fits its model class" in caplog.text
 
 
 # --- corruptions: each changes a copy of a sound checkpoint

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .errors import WexpandError
 from .router import Router
@@ -180,20 +181,20 @@ def read_linear(
     files: Mapping[str, Path], name: str, config: WexpandConfig
 ) -> tuple[RowPool, Router | None, Tensor | None]:
     """Read and check linear `name`: pool, router and bias (None where it has none)."""
-    from safetensors import safe_open
-
-    entry, tensors = config.linears[name], {}
-    for kind in entry.shapes():
-        file = files.get(f"{name}.{kind}")
-        if file is not None:
-            with safe_open(file, framework="pt") as handle:
-                tensors[kind] = handle.get_tensor(f"{name}.{kind}")
-
-    def where(tensor: str) -> str:
-        return f"{files[tensor]}: {tensor}" if tensor in files else tensor
-
-    pool, router = check_linear(name, entry, tensors, config.checksums, where)
+    entry = config.linears[name]
+    tensors = _linear_tensors(files, name, entry)
+    pool, router = check_linear(name, entry, tensors, config.checksums, _where(files))
     return pool, router, tensors.get("bias")
+
+
+def _linear_tensors(files: Mapping[str, Path], name: str, entry: LinearEntry) -> dict[str, Tensor]:
+    """Kind -> tensor of linear `name`, those that there are."""
+    found = {t: files[t] for t in tensor_names(name, entry) if t in files}
+    return {tensor.removeprefix(f"{name}."): value for tensor, value in tensors_of(found)}
+
+
+def _where(files: Mapping[str, Path]) -> Callable[[str], str]:
+    return lambda tensor: f"{files[tensor]}: {tensor}" if tensor in files else tensor
 
 
 def problems(
@@ -256,26 +257,39 @@ def other_tensors(tensors: Mapping[str, T], config: WexpandConfig) -> dict[str, 
 
 
 def finalize(
-    directory: str | Path, linears: Mapping[str, LinearEntry], made_by: Mapping[str, Any]
+    directory: str | Path,
+    linears: Mapping[str, LinearEntry],
+    made_by: Mapping[str, Any],
+    *,
+    quiet: bool = True,
 ) -> WexpandConfig:
     """Turn a directory that `save_pretrained` has filled into a checkpoint of ours.
 
-    Reads every tensor once for its checksum, checks the linears, and puts the sealed config into
-    config.json.
+    Reads every tensor once, for its checksum and to check the linears, and puts the sealed config
+    into config.json.
+
+    :param quiet: no progress bar
     """
     directory = Path(directory)
     files = tensor_files(directory)
-    checksums = {name: checksum(tensor) for name, tensor in tensors_of(files)}
+    config = WexpandConfig(linears=dict(linears), made_by=dict(made_by))
+    others = other_tensors(files, config)
+    checksums = {}
+    with tqdm(total=len(linears) + len(others), unit="", disable=quiet, desc="checksums") as bar:
+        for tensor, value in tensors_of(others):
+            checksums[tensor] = checksum(value)
+            bar.update()
+        for name, entry in linears.items():
+            tensors = _linear_tensors(files, name, entry)
+            check_linear(name, entry, tensors, where=_where(files))
+            checksums |= {f"{name}.{kind}": checksum(value) for kind, value in tensors.items()}
+            bar.update()
     values = read_json(directory / "config.json")
     values.pop("sparsity_config", None)
-    config = WexpandConfig(
-        linears=dict(linears),
-        made_by=dict(made_by),
-        checksums=checksums,
-        model_digest=model_digest(values),
+    sums = dict(sorted(checksums.items()))
+    config = config.model_copy(
+        update={"checksums": sums, "model_digest": model_digest(values)}
     ).seal()
-    for name in config.linears:
-        read_linear(files, name, config)
     values["quantization_config"] = config.model_dump(mode="json")
     write_json(directory / "config.json", values)
     return config

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from . import checkpoint
 from .checkpoint import LinearEntry, WexpandConfig
@@ -223,7 +224,9 @@ def _dense(
     biases = {tensor: files[tensor] for n in wanted.values() if (tensor := f"{n}.bias") in files}
     bias_bytes = {name: tensor.nbytes for name, tensor in checkpoint.tensors_of(biases)}
     found = []
-    for tensor, weight in checkpoint.tensors_of({t: files[t] for t in wanted}):
+    weights = checkpoint.tensors_of({t: files[t] for t in wanted})
+    # only on a terminal: scripts read what is printed
+    for tensor, weight in tqdm(weights, "inspect", len(wanted), leave=False, disable=None):
         name, nnz = wanted[tensor], int(kept(weight).sum())
         sizes = dict.fromkeys(KINDS, 0)
         sizes |= {"values": weight.nbytes, "bias": bias_bytes.get(f"{name}.bias", 0)}

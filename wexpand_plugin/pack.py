@@ -121,11 +121,12 @@ def pack(
                 f"make it smaller (the sparsest, {sparsest}, has {left[sparsest]:.1%}{hint})"
             )
         shards.close()
-        copy_others(source, partial)
+        if left_out := copy_others(source, partial):
+            notes.append(f"not copied, as loading them runs code: {', '.join(left_out)}")
         checkpoint.write_json(partial / "config.json", values)
         made_by = {"wexpand": __version__, "command": "pack"}
         entries = {name: entries[name] for name in linears.values() if name in entries}
-        checkpoint.finalize(partial, entries, made_by)
+        checkpoint.finalize(partial, entries, made_by, quiet=quiet)
         after = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     before = sum(file.stat().st_size for file in set(files.values()))
     if negative_zeros:
@@ -166,8 +167,10 @@ def unpack(
                 f"expert: {expert} is outside 0 to {entry.experts - 1}, the experts of {name}"
             )
     files = checkpoint.tensor_files(directory)
-    for problem in checkpoint.problems(files, config):
-        raise problem
+    count = len(config.linears) + len(checkpoint.other_tensors(files, config))
+    with tqdm(total=count, unit="", disable=quiet, desc="check") as bar:
+        for problem in checkpoint.problems(files, config, lambda name: bar.update()):
+            raise problem
     ours = {
         tensor
         for name, entry in config.linears.items()

@@ -119,32 +119,28 @@ class WexpandConfig(BaseModel):
     digest: str = ""
     """sha256 of everything above, see `seal`"""
 
-    def _digest(self) -> str:
-        text = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
     def seal(self) -> "WexpandConfig":
         """A copy whose digest is right."""
-        return self.model_copy(update={"digest": self._digest()})
-
-    def checked(self, where: str) -> "WexpandConfig":
-        """Self, or WexpandError if the config was edited after it was sealed."""
-        if self.digest != self._digest():
-            raise WexpandError(
-                f"{where}: quantization_config was changed after it was written (its digest is "
-                f"{self.digest[:12]}..., its content gives {self._digest()[:12]}...)"
-            )
-        return self
+        values = self.model_dump(mode="json")
+        return self.model_copy(update={"digest": _digest_without("digest", values)})
 
 
 def model_digest(values: Mapping[str, Any]) -> str:
     """sha256 of config.json's `values` without quantization_config, as sorted JSON."""
-    rest = {key: value for key, value in values.items() if key != "quantization_config"}
+    return _digest_without("quantization_config", values)
+
+
+def _digest_without(key: str, values: Mapping[str, Any]) -> str:
+    rest = {k: value for k, value in values.items() if k != key}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def parse_config(values: Mapping[str, Any], where: str = "config.json") -> WexpandConfig:
-    """Validate a `quantization_config`. Errors name the key, its value and what would be right."""
+    """Validate a `quantization_config`. Errors name the key, its value and what would be right.
+
+    :param values: as they stand in the file: `digest` is that of the keys that are there, so that
+        a writer may leave out those that have a default
+    """
     version = values.get("format_version")
     if values.get("quant_method") == QUANT_METHOD and version != FORMAT_VERSION:
         raise WexpandError(
@@ -158,7 +154,13 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Wexpa
         key = ".".join(str(part) for part in first["loc"])
         value = reprlib.repr(first.get("input"))
         raise WexpandError(f"{where}: quantization_config.{key}: {value}: {first['msg']}") from None
-    return config.checked(where)
+    found = _digest_without("digest", values)
+    if config.digest != found:
+        raise WexpandError(
+            f"{where}: quantization_config was changed after it was written (its digest is "
+            f"{config.digest[:12]}..., its content gives {found[:12]}...)"
+        )
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:

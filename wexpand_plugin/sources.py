@@ -12,8 +12,10 @@ from .errors import WexpandError
 __all__ = ["copy_others", "drop_leftovers", "require_empty", "resolve"]
 
 _WEIGHTS = tuple(
-    ".safetensors .index.json .bin .pt .pth .gguf .h5 .msgpack .onnx .onnx_data".split()
+    ".safetensors .index.json .bin .pt .pth .ckpt .npz .gguf .h5 .msgpack .onnx .onnx_data".split()
 )
+# what runs when it is loaded: our own output holds none, whatever the source is
+_CODE = (".py", ".pkl", ".pickle")
 
 
 def resolve(model: str | Path) -> Path:
@@ -86,8 +88,12 @@ def require_empty(output: str | Path) -> None:
         raise WexpandError(f"{output}: is a file; name a directory that does not exist")
 
 
-def copy_others(source: Path, target: Path) -> None:
-    """Copy tokenizer and all other files but weights and config.json."""
+def copy_others(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer and all other files but weights, code and config.json.
+
+    :return: the files of code, pickles among them, that were left out
+    """
+    left_out = []
     for file in sorted(source.rglob("*")):
         inside = file.relative_to(source)
         hidden = any(part.startswith(".") for part in inside.parts)
@@ -95,5 +101,9 @@ def copy_others(source: Path, target: Path) -> None:
             continue
         if str(inside) == "config.json":
             continue
+        if file.name.endswith(_CODE):
+            left_out.append(str(inside))
+            continue
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / inside)
+    return left_out

@@ -147,7 +147,7 @@ def synth(
         shards.close()
         if not dense:
             made_by = {"wexpand": __version__, "command": "synth", "seed": seed}
-            checkpoint.finalize(partial, entries, made_by)
+            checkpoint.finalize(partial, entries, made_by, quiet=quiet)
 
 
 def _dense(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ Readers stop at the first problem; this lists them all. The checks themselves ar
 from here (`serve/files.py`).
 """
 
+import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,8 @@ def verify(directory: str | Path, *, quiet: bool = True) -> list[str]:
     """Every problem of a checkpoint, one sentence each; empty for a sound one.
 
     Config and its digest, index, every tensor's presence, shape, dtype, checksum and content, and
-    (with transformers installed) the fit with the model class that config.json names.
+    the fit with the model class that config.json names. Where transformers is not installed, that
+    last check is skipped, and a warning is logged.
     """
     return [str(problem) for problem in _problems(Path(directory), quiet)]
 
@@ -44,13 +46,18 @@ def _problems(directory: Path, quiet: bool) -> Iterator[WexpandError]:
     count = len(config.linears) + len(checkpoint.other_tensors(files, config))
     with tqdm(total=count, unit="", disable=quiet, desc="verify") as bar:
         yield from checkpoint.problems(files, config, lambda name: bar.update())
-    if find_spec("transformers"):
-        from .hf import skeleton
+    if not find_spec("transformers"):
+        logging.getLogger(__name__).warning(
+            "%s: not checked: whether it fits its model class, as transformers is not installed",
+            directory,
+        )
+        return
+    from .hf import skeleton
 
-        try:
-            check_fit(skeleton(directory), files, config)
-        except WexpandError as error:
-            yield error
+    try:
+        check_fit(skeleton(directory), files, config)
+    except WexpandError as error:
+        yield error
 
 
 def edited(directory: Path, config: WexpandConfig) -> WexpandError | None:

@@ -1,6 +1,7 @@
 """`compress`: what is refused before work starts, and one run from files to a directory."""
 
 import json
+from pathlib import Path
 
 import pytest
 import transformers
@@ -33,6 +34,9 @@ GOOD = HEAD + "      sparsity: 0.6\n      num_experts: 2\n      targets: ['re:.*
         ("a_stage:\n  mods:\n    X: {a: 1}\n", "should end in _modifiers"),
         (GOOD.replace("ExpansionMod", "ExpansoinMod"), "Did you mean SparseExpansionModifier"),
         ("a_stage: [\n", "not YAML"),
+        ("a_stage:\n  - b_modifiers: {}\n", "a_stage holds a list; it should hold names"),
+        ("a_stage:\n  b_modifiers:\n    - X\n", r"a_stage\.b_modifiers holds a list"),
+        ("a_stage: 5\n", "a_stage holds a int"),
     ],
 )
 def test_recipes_that_cannot_work(text, message, tmp_path):
@@ -76,6 +80,8 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     (tmp_path / "short.txt").write_text("t1 t2")
+    (tmp_path / "empty").mkdir()
+    untold = tiny("Llama", tmp_path / "untold")
     for change, message in [
         ({"output": tmp_path / "full"}, "output: .* is not empty"),
         ({"recipe": tmp_path / "no.yaml"}, "there is no such recipe file"),
@@ -83,10 +89,39 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
         ({"dataset": str(tmp_path / "recipe.yaml")}, "ends in '.yaml'"),
         ({"text_column": "words"}, "has no column 'words', only text"),
         ({"model": str(tmp_path / "nowhere")}, "model: "),
+        ({"model": str(untold)}, "model: .*untold' has no tokenizer"),
+        ({"dataset": str(tmp_path / "empty")}, "a directory that holds no saved data set"),
+        ({"dtype": "bf16"}, "dtype: 'bf16' is not one of auto, float32, bfloat16, float16"),
     ]:
         with pytest.raises(WexpandError, match=message):
             compress(**inputs | change)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial*"))
+
+
+def test_fewer_tokens_than_asked_for_are_said(inputs):
+    from loguru import logger
+
+    said: list[str] = []
+    sink = logger.add(said.append, level="WARNING", format="{message}")
+    try:
+        compress(**inputs | {"samples": 1000})
+    finally:
+        logger.remove(sink)
+    assert any("864 tokens in 27 rows calibrate, fewer than 1000 rows of 32" in s for s in said)
+
+
+def test_no_code_of_the_model_runs(inputs, tmp_path):
+    """Neither its config's class nor its tokenizer's, although files and names are there."""
+    model = Path(inputs["model"])
+    (model / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Own: ...\n")
+    for name, keys in (
+        ("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", None]}),
+    ):
+        values = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(values | {"auto_map": keys}))
+    compress(**inputs)
+    assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "ran").exists()
 
 
 def test_an_interrupted_run_leaves_nothing(inputs, tmp_path, monkeypatch):

@@ -46,6 +46,19 @@ def test_prune_and_pack_in_one_recipe(name, structure, tmp_path):
     assert torch.equal(logits(reloaded), logits(model))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_the_recipe_packs_all_linears_of_the_blocks(kind, recipes, tmp_path):
+    model = tiny.dense(kind)
+    names = set(tiny.block_linears(model))
+    model.save_pretrained(tmp_path / "dense")
+    oneshot(
+        model=str(tmp_path / "dense"), dataset=calibration(), processor=tiny.tokenizer(),
+        recipe=str(recipes / "sparsegpt_packed.yaml"), max_seq_length=64,
+        num_calibration_samples=24, output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    assert read_config(tmp_path / "out").linears.keys() == names
+
+
 def test_nothing_to_pack_is_said(tmp_path):
     tiny.dense("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(WexpandError, match="none of 14 linears is sparse enough"):

@@ -13,6 +13,7 @@ from ..errors import WexpandError
 
 __all__ = ["calibration_rows", "check_recipe", "compress", "load_text"]
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -72,13 +73,22 @@ def _modifiers(path: Path, stages: Any) -> list[tuple[str, Any]]:
             raise WexpandError(
                 f"{path}: top-level key {stage!r} should end in _stage, or llm-compressor skips it"
             )
-        for group, modifiers in (groups or {}).items():
+        for group, modifiers in _keys_below(path, str(stage), groups):
             if not str(group).endswith("_modifiers"):
                 raise WexpandError(f"{path}: {stage}.{group} should end in _modifiers")
-            found += list((modifiers or {}).items())
+            found += _keys_below(path, f"{stage}.{group}", modifiers)
     if not found:
         raise WexpandError(f"{path}: holds no modifier")
     return found
+
+
+def _keys_below(path: Path, key: str, values: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(values, dict | None):
+        raise WexpandError(
+            f"{path}: {key} holds a {type(values).__name__}; it should hold names, each with a "
+            "colon and without a dash before it"
+        )
+    return list((values or {}).items())
 
 
 def _keys(modifier: str) -> str:
@@ -89,6 +99,10 @@ def _keys(modifier: str) -> str:
     if known is None:
         return "other keys"
     return ", ".join(key for key in known.model_fields if key not in Modifier.model_fields)
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_text(
@@ -110,10 +124,12 @@ def load_text(
         try:
             loaded = datasets.load_dataset(dataset, config, split=split)
         except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise WexpandError(
-                f"dataset: {dataset!r} is no local file, and the hub did not give it ({reason})"
-            ) from None
+            problem = (
+                "a directory that holds no saved data set, and no files that make one"
+                if path.is_dir()
+                else "no local file, and the hub did not give it"
+            )
+            raise WexpandError(f"dataset: {dataset!r} is {problem} ({_reason(error)})") from None
     if isinstance(loaded, dict):
         loaded = loaded[split]
     if not {column, "input_ids"} & set(loaded.column_names):
@@ -155,7 +171,7 @@ def compress(
     output: str | Path,
     *,
     samples: int = 128,
-    max_seq_length: int = 2048,
+    max_seq_length: int = 512,
     dataset_config: str | None = None,
     split: str = "train",
     text_column: str = "text",
@@ -168,24 +184,29 @@ def compress(
     :param recipe: YAML file of llm-compressor modifiers, ours among them or not
     :param dataset: text file, .jsonl, .json, .csv, .parquet, saved dataset, or hub id
     :param samples, max_seq_length: rows of calibration tokens and their length
-    :param dtype: "auto" keeps the checkpoint's
+    :param dtype: "float32", "bfloat16", "float16", or "auto", which keeps the checkpoint's
     :param seed: which texts are taken, and the order of the rows
     :return: the output directory
+
+    Runs no code that the model brings.
     """
     import torch
     from llmcompressor import oneshot
+    from loguru import logger
     from transformers import AutoConfig, AutoTokenizer
 
     from ..saving import partial_directory
 
+    if dtype not in DTYPES:
+        raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise WexpandError(f"output: {output} exists and is not empty; choose a new directory")
     check_recipe(recipe)
     try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise WexpandError(f"model: {model!r}: {str(error).splitlines()[0]}") from None
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # configs and tokenizers of transformers raise what they like
+        raise WexpandError(f"model: {model!r}: {_reason(error)}") from error
     existing = getattr(config, "quantization_config", None)
     if existing is not None:
         method = existing.get("quant_method") if isinstance(existing, dict) else existing
@@ -193,17 +214,28 @@ def compress(
             f"model: {model!r} is already compressed (quant_method {method!r}); "
             "compress the dense model instead"
         )
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:
+        raise WexpandError(f"model: {model!r} has no tokenizer ({_reason(error)})") from error
     longest = getattr(config, "max_position_embeddings", None) or max_seq_length
     length = min(max_seq_length, longest)
     data = calibration_rows(
         load_text(dataset, config=dataset_config, split=split, column=text_column),
         tokenizer, samples=samples, length=length, column=text_column, seed=seed,
     )  # fmt: skip
+    used = data["input_ids"][:samples]
+    tokens = sum(min(len(ids), length) for ids in used)
+    if tokens < samples * max_seq_length:
+        logger.warning(
+            f"{tokens} tokens in {len(used)} rows calibrate, fewer than {samples} rows of "
+            f"{max_seq_length}: the text is used up, or the model takes no longer rows"
+        )
     torch.manual_seed(seed)
     with partial_directory(output) as partial:
         oneshot(
             model=model, tokenizer=tokenizer, dataset=data, recipe=str(recipe), precision=dtype,
+            trust_remote_code_model=False,
             num_calibration_samples=min(samples, len(data)), max_seq_length=length,
             output_dir=str(partial),
         )  # fmt: skip

@@ -5,6 +5,7 @@ from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field
+from tqdm import tqdm
 
 from ..errors import WexpandError
 from ..rowpool import pack_experts
@@ -57,7 +58,7 @@ class PackModifier(Modifier):
         """Pack what is smaller packed."""
         packed = dense = count = 0
         linears = target_linears(state.model, self.targets, self.ignore)
-        for name, linear in linears.items():
+        for name, linear in tqdm(linears.items(), "Packing", leave=False):
             weight = linear.weight.detach()
             # a pruned weight may be -0.0: multiplication by a mask leaves the sign
             pool = pack_experts(torch.where(weight == 0, 0, weight).unsqueeze(0))

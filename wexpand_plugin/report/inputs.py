@@ -151,7 +151,7 @@ def token_rows(dataset: str, model: DenseModel, tokens: int, context: int) -> li
     data, tokenizer = load_text(dataset), None
     if "input_ids" not in data.column_names:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model.directory)
+            tokenizer = AutoTokenizer.from_pretrained(model.directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise WexpandError(f"dense: {model.directory} has no tokenizer ({reason})") from None

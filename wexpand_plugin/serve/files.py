@@ -25,7 +25,7 @@ from ..checkpoint import WexpandConfig
 from ..errors import WexpandError
 from . import logger
 
-__all__ = ["check_directory", "check_engine", "local_directory"]
+__all__ = ["check_directory", "check_engine", "file_of", "local_directory"]
 
 # vLLM's load formats that read *.safetensors of the model's directory, as they are
 _FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"}
@@ -58,6 +58,22 @@ def check_engine(config: WexpandConfig) -> None:
             with torch.device("cpu"):
                 check_directory(directory, config)
     _checked.update({id(model): model for model, _ in new})
+
+
+def file_of(tensor: str, config: WexpandConfig) -> Path | None:
+    """Where the current engine reads a tensor from: for the errors of its loading.
+
+    The directory for a tensor that is in no file; None where the files are not known.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    try:
+        engine: Any = get_current_vllm_config_or_none()
+        pair = next(pair for pair in _models(engine) if _is_of(pair[0], config))
+        directory = local_directory(*pair)
+        return checkpoint.tensor_files(directory).get(tensor, directory)
+    except Exception:  # there is an error to report already, with or without its file
+        return None
 
 
 def _directory_or_warning(model: Any, load: Any) -> Path | None:

@@ -16,6 +16,7 @@ from ..checkpoint import WexpandConfig, check_linear, checksum
 from ..errors import WexpandError
 from ..router import Router
 from ..rowpool import FLOATS, RowPool, finite, pack_rows
+from .files import file_of
 
 __all__ = ["Member", "Parts"]
 
@@ -68,8 +69,17 @@ class Parts:
     def members(self) -> list[Member]:
         """The layer's linears in the order of its rows.
 
-        :raises WexpandError: naming the tensor that is missing, damaged or inconsistent
+        :raises WexpandError: naming the tensor that is missing, damaged or inconsistent, and its
+            file where that is known
         """
+        try:
+            return self._members()
+        except WexpandError as error:
+            # every one begins with what it is about
+            file = file_of(str(error).partition(": ")[0], self.config)
+            raise (WexpandError(f"{file}: {error}") if file else error) from None
+
+    def _members(self) -> list[Member]:
         tensors, self._tensors, self._taken = self._tensors, {}, True
         if not tensors:
             raise WexpandError(
