@@ -4,6 +4,7 @@ Configs and parallel state are vLLM's own, in one process; `test_engine` has the
 `test_fuzz_files` many corruptions.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -21,6 +22,7 @@ from wexpand_plugin.checkpoint import WexpandConfig
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.serve import files, register
 from wexpand_plugin.serve.files import check_directory, local_directory
+from wexpand_plugin.serve.parts import Parts
 
 NORM = "model.layers.1.input_layernorm.weight"
 
@@ -141,6 +143,38 @@ class TestEngine:
         with set_current_vllm_config(config):
             with pytest.raises(WexpandError, match=f"{copy}.*{NORM}"):
                 quant_config.get_quant_method(torch.nn.Embedding(2, 2), "model.embed_tokens")
+
+
+def loaded(copy: Path, name: str):
+    """The tensors of linear `name` on their way into a layer, as its files have them."""
+    config = checkpoint.read_config(copy)
+    parts = Parts(name, [name], 1, config)
+    own = {t: f for t, f in checkpoint.tensor_files(copy).items() if t.startswith(f"{name}.")}
+    for tensor, value in checkpoint.tensors_of(own):
+        parts.loader(tensor.removeprefix(f"{name}."))(None, value)
+    return parts
+
+
+def test_a_layer_names_the_file_of_a_damaged_tensor(copy):
+    name = "model.layers.0.mlp.up_proj"
+    damage(copy, f"{name}.weight_mask")
+    with set_current_vllm_config(engine(copy)):
+        with pytest.raises(WexpandError) as refused:
+            loaded(copy, name).members()
+    file = copy / "model.safetensors"
+    assert str(refused.value).startswith(f"{file}: {name}.weight_mask: damaged")
+
+
+def test_a_layer_whose_files_are_not_known_names_the_tensor(copy):
+    name = "model.layers.0.mlp.up_proj"
+    damage(copy, f"{name}.weight_mask")
+    other = engine(copy)
+    other.load_config = LoadConfig(load_format="tensorizer")
+    for known in (None, other):
+        with set_current_vllm_config(known) if known else contextlib.nullcontext():
+            with pytest.raises(WexpandError) as refused:
+                loaded(copy, name).members()
+        assert str(refused.value).startswith(f"{name}.weight_mask: damaged")
 
 
 def test_outside_of_an_engine_nothing_is_checked(sound):
