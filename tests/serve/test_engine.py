@@ -113,7 +113,11 @@ INDEX = checkpoint.INDEX
 # the last four is sound. Only layer 0's MLP is expanded: the others are tensors that vLLM loads
 # without us
 DAMAGES = {
-    "expanded": (lambda path: change_tensor(path, UP, flip_bit), f"{UP}: damaged"),
+    # by the layer, while vLLM loads it
+    "expanded": (
+        lambda path: change_tensor(path, UP, flip_bit),
+        f".safetensors: {UP}: damaged",
+    ),
     "embedding": (
         lambda path: change_tensor(path, "model.embed_tokens.weight", flip_bit),
         "model.embed_tokens.weight: damaged",
