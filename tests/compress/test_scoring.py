@@ -291,9 +291,9 @@ def test_the_shipped_recipe_runs(llama, tmp_path):
 
 
 def test_targets_that_match_nothing_fail_before_any_work(llama, tmp_path):
-    with pytest.raises(WexpandError, match=r"targets \['re:.*dense_h_to_4h'\] .* match no Linear"):
+    with pytest.raises(WexpandError, match=r"targets: \['re:.*dense_h_to_4h'\] .* match no"):
         compress(llama, tmp_path / "out", [NeuronScoringModifier(targets="re:.*dense_h_to_4h")])
-    with pytest.raises(WexpandError, match="match no Linear of LlamaForCausalLM; it has 15"):
+    with pytest.raises(WexpandError, match="no torch.nn.Linear of LlamaForCausalLM; it has 15"):
         compress(llama, tmp_path / "out", [NeuronScoringModifier(ignore=["Linear"])])
     assert not (tmp_path / "out").exists()
 

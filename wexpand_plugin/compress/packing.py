@@ -10,7 +10,7 @@ from ..errors import WexpandError
 from ..rowpool import pack_experts
 from ..saving import wrap_save_pretrained
 from .group import replace_linear
-from .targets import target_linears
+from .targets import HEADS, target_linears
 
 __all__ = ["PackModifier"]
 
@@ -45,7 +45,7 @@ class PackModifier(Modifier):
     """
 
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: str | list[str] = Field(default_factory=lambda: ["re:.*lm_head", "re:.*embed_out"])
+    ignore: str | list[str] = Field(default_factory=lambda: list(HEADS))
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Refuse targets that match nothing, before any work."""
