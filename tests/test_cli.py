@@ -141,12 +141,12 @@ def test_defects_keep_their_traceback(tmp_path, monkeypatch):
 
 def test_recipe_values_are_named():
     """pydantic's errors, as those of recipes, become one sentence with the key and the value."""
-    from wexpand_plugin.cli import _sentence
+    from wexpand_plugin.cli_errors import sentence
     from wexpand_plugin.schema import LinearEntry
 
     with pytest.raises(ValueError) as error:
         LinearEntry(in_features=0, out_features=1, experts=1, versions=1, nnz=1)
-    text = _sentence(error.value)
+    text = sentence(error.value)
     assert text.startswith("LinearEntry.in_features: 0: ") and "\n" not in text
 
 
