@@ -9,6 +9,7 @@ from pydantic import Field
 from ..errors import WexpandError
 from ..rowpool import pack_experts
 from ..saving import wrap_save_pretrained
+from .expansion import dense_bytes
 from .group import replace_linear
 from .targets import HEADS, target_linears
 
@@ -62,7 +63,7 @@ class PackModifier(Modifier):
             # a pruned weight may be -0.0: multiplication by a mask leaves the sign
             pool = pack_experts(torch.where(weight == 0, 0, weight).unsqueeze(0))
             stored = sum(pool.stored_bytes().values())
-            size = weight.numel() * weight.element_size()
+            size = dense_bytes(weight)
             if stored >= size:
                 continue
             bias = None if linear.bias is None else linear.bias.detach()
