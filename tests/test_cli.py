@@ -86,10 +86,7 @@ def test_pack_verify_inspect_unpack(pruned, tmp_path):
 
 
 def test_pack_json_and_notes(tmp_path):
-    model = tiny.dense(dtype=torch.bfloat16)
-    with torch.no_grad():
-        for linear in tiny.block_linears(model).values():
-            linear.weight *= torch.rand_like(linear.weight) < 0.2
+    model = tiny.multiply_by_masks(tiny.dense(dtype=torch.bfloat16))
     model.save_pretrained(tmp_path / "dense")
     done = json.loads(run("pack", tmp_path / "dense", tmp_path / "a", "--json").stdout)
     assert done["negative_zeros"] > 0 and "-0.0" in done["notes"][0]

@@ -360,7 +360,7 @@ class TestFiles:
         with pytest.raises(WexpandError, match="q_proj: has no neuron scores"):
             load_scores(saved).of("model.layers.0.self_attn.q_proj")
 
-    def test_missing_and_foreign_files(self, saved, llama, tmp_path):
+    def test_missing_and_foreign_files(self, llama, tmp_path):
         with pytest.raises(WexpandError, match="holds no neuron scores"):
             load_scores(tmp_path)
         with pytest.raises(WexpandError, match="not neuron scores"):
