@@ -93,13 +93,16 @@ def compress(
         str, typer.Option(help="float32, bfloat16, float16, or auto: as the model has it.")
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Which texts are taken, and their order.")] = 0,
-    quiet: Quiet = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No summary (llm-compressor has its own bars).")
+    ] = False,
 ) -> None:
     """Prune MODEL by a recipe, through llm-compressor.
 
     \b
     Example:
-      wexpand compress Qwen/Qwen3-0.6B -r recipes/sparse_expansion.yaml -d notes.txt -o OUT
+      wexpand compress Qwen/Qwen3-0.6B -r recipes/sparse_expansion_budget.yaml \
+        -d notes.txt -o OUT
 
     The recipe says which linears, how sparse, how many experts and how many bytes; each file in
     recipes/ explains its keys. More experts want more calibration tokens (samples x length): some
@@ -113,7 +116,15 @@ def compress(
         text_column=text_column, dtype=dtype, seed=seed,
     )  # fmt: skip
     if not quiet:
-        typer.echo(f"wrote {output}; next: wexpand inspect {output}, vllm serve {output}")
+        from .checkpoint import read_config
+        from .errors import WexpandError
+
+        try:
+            read_config(output)
+            further = f"wexpand inspect {output}, vllm serve {output}"
+        except WexpandError:  # a recipe without a modifier of ours that packs
+            further = f"wexpand pack {output} PACKED if it is pruned"
+        typer.echo(f"wrote {output}; next: {further}")
 
 
 @app.command()

@@ -13,6 +13,8 @@ __all__ = ["ErrorGroup", "sentence"]
 _EXTRAS = {
     "llmcompressor": "compress",
     "transformers": "compress",
+    "huggingface_hub": "compress",
+    "tokenizers": "compress",
     "sklearn": "compress",
     "datasets": "eval",
     "jinja2": "eval",

@@ -19,6 +19,7 @@ from ..linear import RoutedLinear
 from ..router import Router
 from ..saving import wrap_save_pretrained
 from ..solver import MaskStructure
+from .estimate import working_bytes
 from .expansion import SCORES, Candidates, Settings, allocate_model, dense_bytes, fixed_bytes
 from .group import expand_group, replace_linear, sum_hessians
 from .replay import BlockReplay
@@ -94,7 +95,7 @@ class SparseExpansionModifier(Modifier):
     mask_structure: str = "row"
     num_experts: int = 16
     size_budget: float | None = None
-    budget_scope: str = "layer"
+    budget_scope: str = "model"
     score: str = "gain"
     share_versions: bool = True
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
@@ -218,10 +219,12 @@ class SparseExpansionModifier(Modifier):
             )
         dense = sum(dense_bytes(linear.weight) for linear in self._linears.values())
         size = "in full" if self.size_budget is None else f"in {self.size_budget} x their size"
+        memory = working_bytes(self._linears, self._settings()) / 2**30
         logger.info(
             f"Expanding {len(self._linears)} linears ({dense / 2**20:.1f} MiB dense) of "
             f"{len(self._blocks)} blocks into {self.num_experts} experts at sparsity "
-            f"{self.sparsity} ({self.mask_structure}), stored {size}"
+            f"{self.sparsity} ({self.mask_structure}), stored {size}; "
+            f"about {memory:.1f} GiB beside the model"
         )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):
