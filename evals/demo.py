@@ -94,7 +94,7 @@ class Demo:
             "expanded": self.out / "expanded",
         }
         self.results: dict[str, Any] = {name: {} for name in self.models}
-        self.step, self.steps = 0, 10
+        self.step, self.steps = 0, 11
         for path in (self.serve_bin / "vllm", self.serve_bin / "lm_eval"):
             if not path.exists():
                 raise StepFailed(f"{path} does not exist; run 'make env-serve' first")
@@ -111,7 +111,10 @@ class Demo:
             texts = corpus.excerpts("train", count=160, characters=1000)
             calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         with self.announce("SparseGPT: prune, dense with zeros", "1 minute"):
-            self.compress("sparsegpt", "sparsegpt.yaml", calibration)
+            self.compress("pruned", "sparsegpt.yaml", calibration)
+        with self.announce("... and packed, as vLLM serves it", "10 seconds"):
+            pack = [self.compress_bin / "wexpand", "pack", self.out / "pruned"]
+            self.command("pack", [*pack, self.models["sparsegpt"]])
         with self.announce("Sparse Expansion: 16 experts in the dense model's size", "2 minutes"):
             self.compress("expanded", "sparse_expansion_budget.yaml", calibration)
         for name in self.models:
@@ -149,7 +152,7 @@ class Demo:
     def compress(self, name: str, recipe: str, calibration: Path) -> None:
         self.command(name, [
             self.compress_bin / "wexpand", "compress", MODEL, "--recipe", ROOT / "recipes" / recipe,
-            "--dataset", calibration, "--output", self.models[name],
+            "--dataset", calibration, "--output", self.out / name,
             "--max-seq-length", "256", "--samples", "128",
         ])  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["ROOT", "StepFailed", "end_group", "failure", "free_port", "process", "run_step"]
+__all__ = ["ROOT", "StepFailed", "failure", "free_port", "process", "run_step"]
 
 ROOT = Path(__file__).resolve().parents[1]
 

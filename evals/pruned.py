@@ -114,9 +114,9 @@ class Comparison:
                 "logprobs_compared": sum(len(entry["logprobs"]) for entry in packed),
                 "difference_to_unpruned": distance(served["unpruned"], dense)[1],
             }
-        self.versions = {
-            "llmcompressor": importlib.metadata.version("llmcompressor")
-        } | served["versions"]
+        self.versions = {"llmcompressor": importlib.metadata.version("llmcompressor")} | served[
+            "versions"
+        ]
         return results
 
     def prepare(self, label: str, recipe: Recipe) -> dict[str, Any]:

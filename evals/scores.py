@@ -1,8 +1,8 @@
 """What should bytes be spent on? Scores at equal bytes, by held-out loss.
 
     python -m evals.scores [--sparsity 0.8 ...] [--budget 1.0 ...] [--score gain ...] [--seeds 3]
-                           [--path full] [--model evals/pocket/model] [--dataset pocket]
-                           [--json FILE]
+                           [--path full] [--single 0.74 ...] [--model evals/pocket/model]
+                           [--dataset pocket] [--json FILE]
 
 The MLP linears of the model are expanded with 16 experts (`evals.expansion`: solved once for each
 sparsity and seed, then allocated for every budget and score over the whole model) and the held-out
@@ -14,6 +14,9 @@ and the bytes stored and read by a token over dense.
 `--path full` calibrates later linears on fully expanded earlier ones, so that no score is
 favoured: for comparing scores. `--path budget` calibrates on what the recipe has there, earlier
 linears within the budget by gain: for the numbers of the recipe itself.
+
+`--single` adds plain SparseGPT, one expert, at other sparsities: what the bytes that a token reads
+buy without experts.
 
 Cells found in the JSON file are not run again, so an interrupted run goes on, and several
 processes may fill one file, each with its own sparsities.
@@ -183,6 +186,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     experts: Annotated[int, typer.Option(min=2)] = 16,
     path: Annotated[str, typer.Option(help="full or budget")] = "full",
+    single: Annotated[list[float] | None, typer.Option(help="Sparsities of one expert.")] = None,
     calibration: Annotated[int, typer.Option(help="Calibration tokens.")] = 32768,
     tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 32768,
 ) -> None:
@@ -192,21 +196,19 @@ def main(
         "command": "python -m evals.scores", "model": Path(model).name,
         "dataset": Path(dataset).name, "calibration_tokens": calibration, "held_out_tokens": tokens,
     }  # fmt: skip
-    for seed, level in itertools.product(range(seeds), sparsity or [0.7, 0.8, 0.9]):
+    levels = sparsity or ([] if single else [0.7, 0.8, 0.9])
+    for seed, level in itertools.product(range(seeds), [*levels, *(single or [])]):
         common = {"sparsity": level, "seed": seed}
-        sweeps: list[list[dict[str, Any]]] = [
-            [{**common, "num_experts": 1}], [{**common, "num_experts": experts}]
-        ]  # fmt: skip
+        sweeps: list[list[dict[str, Any]]] = [[{**common, "num_experts": 1}]]
         grid = [
             {**common, "num_experts": experts, "size_budget": size, "score": name, "path": path}
             for size, name in itertools.product(budget or [0.5, 0.75, 1.0, 1.5], score or SCORES)
         ]
-        # with "budget" the path depends on the budget, so each has a calibration of its own
-        sweeps += (
-            [grid]
-            if path == "full"
-            else [list(g) for _, g in itertools.groupby(grid, lambda cell: cell["size_budget"])]
-        )
+        if level in levels:
+            sweeps.append([{**common, "num_experts": experts}])
+            # a path within the budget differs with it: each has a calibration of its own
+            each = (lambda cell: cell["size_budget"]) if path == "budget" else (lambda cell: None)
+            sweeps += [list(cells) for _, cells in itertools.groupby(grid, each)]
         for sweep in sweeps:
             done = [found["cell"] for found in add(json_file, content, [])]
             if missing := [cell for cell in sweep if cell not in done]:

@@ -86,10 +86,7 @@ def test_pack_verify_inspect_unpack(pruned, tmp_path):
 
 
 def test_pack_json_and_notes(tmp_path):
-    model = tiny.dense(dtype=torch.bfloat16)
-    with torch.no_grad():
-        for linear in tiny.block_linears(model).values():
-            linear.weight *= torch.rand_like(linear.weight) < 0.2
+    model = tiny.multiply_by_masks(tiny.dense(dtype=torch.bfloat16))
     model.save_pretrained(tmp_path / "dense")
     done = json.loads(run("pack", tmp_path / "dense", tmp_path / "a", "--json").stdout)
     assert done["negative_zeros"] > 0 and "-0.0" in done["notes"][0]
@@ -141,12 +138,12 @@ def test_defects_keep_their_traceback(tmp_path, monkeypatch):
 
 def test_recipe_values_are_named():
     """pydantic's errors, as those of recipes, become one sentence with the key and the value."""
-    from wexpand_plugin.cli import _sentence
+    from wexpand_plugin.cli_errors import sentence
     from wexpand_plugin.schema import LinearEntry
 
     with pytest.raises(ValueError) as error:
         LinearEntry(in_features=0, out_features=1, experts=1, versions=1, nnz=1)
-    text = _sentence(error.value)
+    text = sentence(error.value)
     assert text.startswith("LinearEntry.in_features: 0: ") and "\n" not in text
 
 

@@ -125,6 +125,14 @@ def test_registering_again_does_nothing():
     hf.register()
 
 
+def python(code, *arguments):
+    """Run `code` in a process that has imported nothing yet."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
 def test_without_the_plugin_transformers_refuses(tmp_path):
     """A size error, and never a model with random weights."""
     tiny.expanded(tmp_path / "a")
@@ -134,10 +142,7 @@ def test_without_the_plugin_transformers_refuses(tmp_path):
         "except RuntimeError as error: print('refused', error); sys.exit(7)\n"
         "assert 'wexpand_plugin' not in sys.modules"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = python(code, tmp_path / "a")
     assert done.returncode == 7, done.stderr
     assert "size" in done.stdout.lower() and "gate_proj.weight" in done.stdout + done.stderr
 
@@ -149,10 +154,7 @@ def test_importing_the_plugin_before_transformers(tmp_path):
         "import sys; import wexpand_plugin; from transformers import AutoModelForCausalLM\n"
         "print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = python(code, tmp_path / "a")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("RoutedLinear(in_features=40, out_features=52, experts=3")
 

@@ -122,10 +122,7 @@ def test_packs_only_where_it_is_smaller(tmp_path):
 
 def test_pruning_by_multiplication_leaves_negative_zeros(tmp_path):
     """Half of the zeros are -0.0: stored unless told otherwise, and always said."""
-    model = tiny.dense(dtype=torch.bfloat16)
-    with torch.no_grad():
-        for linear in tiny.block_linears(model).values():
-            linear.weight *= torch.rand_like(linear.weight) < 0.2
+    model = tiny.multiply_by_masks(tiny.dense(dtype=torch.bfloat16))
     model.save_pretrained(tmp_path / "dense")
     exact = pack(tmp_path / "dense", tmp_path / "exact", quiet=True)
     small = pack(tmp_path / "dense", tmp_path / "small", quiet=True, drop_negative_zeros=True)

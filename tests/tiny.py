@@ -13,6 +13,7 @@ __all__ = [
     "dense",
     "expand",
     "expanded",
+    "multiply_by_masks",
     "prune",
     "tokenizer",
     "tokens",
@@ -65,6 +66,14 @@ def prune(model: nn.Module, sparsity: float = 0.5, match: str = "", seed: int = 
             if match in name:
                 gone = torch.rand(linear.weight.shape, generator=generator) < sparsity
                 linear.weight[gone] = 0
+    return model
+
+
+def multiply_by_masks(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
+    """Prune as `weight *= mask` does, which leaves -0.0 for negative weights; returns the model."""
+    with torch.no_grad():
+        for linear in block_linears(model).values():
+            linear.weight *= torch.rand_like(linear.weight) > sparsity
     return model
 
 

@@ -6,63 +6,19 @@ are one sentence on standard error, with --debug a traceback.
 
 import json
 import os
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from . import __version__
-from .errors import WexpandError
+from .cli_errors import ErrorGroup
 
 __all__ = ["app", "main"]
 
-
-class _Group(TyperGroup):
-    """Turns the errors that users are meant to read into one sentence and exit code 1."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            sentence = _sentence(error)
-            if sentence is None or ctx.params.get("debug"):
-                raise
-            typer.echo(f"wexpand: {sentence}", err=True)
-            ctx.exit(1)
-
-
-def _sentence(error: Exception) -> str | None:
-    """What to tell the user, or None for a defect of ours."""
-    if isinstance(error, WexpandError):
-        return " ".join(str(error).split())
-    # not imported unless something used it
-    pydantic = sys.modules.get("pydantic")
-    if pydantic is not None and isinstance(error, pydantic.ValidationError):
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in (error.title, *first["loc"]))
-        return f"{key}: {first.get('input')!r}: {first['msg'].removeprefix('Value error, ')}"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
-        extra = _EXTRAS[error.name]
-        return f"{error.name} is not installed; pip install 'wexpand-plugin[{extra}]'"
-    return None
-
-
-_EXTRAS = {
-    "llmcompressor": "compress",
-    "transformers": "compress",
-    "sklearn": "compress",
-    "datasets": "eval",
-    "jinja2": "eval",
-    "matplotlib": "eval",
-}
-
 app = typer.Typer(
     name="wexpand",
-    cls=_Group,
+    cls=ErrorGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -137,13 +93,16 @@ def compress(
         str, typer.Option(help="float32, bfloat16, float16, or auto: as the model has it.")
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Which texts are taken, and their order.")] = 0,
-    quiet: Quiet = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No summary (llm-compressor has its own bars).")
+    ] = False,
 ) -> None:
     """Prune MODEL by a recipe, through llm-compressor.
 
     \b
     Example:
-      wexpand compress Qwen/Qwen3-0.6B -r recipes/sparse_expansion.yaml -d notes.txt -o OUT
+      wexpand compress Qwen/Qwen3-0.6B -r recipes/sparse_expansion_budget.yaml \
+        -d notes.txt -o OUT
 
     The recipe says which linears, how sparse, how many experts and how many bytes; each file in
     recipes/ explains its keys. More experts want more calibration tokens (samples x length): some
@@ -157,7 +116,15 @@ def compress(
         text_column=text_column, dtype=dtype, seed=seed,
     )  # fmt: skip
     if not quiet:
-        typer.echo(f"wrote {output}; next: wexpand inspect {output}, vllm serve {output}")
+        from .checkpoint import read_config
+        from .errors import WexpandError
+
+        try:
+            read_config(output)
+            further = f"wexpand inspect {output}, vllm serve {output}"
+        except WexpandError:  # a recipe without a modifier of ours that packs
+            further = f"wexpand pack {output} PACKED if it is pruned"
+        typer.echo(f"wrote {output}; next: {further}")
 
 
 @app.command()

@@ -90,6 +90,10 @@ class RoutedLinear(nn.Module):
         router = 4 * self.experts * (self.in_features + 1) if self.experts > 1 else 0
         return sum(self.pool.stored_bytes().values()) + router
 
+    def dense_bytes(self) -> int:
+        """Bytes of the dense weight that this linear stands for."""
+        return self.in_features * self.out_features * self.weight.element_size()
+
     def unpack(self) -> None:
         """Keep dense experts [experts, out, in] at hand: fast, at `experts` times the memory."""
         pool = self.pool

@@ -24,7 +24,7 @@ from .checkpoint import LinearEntry
 from .errors import WexpandError
 from .linear import RoutedLinear
 
-__all__ = ["linear_entries", "partial_directory", "wrap_save_pretrained"]
+__all__ = ["partial_directory", "wrap_save_pretrained"]
 
 
 def wrap_save_pretrained(model: Any, made_by: Mapping[str, Any]) -> None:

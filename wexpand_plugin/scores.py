@@ -2,7 +2,7 @@
 
     neuron_scores.safetensors   LINEAR.wd, .mean, .std, .skew, .kurtosis, .md, .md_null:
                                 float32 [out] each
-    neuron_scores.json          per linear: top neurons, quantiles, correlations
+    neuron_scores.json          per linear: top neurons, quantiles, correlations (scores_summary.py)
 
 The safetensors file stands alone. Its metadata says which model was scored, down to a fingerprint
 of every weight, so that scores of another model are refused instead of used. Beside a model both
@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import WexpandError
-from .neurons import NeuronScores, wasserstein_neurons
+from .neurons import NeuronScores
+from .scores_summary import summary
 
 __all__ = [
     "FOLDER",
@@ -32,7 +33,6 @@ __all__ = [
     "fingerprint",
     "load_scores",
     "save_scores",
-    "summarize",
 ]
 
 FOLDER = "neuron_scores"
@@ -41,8 +41,6 @@ SUMMARY_FILE = "neuron_scores.json"
 FORMAT_VERSION = 1
 
 _SAMPLED_WEIGHTS = 65_536
-_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-_TOP = 10
 
 
 class ScoredLinear(NamedTuple):
@@ -120,7 +118,11 @@ def save_scores(scores: ModelScores, directory: str | os.PathLike) -> None:
     }
     metadata = {"wexpand_neuron_scores": json.dumps(_header(scores))}
     _replace(directory / SCORES_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    text = json.dumps(summarize(scores), indent=1, allow_nan=False)
+    shown = _header(scores)
+    percent = scores.settings.get("percent", 3.0)
+    for name, scored in scores.linears.items():
+        shown["linears"][name] |= summary(scored.scores, percent)
+    text = json.dumps(shown, indent=1, allow_nan=False)
     _replace(directory / SUMMARY_FILE, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
@@ -148,15 +150,6 @@ def load_scores(path: str | os.PathLike, model: torch.nn.Module | None = None) -
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WexpandError(f"{file}: its metadata is damaged ({error!r}); score again") from error
     return scores if model is None else scores.check(model)
-
-
-def summarize(scores: ModelScores) -> dict[str, Any]:
-    """The content of `neuron_scores.json`: numbers, strings and None (undefined) only."""
-    header = _header(scores)
-    percent = scores.settings.get("percent", 3.0)
-    for name, scored in scores.linears.items():
-        header["linears"][name] |= _summary(scored.scores, percent)
-    return header
 
 
 def _header(scores: ModelScores) -> dict[str, Any]:
@@ -245,78 +238,3 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _summary(scores: NeuronScores, percent: float) -> dict[str, Any]:
-    """What one linear's neurons look like, and whether WD says more than simpler scores."""
-    shown = {
-        name: values.double().cpu()
-        for name, values in (scores._asdict() | {"md_ratio": scores.md_ratio}).items()
-        if values is not None
-    }
-    others = {name: values for name, values in shown.items() if name not in ("wd", "mean", "skew")}
-    others |= {"abs_mean": shown["mean"].abs(), "abs_skew": shown["skew"].abs()}
-    chosen = wasserstein_neurons(shown["wd"], percent)
-    return {
-        "wasserstein_neurons": chosen.tolist(),
-        "top": [
-            {"neuron": neuron} | {name: _number(values[neuron]) for name, values in shown.items()}
-            for neuron in chosen[:_TOP].tolist()
-        ],
-        "quantiles": {
-            name: {f"{q:g}": _quantile(values, q) for q in _QUANTILES}
-            for name, values in shown.items()
-        },
-        "correlation_with_wd": {
-            name: {
-                "pearson": _correlation(shown["wd"], values),
-                "spearman": _correlation(shown["wd"], values, ranks=True),
-            }
-            for name, values in others.items()
-        },
-        # the share of the Wasserstein neurons that another score would have chosen as well
-        "chosen_by_other_scores_too": {
-            name: _overlap(chosen, values, percent) for name, values in others.items()
-        },
-        "share_of_neurons": {
-            "skewed (|skew| > 1)": _number((shown["skew"].abs() > 1).double().mean()),
-            "heavy tails (kurtosis > 1)": _number((shown["kurtosis"] > 1).double().mean()),
-            "light tails or two modes (kurtosis < -1)": _number(
-                (shown["kurtosis"] < -1).double().mean()
-            ),
-            "constant": _number((shown["std"] == 0).double().mean()),
-            "md undefined": _number(shown["md"].isnan().double().mean()),
-        },
-    }
-
-
-def _number(value: Tensor) -> float | None:
-    """A JSON number of six digits; None for what is undefined."""
-    return float(f"{value.item():.6g}") if bool(value.isfinite()) else None
-
-
-def _quantile(values: Tensor, q: float) -> float | None:
-    values = values[values.isfinite()]
-    return _number(values.quantile(q)) if values.numel() else None
-
-
-def _correlation(a: Tensor, b: Tensor, ranks: bool = False) -> float | None:
-    """Pearson's, or with `ranks` Spearman's, over neurons where both are defined."""
-    both = a.isfinite() & b.isfinite()
-    a, b = a[both], b[both]
-    if a.numel() < 3:
-        return None
-    if ranks:
-        a, b = _ranks(a), _ranks(b)
-    return _number(torch.corrcoef(torch.stack((a, b)))[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, ties share their mean rank: float64, like `values`."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() + 1) / 2)[place]
-
-
-def _overlap(chosen: Tensor, values: Tensor, percent: float) -> float | None:
-    others = wasserstein_neurons(values.nan_to_num(nan=-torch.inf), percent)
-    return _number(torch.isin(chosen, others).double().mean())

@@ -27,10 +27,16 @@ from .timing import alternate, copies_beyond_cache, machine, read_bandwidth, wri
 
 SHAPES = {  # out, in of the linears as vLLM fuses them
     "TinyLlama-1.1B": {
-        "qkv": (2560, 2048), "o": (2048, 2048), "gate_up": (11264, 2048), "down": (2048, 5632)
+        "qkv": (2560, 2048),
+        "o": (2048, 2048),
+        "gate_up": (11264, 2048),
+        "down": (2048, 5632),
     },
     "Llama-3-8B": {
-        "qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)
+        "qkv": (6144, 4096),
+        "o": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
     },
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -96,15 +102,24 @@ def measure(
 
             times = alternate({"dense": run_dense, "packed": run_packed}, args.seconds, (7, 1000))
             read = per_expert * distinct
-            results.append({
-                "model": model, "layer": layer, "dtype": dtype_name, "dense_path": used[0],
-                "sparsity": sparsity, "experts": experts, "tokens": tokens,
-                "dense_bytes": dense_bytes, "packed_bytes": read,
-                "dense_floor_s": dense_bytes / bandwidth, "packed_floor_s": read / bandwidth,
-                "ratio": times["dense"].median / times["packed"].median,
-                "best_ratio": times["dense"].fastest / times["packed"].fastest,
-                **{f"{name}_s": vars(timing) for name, timing in times.items()},
-            })
+            results.append(
+                {
+                    "model": model,
+                    "layer": layer,
+                    "dtype": dtype_name,
+                    "dense_path": used[0],
+                    "sparsity": sparsity,
+                    "experts": experts,
+                    "tokens": tokens,
+                    "dense_bytes": dense_bytes,
+                    "packed_bytes": read,
+                    "dense_floor_s": dense_bytes / bandwidth,
+                    "packed_floor_s": read / bandwidth,
+                    "ratio": times["dense"].median / times["packed"].median,
+                    "best_ratio": times["dense"].fastest / times["packed"].fastest,
+                    **{f"{name}_s": vars(timing) for name, timing in times.items()},
+                }
+            )
             print(line(results[-1]), flush=True)
     return results
 
@@ -123,13 +138,17 @@ def line(r: dict) -> str:
     def side(name: str) -> str:
         t, floor, read = r[f"{name}_s"], r[f"{name}_floor_s"], r[f"{name}_bytes"]
         spread = (t["high"] - t["low"]) / t["median"]
-        return (f"{t['median'] * 1e6:9.0f}{t['fastest'] * 1e6:8.0f}{spread:7.0%}"
-                f"{floor * 1e6:7.0f}{read / 1e6:8.2f}")
+        return (
+            f"{t['median'] * 1e6:9.0f}{t['fastest'] * 1e6:8.0f}{spread:7.0%}"
+            f"{floor * 1e6:7.0f}{read / 1e6:8.2f}"
+        )
 
     bytes_ratio = r["dense_bytes"] / r["packed_bytes"]
-    return (f"{r['dtype']:9} {r['layer']:8}{r['experts']:8}{r['sparsity']:>9}{r['tokens']:7}|"
-            f"{side('dense')}|{side('packed')}|"
-            f"{r['ratio']:6.2f}{r['best_ratio']:6.2f}{bytes_ratio:6.2f}")
+    return (
+        f"{r['dtype']:9} {r['layer']:8}{r['experts']:8}{r['sparsity']:>9}{r['tokens']:7}|"
+        f"{side('dense')}|{side('packed')}|"
+        f"{r['ratio']:6.2f}{r['best_ratio']:6.2f}{bytes_ratio:6.2f}"
+    )
 
 
 def summary(results: list[dict]) -> None:
@@ -157,8 +176,12 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write every number here")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--sparsity", nargs="+", choices=SPARSITIES, default=list(SPARSITIES))
-    parser.add_argument("--layer", nargs="+", choices=["qkv", "o", "gate_up", "down"],
-                        default=["qkv", "o", "gate_up", "down"])
+    parser.add_argument(
+        "--layer",
+        nargs="+",
+        choices=["qkv", "o", "gate_up", "down"],
+        default=["qkv", "o", "gate_up", "down"],
+    )
     parser.add_argument("--experts", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 512])
     parser.add_argument("--seconds", type=float, default=0.4, help="time per cell of the table")

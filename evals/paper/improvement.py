@@ -31,7 +31,7 @@ __all__ = ["improvement"]
 ROW = MaskStructure.parse("row")
 
 
-def cluster_hessians(x: Tensor, labels: Tensor, experts: int, shrinkage: float = 0.1) -> Tensor:
+def cluster_hessians(x: Tensor, labels: Tensor, experts: int, shrinkage: float = 0.03) -> Tensor:
     """Mean of x x^T per cluster, small ones mixed with the mean over all tokens."""
     total = x.t() @ x / len(x)
     found = []

@@ -19,8 +19,6 @@ from wexpand_plugin.compress.modifier import SparseExpansionModifier  # noqa: E4
 from wexpand_plugin.errors import WexpandError  # noqa: E402
 from wexpand_plugin.linear import RoutedLinear  # noqa: E402
 
-STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
-
 
 def tiny(kind: str, path: Path, dtype=torch.float32) -> Path:
     """A saved random model of 2 blocks; 52 does not divide by 8."""
@@ -255,10 +253,9 @@ def test_yaml_recipe_with_unquoted_mask_structure(tmp_path):
     assert made_by["made_by"]["mask_structure"] == "2:4"
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="the stories260K model is not on this machine")
 @pytest.mark.slow
-def test_stories260k(tmp_path):
-    model = run(STORIES, tmp_path / "out", targets=["re:.*mlp.*"], sparsity=0.5)
+def test_stories260k(stories260k, tmp_path):
+    model = run(stories260k, tmp_path / "out", targets=["re:.*mlp.*"], sparsity=0.5)
     assert model.model.layers[0].mlp.down_proj.in_features == 172
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(reloaded), logits(model))

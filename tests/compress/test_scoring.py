@@ -291,9 +291,9 @@ def test_the_shipped_recipe_runs(llama, tmp_path):
 
 
 def test_targets_that_match_nothing_fail_before_any_work(llama, tmp_path):
-    with pytest.raises(WexpandError, match=r"targets \['re:.*dense_h_to_4h'\] .* match no Linear"):
+    with pytest.raises(WexpandError, match=r"targets: \['re:.*dense_h_to_4h'\] .* match no"):
         compress(llama, tmp_path / "out", [NeuronScoringModifier(targets="re:.*dense_h_to_4h")])
-    with pytest.raises(WexpandError, match="match no Linear of LlamaForCausalLM; it has 15"):
+    with pytest.raises(WexpandError, match="no torch.nn.Linear of LlamaForCausalLM; it has 15"):
         compress(llama, tmp_path / "out", [NeuronScoringModifier(ignore=["Linear"])])
     assert not (tmp_path / "out").exists()
 
@@ -360,7 +360,7 @@ class TestFiles:
         with pytest.raises(WexpandError, match="q_proj: has no neuron scores"):
             load_scores(saved).of("model.layers.0.self_attn.q_proj")
 
-    def test_missing_and_foreign_files(self, saved, llama, tmp_path):
+    def test_missing_and_foreign_files(self, llama, tmp_path):
         with pytest.raises(WexpandError, match="holds no neuron scores"):
             load_scores(tmp_path)
         with pytest.raises(WexpandError, match="not neuron scores"):

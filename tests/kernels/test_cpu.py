@@ -11,14 +11,16 @@ import sys
 import threading
 from pathlib import Path
 
+import cases
 import pytest
 import torch
+from cases import random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.kernels import build, cpu, reference
-from wexpand_plugin.rowpool import RowPool, pack_rows
+from wexpand_plugin.kernels import build, cpu
+from wexpand_plugin.rowpool import pack_rows
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -44,33 +46,9 @@ def code_path(request, monkeypatch):
     return request.param
 
 
-def random_case(seed, experts, versions, out, width, density, tokens, dtype):
-    """A pool with rows of mixed density (empty and full ones too), x, and the chosen experts."""
-    torch.manual_seed(seed)
-    share = torch.full((versions, 1), density)
-    share[0::5] = 0.0
-    share[1::5] = 1.0
-    keep = torch.rand(versions, width) < share
-    rows = torch.randn(versions, width).to(dtype) * keep
-    row_map = torch.randint(versions, (experts, out), dtype=torch.int32)
-    x = torch.randn(tokens, width).to(dtype)
-    chosen = torch.randint(experts, (tokens,)) if experts > 1 else None
-    return pack_rows(rows, row_map, keep), x, chosen
-
-
-def exact(pool: RowPool, x, chosen):
-    """The reference kernel in float64: what y would be without any rounding."""
-    wide = RowPool(pool.values.double(), pool.mask, pool.row_map, pool.in_features)
-    return reference.run(x.double(), chosen, reference.prepare(wide), pool.out_features)
-
-
 def assert_matches(pool, x, chosen):
     y = cpu.run(x, chosen, cpu.prepare(pool), pool.out_features)
-    expected = exact(pool, x, chosen)
-    assert y.shape == expected.shape and y.dtype == x.dtype
-    if y.numel():
-        scale = expected.abs().max().clamp_min(1e-30)
-        assert ((y.double() - expected).abs().max() / scale).item() < TOLERANCE[x.dtype]
+    cases.assert_matches(y, pool, x, chosen, TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

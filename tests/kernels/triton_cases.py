@@ -5,10 +5,12 @@ By hand: `TRITON_INTERPRET=1 pytest tests/kernels/triton_cases.py`. Shapes are s
 interpreter takes about a millisecond per operation.
 """
 
+from functools import partial
+
+import cases
 import pytest
 import torch
 
-from wexpand_plugin.kernels import reference
 from wexpand_plugin.kernels import triton as kernel
 from wexpand_plugin.rowpool import RowPool, pack_rows
 
@@ -16,29 +18,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # relative to the largest output
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-
-
-def random_case(seed, experts, versions, out, width, density, tokens, dtype):
-    """A pool with rows of mixed density (empty and full ones too), x, and the chosen experts."""
-    torch.manual_seed(seed)
-    share = torch.full((versions, 1), density)
-    share[0::5] = 0.0
-    share[1::5] = 1.0
-    keep = torch.rand(versions, width) < share
-    rows = torch.randn(versions, width).to(dtype) * keep
-    row_map = torch.randint(versions, (experts, out), dtype=torch.int32)
-    x = torch.randn(tokens, width).to(dtype).to(DEVICE)
-    chosen = torch.randint(experts, (tokens,)).to(DEVICE) if experts > 1 else None
-    return pack_rows(rows, row_map, keep).to(DEVICE), x, chosen
-
-
-def assert_matches(y, pool, x, chosen):
-    """`y` against the reference on float64 copies of the same weights and inputs."""
-    exact = RowPool(pool.values.double(), pool.mask, pool.row_map, pool.in_features)
-    expected = reference.run(x.double(), chosen, reference.prepare(exact), pool.out_features)
-    assert y.shape == expected.shape and y.dtype == x.dtype
-    scale = expected.abs().max().clamp_min(1e-30)
-    assert ((y.double() - expected).abs().max() / scale).item() < TOLERANCE[x.dtype]
+random_case = partial(cases.random_case, device=DEVICE)
+assert_matches = partial(cases.assert_matches, tolerance=TOLERANCE)
 
 
 def run(pool, x, chosen):

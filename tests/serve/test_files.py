@@ -132,7 +132,7 @@ class TestEngine:
         (record,) = said
         assert "quantization_config that is used" in record.getMessage()
 
-    def test_a_draft_is_checked_in_its_own_directory(self, sound, copy):
+    def test_a_draft_is_checked_in_its_own_directory(self, copy):
         """The engine's model is dense, and not looked at; its draft is ours."""
         damage(copy, NORM)
         dense = copy.with_name("dense")
@@ -181,7 +181,7 @@ def test_outside_of_an_engine_nothing_is_checked(sound):
     files.check_engine(checkpoint.read_config(sound))
 
 
-def test_a_model_of_the_hub_is_its_snapshot(sound, tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_its_snapshot(sound, tmp_path):
     commit = "0" * 40
     cache = tmp_path / "models--someone--model"
     (cache / "refs").mkdir(parents=True)

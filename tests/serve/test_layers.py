@@ -104,6 +104,19 @@ def test_only_the_layout_stays_in_memory():
     assert not hasattr(layer, "wexpand_parts") and not hasattr(layer, "row_map")
 
 
+def test_nothing_of_the_file_stays_in_memory(monkeypatch):
+    """A tensor as it arrives is a view of a mapped file: one that is kept keeps the whole file."""
+    monkeypatch.setenv("WEXPAND_KERNEL", "cpu")
+    pool, router = random_pool(3, 7, WIDTH), random_router(3, WIDTH)
+    checkpoint = Checkpoint([Linear("lm.gate", pool, router, torch.randn(7))])
+    layer = ReplicatedLinear(WIDTH, 7, quant_config=checkpoint.quant_config(), prefix="lm.gate",
+                             disable_tp=True)  # fmt: skip
+    checkpoint.fill(layer, {})
+    file = {t.untyped_storage().data_ptr() for t in checkpoint.tensors.values()}
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        assert tensor.untyped_storage().data_ptr() not in file
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_values_are_cast_to_the_served_dtype_and_the_router_is_not(dtype):
     checkpoint = qkv()

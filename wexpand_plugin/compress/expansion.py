@@ -56,7 +56,7 @@ class Settings:
     structure: MaskStructure
     num_experts: int = 16
     size_budget: float | None = None
-    budget_scope: str = "layer"
+    budget_scope: str = "model"
     block_size: int = 128
     dampening_frac: float = 0.01
     shrinkage: float = 0.03

@@ -14,7 +14,7 @@ from .expansion import Candidates, Settings, dense_bytes, expand, fixed_bytes, p
 from .replay import BlockReplay, InputGroup
 from .statistics import GroupStatistics, RowSample
 
-__all__ = ["ExpandedGroup", "expand_group", "replace_linear", "sum_hessians"]
+__all__ = ["SHORTLIST", "ExpandedGroup", "expand_group", "replace_linear", "sum_hessians"]
 
 SHORTLIST = (0.5, 1.0, 2.0)
 """Times its share of the model's budget: a linear may choose again from what it would be granted at

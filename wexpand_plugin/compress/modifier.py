@@ -19,14 +19,8 @@ from ..linear import RoutedLinear
 from ..router import Router
 from ..saving import wrap_save_pretrained
 from ..solver import MaskStructure
-from .expansion import (
-    SCORES,
-    Candidates,
-    Settings,
-    allocate_model,
-    dense_bytes,
-    fixed_bytes,
-)
+from .estimate import working_bytes
+from .expansion import SCORES, Candidates, Settings, allocate_model, dense_bytes, fixed_bytes
 from .group import expand_group, replace_linear, sum_hessians
 from .replay import BlockReplay
 from .statistics import GroupStatistics
@@ -101,7 +95,7 @@ class SparseExpansionModifier(Modifier):
     mask_structure: str = "row"
     num_experts: int = 16
     size_budget: float | None = None
-    budget_scope: str = "layer"
+    budget_scope: str = "model"
     score: str = "gain"
     share_versions: bool = True
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
@@ -225,10 +219,12 @@ class SparseExpansionModifier(Modifier):
             )
         dense = sum(dense_bytes(linear.weight) for linear in self._linears.values())
         size = "in full" if self.size_budget is None else f"in {self.size_budget} x their size"
+        memory = working_bytes(self._linears, self._settings()) / 2**30
         logger.info(
             f"Expanding {len(self._linears)} linears ({dense / 2**20:.1f} MiB dense) of "
             f"{len(self._blocks)} blocks into {self.num_experts} experts at sparsity "
-            f"{self.sparsity} ({self.mask_structure}), stored {size}"
+            f"{self.sparsity} ({self.mask_structure}), stored {size}; "
+            f"about {memory:.1f} GiB beside the model"
         )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):
@@ -255,10 +251,8 @@ class SparseExpansionModifier(Modifier):
             module.repack()
         if self._candidates:
             self._allocate_model(state.model)
-        stored = dense = 0
-        for module in self._expanded.values():
-            stored += module.stored_bytes()
-            dense += module.in_features * module.out_features * module.weight.element_size()
+        stored = sum(module.stored_bytes() for module in self._expanded.values())
+        dense = sum(module.dense_bytes() for module in self._expanded.values())
         if dense:
             logger.info(
                 f"Expanded {len(self._expanded)} linears: {stored / 2**20:.1f} MiB, "
@@ -315,9 +309,8 @@ class SparseExpansionModifier(Modifier):
         budget = 0.0
         for name in self._candidates:
             old = self._expanded[name]
-            dense = old.out_features * old.in_features * old.weight.element_size()
             fixed = fixed_bytes(old.out_features, old.in_features, self.num_experts)
-            budget += self.size_budget * dense - fixed
+            budget += self.size_budget * old.dense_bytes() - fixed
         reach = [self._reach[name] for name in self._candidates]
         choices = allocate_model(list(self._candidates.values()), reach, budget)
         for (name, candidates), choice in zip(self._candidates.items(), choices, strict=True):

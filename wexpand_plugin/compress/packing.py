@@ -10,8 +10,9 @@ from tqdm import tqdm
 from ..errors import WexpandError
 from ..rowpool import pack_experts
 from ..saving import wrap_save_pretrained
+from .expansion import dense_bytes
 from .group import replace_linear
-from .targets import target_linears
+from .targets import HEADS, target_linears
 
 __all__ = ["PackModifier"]
 
@@ -46,7 +47,7 @@ class PackModifier(Modifier):
     """
 
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: str | list[str] = Field(default_factory=lambda: ["re:.*lm_head", "re:.*embed_out"])
+    ignore: str | list[str] = Field(default_factory=lambda: list(HEADS))
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Refuse targets that match nothing, before any work."""
@@ -63,7 +64,7 @@ class PackModifier(Modifier):
             # a pruned weight may be -0.0: multiplication by a mask leaves the sign
             pool = pack_experts(torch.where(weight == 0, 0, weight).unsqueeze(0))
             stored = sum(pool.stored_bytes().values())
-            size = weight.numel() * weight.element_size()
+            size = dense_bytes(weight)
             if stored >= size:
                 continue
             bias = None if linear.bias is None else linear.bias.detach()

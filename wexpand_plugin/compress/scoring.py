@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.distributed import is_source_process
-from compressed_tensors.utils import match_named_modules
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from loguru import logger
@@ -24,10 +23,9 @@ from ..errors import WexpandError
 from ..neurons import MAX_BYTES, MIN_TOKENS, NeuronScores, neuron_scores
 from ..scores import FOLDER, ModelScores, ScoredLinear, fingerprint, save_scores
 from .statistics import RowSample
+from .targets import HEADS, target_linears
 
 __all__ = ["NeuronScoringModifier"]
-
-HEADS = ("re:.*lm_head", "re:.*embed_out")
 
 
 class NeuronScoringModifier(Modifier):
@@ -101,7 +99,8 @@ class NeuronScoringModifier(Modifier):
         :raises WexpandError: if targets and ignore leave none
         """
         model = state.model
-        self._names = find_linears(model, self.targets, self.ignore)
+        linears = target_linears(model, self.targets, self.ignore)
+        self._names = {linear: name for name, linear in linears.items()}
         self._scores = ModelScores(
             model=str(getattr(model, "name_or_path", "")),
             architecture=type(model).__name__,
@@ -237,34 +236,6 @@ class SharedSample:
         if mask is not None and mask.numel() == x.shape[0]:
             x = x[mask.flatten().bool().to(x.device)]
         self.rows.add(x)
-
-
-def find_linears(
-    model: torch.nn.Module, targets: str | list[str], ignore: str | list[str]
-) -> dict[torch.nn.Module, str]:
-    """
-    :param model: model to search
-    :param targets: names, `re:` patterns or class names
-    :param ignore: the same, for linears to leave out
-    :return: every torch.nn.Linear that is a target or lies in one, with its name
-    :raises WexpandError: if there is none
-    """
-    targets = [targets] if isinstance(targets, str) else targets
-    ignore = [ignore] if isinstance(ignore, str) else ignore
-    linears: dict[torch.nn.Module, str] = {}
-    for parent, matched in match_named_modules(model, targets, ignore, warn_on_fail=True):
-        for name, module in matched.named_modules(prefix=parent):
-            if isinstance(module, torch.nn.Linear):
-                linears[module] = name
-    ignored = {module for _, module in match_named_modules(model, ignore)}
-    linears = {module: name for module, name in linears.items() if module not in ignored}
-    if not linears:
-        existing = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-        raise WexpandError(
-            f"NeuronScoringModifier: targets {targets} without {ignore} match no Linear of "
-            f"{type(model).__name__}; it has {len(existing)}, such as {', '.join(existing[:3])}"
-        )
-    return linears
 
 
 def save_scores_with(model: Any, scores: ModelScores):

@@ -80,7 +80,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def prepare(pool: RowPool) -> list[Tensor]:
     """The layout described above: `values`, `mask`, `starts`, `row_map`.
 
-    Shares no memory with the pool but the row map. Raises WexpandError from 2**32 values on.
+    Shares no memory with the pool, whose tensors may be views of a mapped file that would stay
+    mapped. Raises WexpandError from 2**32 values on.
     """
     if pool.nnz >= 1 << 32:
         raise WexpandError(f"row pool: {pool.nnz} kept weights in one linear should be below 2**32")
@@ -89,7 +90,7 @@ def prepare(pool: RowPool) -> list[Tensor]:
     mask = torch.zeros(pool.mask.numel() + 8, dtype=torch.uint8)
     mask[: pool.mask.numel()] = pool.mask.flatten()
     starts = row_starts(pool.mask)[:-1].to(torch.int32)  # past 2**31 the sign bit is the 32nd bit
-    return [values, mask, starts, pool.row_map.contiguous()]
+    return [values, mask, starts, pool.row_map.clone()]
 
 
 def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int) -> Tensor:

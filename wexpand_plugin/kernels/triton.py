@@ -118,7 +118,7 @@ def prepare(pool: RowPool) -> list[Tensor]:
         mask[first : first + step] = pack_bits(keep).view(torch.int32)
     small = pool.nnz < 1 << 31
     starts = starts[:-1].to(torch.int32 if small else torch.int64)
-    return [values, mask, starts, pool.row_map.contiguous()]
+    return [values, mask, starts, pool.row_map.clone()]
 
 
 def tile(tokens: int, experts: int, out_features: int, dtype: torch.dtype) -> tuple[int, int, int]:

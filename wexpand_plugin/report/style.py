@@ -12,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLOURS", "HEAT", "INK", "LINE", "SOFT", "save", "styled"]
+__all__ = ["COLOURS", "HEAT", "INK", "SOFT", "save", "styled"]
 
 INK, LINE, SOFT = "#1c2024", "#d3d8de", "#8a929c"
 COLOURS = {

@@ -96,8 +96,10 @@ class WexpandLinearMethod(LinearMethodBase):
             layer.router_weight = layer.router_bias = None
         else:
             weight = router.weight if columns is None else router.weight[:, slice(*columns)]
-            layer.register_buffer("router_weight", weight.contiguous().to(device), persistent=False)
-            layer.register_buffer("router_bias", router.bias.to(device), persistent=False)
+            for kind, tensor in (("router_weight", weight), ("router_bias", router.bias)):
+                # copies: one view of a file that is mapped keeps all of it in memory
+                own = tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+                layer.register_buffer(kind, own, persistent=False)
 
     def _assemble(
         self, layer: Any, members: list[Member], columns: tuple[int, int] | None

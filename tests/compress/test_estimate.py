@@ -1,0 +1,30 @@
+"""The memory estimate: what it counts, by hand."""
+
+import pytest
+from torch import nn
+
+pytest.importorskip("llmcompressor")
+from wexpand_plugin.compress.estimate import working_bytes  # noqa: E402
+from wexpand_plugin.compress.expansion import Settings  # noqa: E402
+from wexpand_plugin.solver import MaskStructure  # noqa: E402
+
+LINEARS = {
+    "a.mlp.gate": nn.Linear(8, 10, bias=False),
+    "a.mlp.up": nn.Linear(8, 10, bias=False),
+    "a.mlp.down": nn.Linear(20, 8, bias=False),
+}
+BYTES = 4 * (80 + 80 + 160)
+
+
+@pytest.mark.parametrize(
+    "values,expected",
+    [
+        # down: 5 Hessians of 20 x 20, 4 versions of 160 weights; gate and up together need less
+        ({}, 5 * 400 * 4 + 4 * 640),
+        (dict(size_budget=1.0, budget_scope="layer"), 5 * 400 * 4 + 8 * 640),
+        (dict(size_budget=1.5), 5 * 400 * 4 + 8 * 640 + 2 * 1.5 * BYTES),
+    ],
+)
+def test_widest_group_and_what_is_kept(values, expected):
+    settings = Settings(0.5, MaskStructure.parse("row"), num_experts=4, max_bytes=100, **values)
+    assert working_bytes(LINEARS, settings) == expected + 100

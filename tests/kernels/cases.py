@@ -1,0 +1,35 @@
+"""Random pools and tokens for the tests of every kernel, and the comparison with the reference."""
+
+import torch
+
+from wexpand_plugin.kernels import reference
+from wexpand_plugin.rowpool import RowPool, pack_rows
+
+__all__ = ["assert_matches", "random_case"]
+
+
+def random_case(seed, experts, versions, out, width, density, tokens, dtype, device="cpu"):
+    """A pool with rows of mixed density (empty and full ones too), x, and the chosen experts."""
+    torch.manual_seed(seed)
+    share = torch.full((versions, 1), density)
+    share[0::5] = 0.0
+    share[1::5] = 1.0
+    keep = torch.rand(versions, width) < share
+    rows = torch.randn(versions, width).to(dtype) * keep
+    row_map = torch.randint(versions, (experts, out), dtype=torch.int32)
+    x = torch.randn(tokens, width).to(dtype).to(device)
+    chosen = torch.randint(experts, (tokens,)).to(device) if experts > 1 else None
+    return pack_rows(rows, row_map, keep).to(device), x, chosen
+
+
+def assert_matches(y, pool, x, chosen, tolerance):
+    """`y` against the reference in float64, which rounds nothing: shape, dtype and values.
+
+    `tolerance` of each dtype is relative to the largest output.
+    """
+    exact = RowPool(pool.values.double(), pool.mask, pool.row_map, pool.in_features)
+    expected = reference.run(x.double(), chosen, reference.prepare(exact), pool.out_features)
+    assert y.shape == expected.shape and y.dtype == x.dtype
+    if y.numel():
+        scale = expected.abs().max().clamp_min(1e-30)
+        assert ((y.double() - expected).abs().max() / scale).item() < tolerance[x.dtype]

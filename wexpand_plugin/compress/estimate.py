@@ -1,0 +1,36 @@
+"""How much memory expanding a model takes, known before any work from the shapes of its linears."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from .expansion import Settings, dense_bytes
+from .group import SHORTLIST
+
+__all__ = ["working_bytes"]
+
+
+def working_bytes(linears: Mapping[str, nn.Linear], settings: Settings) -> int:
+    """Bytes beside the model: those of the widest input group, and what is kept until the end.
+
+    An input group needs a Hessian for every expert and one for all tokens (float32, in x in each),
+    the solved versions, and the solver's `max_bytes`. Candidates of all linears are kept where the
+    whole model competes for one budget. Linears of one parent and width count as one group, which
+    they nearly always are.
+    """
+    groups: dict[tuple[str, int], list[nn.Linear]] = {}
+    for name, linear in linears.items():
+        groups.setdefault((name.rpartition(".")[0], linear.weight.shape[1]), []).append(linear)
+    versions = settings.num_experts if settings.size_budget is None else 2 * settings.num_experts
+    widest = max(
+        (settings.num_experts + 1) * width**2 * 4 + versions * sum(map(_bytes, group))
+        for (_, width), group in groups.items()
+    )
+    kept = 0.0
+    if settings.size_budget is not None and settings.budget_scope == "model":
+        kept = max(SHORTLIST) * settings.size_budget * sum(map(_bytes, linears.values()))
+    return widest + round(kept) + settings.max_bytes
+
+
+def _bytes(linear: nn.Linear) -> int:
+    return dense_bytes(linear.weight)
