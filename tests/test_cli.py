@@ -147,6 +147,7 @@ def test_recipe_values_are_named():
     assert text.startswith("LinearEntry.in_features: 0: ") and "\n" not in text
 
 
+@pytest.mark.slow
 def test_as_a_program(pruned, tmp_path):
     """The real thing, installed entry point or not: output, errors and codes of the process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -133,6 +133,7 @@ def python(code, *arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_without_the_plugin_transformers_refuses(tmp_path):
     """A size error, and never a model with random weights."""
     tiny.expanded(tmp_path / "a")
@@ -147,6 +148,7 @@ def test_without_the_plugin_transformers_refuses(tmp_path):
     assert "size" in done.stdout.lower() and "gate_proj.weight" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_plugin_before_transformers(tmp_path):
     """The other order is that of this file."""
     tiny.expanded(tmp_path / "a")

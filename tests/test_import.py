@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 def python(code: str) -> str:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -19,6 +21,7 @@ def test_nothing_heavy_is_imported():
     assert found.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_failing_half_is_reported_and_harmless():
     found = python(
         "import wexpand_plugin, sys; sys.modules['wexpand_plugin.hf'] = None; "
@@ -27,6 +30,7 @@ def test_a_failing_half_is_reported_and_harmless():
     assert "alive" in found and "cannot be used with this transformers" in found
 
 
+@pytest.mark.slow
 def test_modifiers_are_known_after_importing_llmcompressor_in_either_order():
     for order in ("wexpand_plugin, llmcompressor", "llmcompressor, wexpand_plugin"):
         found = python(

@@ -17,6 +17,7 @@ from wexpand_plugin.scores import FOLDER, ModelScores, ScoredLinear, fingerprint
 for needed in ("matplotlib", "jinja2", "datasets", "sklearn"):
     pytest.importorskip(needed)
 
+pytestmark = pytest.mark.slow  # drawing takes a few seconds a page
 TOKENS = 600
 
 

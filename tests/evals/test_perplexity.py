@@ -40,6 +40,7 @@ def test_a_model_that_knows_nothing(pocket, short_texts):
     assert found.loss == pytest.approx(math.log(uniform.config.vocab_size), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_pocket_model_has_learnt_and_windows_are_spread(model, pocket):
     found = held_out_loss(model, pocket, tokens=8192, context=256, progress=False)
     assert found.tokens == 32 * 255
@@ -60,6 +61,7 @@ def test_texts_from_files(tmp_path):
         read_texts(str(tmp_path / "c.jsonl"))
 
 
+@pytest.mark.slow
 def test_the_command(pocket, root, tmp_path, short_texts, model):
     text, result = tmp_path / "text.jsonl", tmp_path / "out" / "result.json"
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in short_texts))

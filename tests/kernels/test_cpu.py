@@ -1,6 +1,6 @@
 """The CPU kernel against the reference, for every instruction set this CPU has, and its cache.
 
-    pytest tests/kernels/test_cpu.py
+pytest tests/kernels/test_cpu.py
 """
 
 import ctypes
@@ -26,8 +26,13 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # relative to the largest output; x and weights are drawn so that no sum is far below the others
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-CODE_PATHS = {"native": (), "no-bf16": ("-mno-avx512bf16",), "no-vbmi2": ("-mno-avx512vbmi2",),
-              "avx2": ("-march=haswell",), "plain": ("-march=x86-64",)}
+CODE_PATHS = {
+    "native": (),
+    "no-bf16": ("-mno-avx512bf16",),
+    "no-vbmi2": ("-mno-avx512vbmi2",),
+    "avx2": ("-march=haswell",),
+    "plain": ("-march=x86-64",),
+}
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable(CPU, torch.float32) is not None, reason="no C++ compiler"
@@ -225,6 +230,7 @@ def test_without_a_compiler_warns_once_and_says_why(tmp_path, compiler):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_share_one_library(tmp_path):
     code = (
         "from pathlib import Path\n"

@@ -26,7 +26,9 @@ if torch.cuda.is_available():
     from triton_cases import *  # noqa: F403
 else:
 
+    @pytest.mark.slow
     def test_results_in_the_interpreter():
+
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
         command.append(str(HERE / "triton_cases.py"))
         environment = os.environ | {"TRITON_INTERPRET": "1"}

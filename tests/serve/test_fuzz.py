@@ -331,8 +331,9 @@ def test_edited_config_is_refused(data, checkpoint):
     values = checkpoint.config.model_dump()
     place = data.draw(st.sampled_from(["linear", "checksum", "digest", "made_by", "model_digest"]))
     if place == "linear":
-        entry, key = values["linears"][linear_of(data.draw, values)], data.draw(
-            st.sampled_from([*SIZES, "bias", "tokens"])
+        entry, key = (
+            values["linears"][linear_of(data.draw, values)],
+            data.draw(st.sampled_from([*SIZES, "bias", "tokens"])),
         )
         new = {"bias": not entry["bias"], "tokens": [5] * entry["experts"]}.get(key)
         entry[key], old = data.draw(sizes) if new is None else new, entry[key]
