@@ -1,4 +1,4 @@
-"""Compressing: ours (1, 4, 16 experts) beside llm-compressor's own SparseGPTModifier.
+"""Compressing: ours (1, 4, 16 experts, a budget) beside llm-compressor's own SparseGPTModifier.
 
     python -m evals.bench.compress [--json FILE] [--rounds 3]
 
@@ -29,6 +29,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "1 expert": {"num_experts": 1},
     "4 experts": {"num_experts": 4},
     "16 experts": {"num_experts": 16},
+    "16 experts, size 1.0": {"num_experts": 16, "size_budget": 1.0},
 }
 
 
