@@ -32,6 +32,7 @@ from typing import Annotated, Any
 
 import typer
 
+from evals.paper.inputs import label
 from evals.pocket import MODEL, corpus
 
 __all__ = ["summary", "training_texts"]
@@ -193,7 +194,7 @@ def main(
     """Compare scores at equal bytes."""
     bench = Bench(model, dataset, calibration, tokens)
     content = {
-        "command": "python -m evals.scores", "model": Path(model).name,
+        "command": "python -m evals.scores", "model": label(model),
         "dataset": Path(dataset).name, "calibration_tokens": calibration, "held_out_tokens": tokens,
     }  # fmt: skip
     levels = sparsity or ([] if single else [0.7, 0.8, 0.9])

@@ -19,7 +19,7 @@ import torch
 import typer
 from torch import Tensor
 
-from evals.paper.inputs import mlp_linears, record, write_plot
+from evals.paper.inputs import label, mlp_linears, record, write_plot
 from evals.perplexity import held_out_loss, load_model
 from evals.pocket import MODEL
 from evals.scores import held_out_texts, training_texts
@@ -106,7 +106,7 @@ def main(
     print(f"dense loss {baseline:.4f}; sparsity of the {percent}% of neurons: {levels}")
     json_file.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "command": "python -m evals.paper.entangled_neurons", "model": Path(model).name,
+        "command": "python -m evals.paper.entangled_neurons", "model": label(model),
         "dataset": Path(dataset).name, "percent": percent, "sparsity": levels,
         "dense_loss": baseline, "loss": found,
     }  # fmt: skip

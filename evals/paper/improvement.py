@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
-from evals.paper.inputs import mlp_linears, record, write_plot
+from evals.paper.inputs import label, mlp_linears, record, write_plot
 from evals.perplexity import load_model, read_texts
 from evals.pocket import MODEL
 from evals.scores import held_out_texts, training_texts
@@ -114,11 +114,11 @@ def main(
         print(f"{key:28} {summary[key]['mean']:.3f} +- {deviation:.3f}")
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps({
-        "command": "python -m evals.paper.improvement", "model": Path(model).name,
+        "command": "python -m evals.paper.improvement", "model": label(model),
         "dataset": Path(dataset).name, "sparsity": sparsity, "experts": experts,
         "summary": summary, "rows": rows,
     }, indent=1) + "\n")  # fmt: skip
-    draw(points, summary, Path(model).name, plot)
+    draw(points, summary, label(model), plot)
 
 
 def draw(points: dict, summary: dict, model: str, path: Path) -> None:

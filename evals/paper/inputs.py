@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evals.pocket import corpus
+from evals.pocket import MODEL, corpus
 
-__all__ = ["mlp_linears", "record"]
+__all__ = ["label", "mlp_linears", "record", "write_plot"]
+
+
+def label(model: str) -> str:
+    """What to call a model in results: the embedded one is "pocket"."""
+    return "pocket" if Path(model).resolve() == MODEL.resolve() else Path(model).name
 
 
 def mlp_linears(model: nn.Module) -> dict[str, nn.Linear]:
