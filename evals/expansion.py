@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from evals.paper.inputs import mlp_linears
-from wexpand_plugin.allocation import Choice, allocate
+from wexpand_plugin.allocation import allocate
 from wexpand_plugin.compress.expansion import (
     Candidates,
     Settings,
@@ -127,15 +127,15 @@ def _inputs(network: Any, name: str, rows: Tensor) -> Iterator[Tensor]:
 
 
 def expand_network(
-    network: Any, rows: Tensor, settings: Settings, scores: Sequence[str] = (), path: str = "budget"
+    network: Any, rows: Tensor, settings: Settings, scores: Sequence[str] = (), path: str = "full"
 ) -> list[ExpandedLinear]:
     """Replace the MLP linears of `network`, in place; what was found for each.
 
     :param rows: calibration token ids [rows, length]
     :param settings: with a `size_budget`, candidates are kept for `reallocate`
     :param scores: of which the neurons' values are kept
-    :param path: what later linears are calibrated on: "budget", every earlier linear within the
-        budget by gain, as the recipe does, or "full", every expert's own version
+    :param path: what later linears are calibrated on: "full", every expert of an earlier linear
+        with its own version, as the recipe does, or "budget", each earlier linear within the budget
     """
     network.requires_grad_(False)
     expanded: list[ExpandedLinear] = []
@@ -169,12 +169,12 @@ def expand_network(
             kept, pools = list(found), []
             for weight, candidates in zip(weights, found, strict=True):
                 if path == "full":
-                    choice = _own_versions(candidates)
-                else:
-                    fixed = fixed_bytes(*weight.shape, settings.num_experts)
-                    share = budget * dense_bytes(weight) - fixed
-                    choice = allocate([candidates.problem], share)[0]
-                pools.append(candidates.select(choice))
+                    pools.append(candidates.full())
+                    continue
+                share = budget * dense_bytes(weight) - fixed_bytes(
+                    *weight.shape, settings.num_experts
+                )
+                pools.append(candidates.select(allocate([candidates.problem], share)[0]))
         for name, weight, bias, candidates, pool in zip(
             names, weights, biases, kept, pools, strict=True
         ):
@@ -197,14 +197,6 @@ def expand_network(
             install(network, linear, pool)
             expanded.append(linear)
     return expanded
-
-
-def _own_versions(candidates: Candidates) -> Choice:
-    """Full expansion out of the candidates: each expert its leaf."""
-    nodes, experts, rows = candidates.problem.errors.shape
-    granted = torch.zeros(nodes, rows, dtype=torch.bool)
-    granted[:experts] = True
-    return Choice(torch.arange(experts).unsqueeze(1).expand(experts, rows), granted)
 
 
 def install(network: nn.Module, linear: ExpandedLinear, pool: RowPool) -> RoutedLinear:

@@ -11,9 +11,8 @@ Beside each loss stands the share of full expansion's gain that it recovers, (Sp
 (SparseGPT - full) with the SparseGPT (one expert) and full expansion of the same seed and sparsity,
 and the bytes stored and read by a token over dense.
 
-`--path full` calibrates later linears on fully expanded earlier ones, so that no score is
-favoured: for comparing scores. `--path budget` calibrates on what the recipe has there, earlier
-linears within the budget by gain: for the numbers of the recipe itself.
+Later linears are calibrated on fully expanded earlier ones, as by the recipe (`budget_scope:
+model`), which favours no score. `--path budget` calibrates on earlier ones within the budget.
 
 `--single` adds plain SparseGPT, one expert, at other sparsities: what the bytes that a token reads
 buy without experts.

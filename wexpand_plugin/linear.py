@@ -94,9 +94,12 @@ class RoutedLinear(nn.Module):
         """Bytes of the dense weight that this linear stands for."""
         return self.in_features * self.out_features * self.weight.element_size()
 
-    def unpack(self) -> None:
-        """Keep dense experts [experts, out, in] at hand: fast, at `experts` times the memory."""
-        pool = self.pool
+    def unpack(self, instead: RowPool | None = None) -> None:
+        """Keep dense experts [experts, out, in] at hand: fast, at `experts` times the memory.
+
+        :param instead: compute with these experts, not with those that are stored, until `repack`
+        """
+        pool = instead or self.pool
         self._dense = torch.stack([pool.expert(e) for e in range(self.experts)])
 
     def repack(self) -> None:

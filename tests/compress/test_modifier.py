@@ -185,6 +185,19 @@ def test_size_budget_is_met(scope, share, tmp_path):
 
 
 @pytest.mark.slow
+def test_with_model_scope_calibration_does_not_depend_on_the_budget(tmp_path):
+    """Later linears see the full expansion of earlier ones, whatever will be left of those."""
+    path = tiny("Llama", tmp_path / "dense")
+    routers = {}
+    for scope, budget in (("model", 0.8), ("model", 3.0), ("layer", 0.8), ("layer", 3.0)):
+        torch.manual_seed(0)  # of the order of the calibration rows
+        model = run(path, sparsity=0.8, size_budget=budget, budget_scope=scope)
+        last = [m for m in model.modules() if isinstance(m, RoutedLinear)][-1]
+        routers[scope, budget] = last.router_weight
+    assert torch.equal(routers["model", 0.8], routers["model", 3.0])
+    assert not torch.equal(routers["layer", 0.8], routers["layer", 3.0])
+
+
 def test_scores_choose_different_neurons(tmp_path):
     path, maps = tiny("Llama", tmp_path / "dense"), {}
     for score in ("gain", "wasserstein", "gain_wasserstein", "kurtosis", "random"):

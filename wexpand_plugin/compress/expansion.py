@@ -99,6 +99,14 @@ class Candidates:
         rows = unpack_rows(self.pool, self.place[order].to(self.pool.mask.device))
         return pack_rows(rows, row_map.to(rows.device))
 
+    def full(self) -> RowPool:
+        """Full expansion: each expert with the version that was solved for it alone."""
+        nodes, experts, rows = self.problem.errors.shape
+        granted = torch.zeros(nodes, rows, dtype=torch.bool)
+        granted[:experts] = True
+        own = torch.arange(experts).unsqueeze(1).expand(experts, rows)
+        return self.select(Choice(own, granted))
+
     def shortlist(self, choices: list[Choice]) -> "Candidates":
         """The candidates reduced to those granted in any of `choices`, to be chosen from again."""
         granted = torch.stack([choice.granted for choice in choices]).any(dim=0)

@@ -85,6 +85,7 @@ def expand_group(
         (statistics,) = sum_hessians([group], [router], replay, settings)
 
     candidates: list[Candidates] = []
+    meanwhile: list[RowPool | None] = []
     if budget is None:
         pools = expand(weights, statistics, settings)
     else:
@@ -100,15 +101,20 @@ def expand_group(
                     allocate([proposal.problem], max(least, share * part))[0] for part in SHORTLIST
                 ]
                 candidates.append(proposal.shortlist(likely))
+                # what the budget leaves of this linear is not known yet; later ones calibrated on
+                # its full expansion come out better than on a guess (evals/LOG.md)
+                meanwhile.append(proposal.full())
 
     rows = statistics.sample.rows.to(weights[0].dtype)
     modules, errors = [], []
-    for name, linear, bias, pool in zip(group.names, group.linears, biases, pools, strict=True):
+    for name, linear, bias, pool, other in zip(
+        group.names, group.linears, biases, pools, meanwhile or [None] * len(pools), strict=True
+    ):
         dense = nn.functional.linear(rows, linear.weight, bias).float()
         module = replace_linear(model, name, linear, pool, router, bias)
         module.tokens = statistics.tokens.tolist()
         # until the block has been propagated and its other groups have been replayed
-        module.unpack()
+        module.unpack(other)
         change = module(rows).float() - dense
         errors.append(float(change.norm() / dense.norm().clamp(min=1e-12)))
         modules.append(module)

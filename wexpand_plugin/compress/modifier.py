@@ -69,8 +69,8 @@ class SparseExpansionModifier(Modifier):
     :param size_budget: bytes stored for the targeted linears over their dense bytes; null stores
         every expert in full (the paper's method)
     :param budget_scope: "layer" meets the budget in each linear, "model" over all of them, with
-        more for early blocks, whose errors reach further (better; keeps a few times the budget in
-        memory until the end)
+        more for early blocks, whose errors reach further, and calibrates on full expansions until
+        then (better; keeps twice the budget in memory until the end)
     :param score: what the budget is spent on; "gain" (error removed per byte) or one of
         "wasserstein", "gain_wasserstein", "kurtosis", "gain_kurtosis", "random"
     :param share_versions: let similar experts share a version (on), or give an expert its own
