@@ -115,7 +115,7 @@ class Demo:
         with self.announce("... and packed, as vLLM serves it", "10 seconds"):
             pack = [self.compress_bin / "wexpand", "pack", self.out / "pruned"]
             self.command("pack", [*pack, self.models["sparsegpt"]])
-        with self.announce("Sparse Expansion: 16 experts in the dense model's size", "2 minutes"):
+        with self.announce("Sparse Expansion: 16 experts in the dense model's size", "2-10 min"):
             self.compress("expanded", "sparse_expansion_budget.yaml", calibration)
         for name in self.models:
             with self.announce(f"held-out loss, {name}, with transformers", "1 minute"):
