@@ -144,7 +144,7 @@ class Demo:
     def log(self, name: str) -> Path:
         return self.out / f"{name}.log"
 
-    def command(self, name: str, command: Sequence[str | Path], limit: float = 900) -> None:
+    def command(self, name: str, command: Sequence[str | Path], limit: float = 3600) -> None:
         words = [str(word) for word in command]
         show(words)
         run_step(name, words, self.log(name), limit, OFFLINE)
