@@ -148,11 +148,10 @@ def expand_network(
         for part in parts:
             sample.add(part)
         if settings.num_experts > 1:
-            fitted = fit_router(
+            router = fit_router(
                 sample.rows, settings.num_experts, restarts=settings.router_restarts,
                 seed=settings.seed,
             )  # fmt: skip
-            router = Router(*(part.float() for part in fitted))
         budget = settings.size_budget
         statistics = GroupStatistics(
             weights[0].shape[1], router, hold_back=budget is not None, seed=settings.seed
@@ -233,7 +232,7 @@ def sizes(expanded: Sequence[ExpandedLinear], pools: Sequence[RowPool]) -> Sizes
     for linear, pool in zip(expanded, pools, strict=True):
         routers = 0
         if linear.router is not None:
-            routers = 4 * linear.router.weight.numel() + 4 * linear.router.bias.numel()
+            routers = linear.router.nbytes
         dense += dense_bytes(linear.weight)
         stored += sum(pool.stored_bytes().values()) + routers
         one = pool.bytes_per_token(linear.tokens)

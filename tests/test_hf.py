@@ -31,10 +31,20 @@ def load(path, **kwargs):
 
 
 def same_tensors(a, b) -> bool:
-    a, b = a.state_dict(), b.state_dict()
+    def state(model):
+        # a router is made in float16 and loaded in float32
+        state = model.state_dict().items()
+        return {n: t.float() if n.endswith("router_weight") else t for n, t in state}
+
+    a, b = state(a), state(b)
     return a.keys() == b.keys() and all(
         a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
     )
+
+
+def router_files(path: Path) -> dict[str, Path]:
+    files = checkpoint.tensor_files(path)
+    return {n: f for n, f in files.items() if n.endswith("router_weight")}
 
 
 def edit(path: Path, change) -> None:
@@ -80,13 +90,24 @@ def test_dtypes_keep_the_router(tmp_path, dtype):
     linear = loaded.model.layers[0].mlp.down_proj
     assert linear.weight.dtype == dtype and logits(loaded).dtype == dtype
     router = model.model.layers[0].mlp.down_proj.router_weight
-    assert linear.router_weight.dtype == torch.float32
-    assert torch.equal(linear.router_weight, router)
+    assert linear.router_weight.dtype == torch.float32  # computed with, whatever is stored
+    assert torch.equal(linear.router_weight, router.float())
     loaded.save_pretrained(tmp_path / "b")
     assert same_tensors(loaded, load(tmp_path / "b"))
+    for _, tensor in checkpoint.tensors_of(router_files(tmp_path / "b")):
+        assert tensor.dtype == torch.float16
 
 
-def test_a_cast_model_saves_float32_routers(tmp_path):
+def test_a_float32_router_that_float16_cannot_hold_stays_as_it_is(tmp_path):
+    model = tiny.expanded(tmp_path / "a")
+    router = model.model.layers[0].mlp.down_proj.router_weight
+    router.data = torch.randn(router.shape)
+    model.save_pretrained(tmp_path / "a")
+    loaded = load(tmp_path / "a").model.layers[0].mlp.down_proj
+    assert torch.equal(loaded.router_weight, router)
+
+
+def test_a_cast_model_saves_a_float32_bias(tmp_path):
     tiny.expanded(tmp_path / "a")
     load(tmp_path / "a").to(torch.bfloat16).save_pretrained(tmp_path / "b")
     loaded = load(tmp_path / "b")

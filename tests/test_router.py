@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.router import fit_router, fold, route
+from wexpand_plugin.router import (
+    Router,
+    fit_router,
+    fold,
+    narrowest,
+    rounded,
+    route,
+    router_bytes,
+)
 
 
 def mixture(rows: int, width: int, centres: int, seed: int = 0) -> torch.Tensor:
@@ -31,20 +39,43 @@ def test_folding_agrees_with_pca_and_kmeans(width, dims, experts):
     assert torch.equal(route(test, *router), expected)
 
 
-def test_fit_router_is_that_fold():
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_fit_router_is_that_fold_in_float16(size):
+    """Inputs of any size: float16 alone would overflow or vanish."""
     pytest.importorskip("sklearn")
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
 
-    train = mixture(3000, 96, 6)
+    train = mixture(3000, 96, 6) * size
     router = fit_router(train, 6, dims=10, restarts=2, seed=3)
+    assert router.weight.dtype == torch.float16 and router.bias.dtype == torch.float32
+    assert 0.5 <= router.weight.abs().max() <= 1
+    assert router.nbytes == router_bytes(6, 96)
     pca = PCA(10, random_state=3).fit(train.numpy())
     kmeans = KMeans(6, n_init=2, random_state=3).fit(pca.transform(train.numpy()))
-    test = mixture(5000, 96, 6, seed=2)
+    test = mixture(20_000, 96, 6, seed=2) * size
     expected = torch.from_numpy(kmeans.predict(pca.transform(test.numpy()))).long()
-    assert torch.equal(route(test, *router), expected)
-    in_float32 = route(test.float(), router.weight.float(), router.bias.float())
-    assert (in_float32 == expected).float().mean() > 0.999
+    assert (route(test, *router) == expected).double().mean() > 0.999
+
+
+def test_a_scaled_router_routes_the_same():
+    """Rounding aside: a power of two changes no float and no argmax."""
+    weight = torch.randint(-8, 9, (5, 24)).double() * 48  # exact in float16 once scaled
+    weight -= weight.mean(dim=0).round()
+    router = Router(weight, torch.randn(5, dtype=torch.float64).float().double() * 100)
+    x = torch.randn(1000, 24)
+    assert torch.equal(route(x, *rounded(router)), route(x, *(part.float() for part in router)))
+    nothing = rounded(Router(torch.zeros(2, 3), torch.ones(2)))
+    assert not nothing.weight.any() and torch.equal(nothing.bias, torch.ones(2))
+
+
+def test_narrowest_is_exact():
+    exact = torch.tensor([[0.5, -0.25], [65504.0, 2**-24]])
+    assert narrowest(exact).dtype == torch.float16
+    assert torch.equal(narrowest(exact).float(), exact)
+    for other in (torch.tensor([0.1]), torch.tensor([1e6]), torch.tensor([1e-9])):
+        assert narrowest(other).dtype == torch.float32
+        assert torch.equal(narrowest(other), other)
 
 
 def test_deterministic_by_seed():

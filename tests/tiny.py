@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from wexpand_plugin.linear import RoutedLinear
-from wexpand_plugin.router import Router
+from wexpand_plugin.router import Router, rounded
 from wexpand_plugin.rowpool import pack_experts
 
 __all__ = [
@@ -98,7 +98,8 @@ def expand(
         key = (name.rpartition(".")[0], linear.in_features)
         if key not in routers:
             router = torch.randn(experts, linear.in_features, generator=generator)
-            routers[key] = Router(router, torch.randn(experts, generator=generator) / 4)
+            bias = torch.randn(experts, generator=generator) / 4
+            routers[key] = rounded(Router(router, bias))
         routed = RoutedLinear.from_pool(
             pack_experts(weight),
             routers[key] if experts > 1 else None,

@@ -5,8 +5,9 @@ Per expanded linear NAME the safetensors files hold, instead of a dense NAME.wei
     NAME.weight         model dtype [nnz]               kept values, row version after row version
     NAME.weight_mask    uint8 [versions, ceil(in/8)]    which columns each row version keeps
     NAME.row_map        int32 [experts, out]            the row version of each (expert, neuron)
-    NAME.router_weight  float32 [experts, in]           only with more than one expert; equal for
-    NAME.router_bias    float32 [experts]               all linears of an input group
+    NAME.router_weight  float16 [experts, in]           only with more than one expert; equal for
+    NAME.router_bias    float32 [experts]               all linears of an input group; a map that
+                                                        float16 cannot hold exactly is float32
     NAME.bias           as it was
 
 and config.json holds a `quantization_config` (`WexpandConfig`) that gives every size before a
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from .errors import WexpandError
 from .router import Router
-from .rowpool import FLOATS, RowPool, finite
+from .rowpool import RowPool, finite
 from .schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -149,7 +150,7 @@ def check_linear(
     :param where: full tensor name -> how an error names it, usually with its file
     :raises WexpandError: naming the tensor, what was found and what would be right
     """
-    for kind, (shape, dtype) in entry.shapes().items():
+    for kind, (shape, dtypes) in entry.shapes().items():
         label = where(f"{name}.{kind}")
         tensor = tensors.get(kind)
         if tensor is None:
@@ -158,8 +159,8 @@ def check_linear(
             raise WexpandError(
                 f"{label}: shape {list(tensor.shape)} should be {list(shape)} by config.json"
             )
-        if tensor.dtype not in (FLOATS if dtype is None else (dtype,)):
-            right = dtype or "float32, bfloat16 or float16"
+        if tensor.dtype not in dtypes:
+            right = " or ".join(str(dtype) for dtype in dtypes)
             raise WexpandError(f"{label}: dtype {tensor.dtype} should be {right}")
         if checksums is not None and checksums.get(f"{name}.{kind}") != (found := checksum(tensor)):
             raise WexpandError(

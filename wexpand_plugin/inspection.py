@@ -154,9 +154,8 @@ def _expanded(
     for name, entry in config.linears.items():
         if only is not None and name not in only:
             continue
-        pool = _header_pool(files, name, entry)
+        pool, router = _header_pool(files, name, entry)
         size = pool.values.element_size()
-        router = entry.experts * (entry.in_features + 1) * 4 if entry.experts > 1 else 0
         bias = entry.out_features * size if entry.bias else 0
         tokens = torch.tensor(entry.tokens) if entry.tokens else None
         # equal routers are one router: that of an input group
@@ -181,13 +180,14 @@ def _expanded(
     return found
 
 
-def _header_pool(files: dict[str, Path], name: str, entry: LinearEntry) -> RowPool:
-    """The pool of a linear without its values: mask and row map, and values of the right size."""
+def _header_pool(files: dict[str, Path], name: str, entry: LinearEntry) -> tuple[RowPool, int]:
+    """The pool of a linear without its values: mask and row map, and values of the right size;
+    and the bytes of its router."""
     from safetensors import safe_open
 
     tensors = {}
-    for kind in ("weight", "weight_mask", "row_map"):
-        tensor, (shape, _) = f"{name}.{kind}", entry.shapes()[kind]
+    for kind, (shape, _) in entry.shapes().items():
+        tensor = f"{name}.{kind}"
         if tensor not in files:
             raise WexpandError(f"{tensor}: missing; config.json promises {list(shape)}")
         with safe_open(files[tensor], framework="pt") as handle:
@@ -197,18 +197,20 @@ def _header_pool(files: dict[str, Path], name: str, entry: LinearEntry) -> RowPo
                     f"{files[tensor]}: {tensor}: shape {header.get_shape()} should be "
                     f"{list(shape)} by config.json"
                 )
-            if kind == "weight":
+            if kind in ("weight_mask", "row_map"):
+                tensors[kind] = handle.get_tensor(tensor)
+            else:
                 dtype = _DTYPES.get(header.get_dtype(), torch.float32)
                 tensors[kind] = torch.empty(shape, dtype=dtype, device="meta")
-            else:
-                tensors[kind] = handle.get_tensor(tensor)
     row_map = tensors["row_map"]
     if row_map.min() < 0 or row_map.max() >= entry.versions:
         raise WexpandError(
             f"{files[f'{name}.row_map']}: {name}.row_map: holds row versions outside 0 to "
             f"{entry.versions - 1}"
         )
-    return RowPool(tensors["weight"], tensors["weight_mask"], row_map, entry.in_features)
+    pool = RowPool(tensors["weight"], tensors["weight_mask"], row_map, entry.in_features)
+    routers = (tensors[kind].nbytes for kind in ("router_weight", "router_bias") if kind in tensors)
+    return pool, sum(routers)
 
 
 def _dense(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import reference
-from .router import Router, route
+from .router import Router, narrowest, route
 from .rowpool import RowPool
 
 __all__ = ["RoutedLinear"]
@@ -53,6 +53,7 @@ class RoutedLinear(nn.Module):
             "row_map", torch.empty(experts, out_features, dtype=torch.int32, device=device)
         )
         if experts > 1:
+            # loaded in float32, which every device computes with, whatever it is stored in
             self.router_weight = parameter(experts, in_features, of=torch.float32)
             self.router_bias = parameter(experts, of=torch.float32)
         self.bias = parameter(out_features) if bias else None
@@ -73,9 +74,9 @@ class RoutedLinear(nn.Module):
         module.weight_mask, module.row_map = pool.mask, pool.row_map
         if router is not None:
             # a copy for each linear of the group: transformers refuses to save shared tensors
-            weight, bias_ = (part.detach().to(torch.float32, copy=True) for part in router)
-            module.router_weight = nn.Parameter(weight, requires_grad=False)
-            module.router_bias = nn.Parameter(bias_, requires_grad=False)
+            weight, bias_ = narrowest(router.weight.detach()), router.bias.detach().float()
+            module.router_weight = nn.Parameter(weight.clone(), requires_grad=False)
+            module.router_bias = nn.Parameter(bias_.clone(), requires_grad=False)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return module
@@ -87,7 +88,9 @@ class RoutedLinear(nn.Module):
 
     def stored_bytes(self) -> int:
         """Bytes of the pool and the router in a checkpoint; the bias is not counted."""
-        router = 4 * self.experts * (self.in_features + 1) if self.experts > 1 else 0
+        router = 0
+        if self.experts > 1:
+            router = narrowest(self.router_weight).nbytes + self.router_bias.nbytes
         return sum(self.pool.stored_bytes().values()) + router
 
     def dense_bytes(self) -> int:

@@ -7,13 +7,19 @@ space, the nearest centroid is
     argmin_c |P(x - mu) - C_c|^2  =  argmax_c  x.(P^T C_c) - mu.(P^T C_c) - |C_c|^2 / 2
 
 because |P(x - mu)|^2 is the same for every c. The right side is one affine map of x, so PCA and
-k-means are needed only here, never in a checkpoint or at serving time. Adding the same vector to
-every row of the map changes no argmax; the mean row is subtracted, which keeps the logits small
-and float32 exact enough.
+k-means are needed only here, never in a checkpoint or at serving time.
+
+No argmax changes if the same vector is added to every row of the map, or if map and bias are
+multiplied by the same positive number. So the mean row is subtracted, which keeps the logits small,
+and a power of two scales the largest weight to between 1/2 and 1, where float16 is at its best: the
+map is stored in float16, which moves one token in ten thousand to another expert (evals/LOG.md),
+and is rounded before anything is calibrated with it. Bias and logits are float32. Every token reads
+the whole map, so its bytes count: in narrow layers it is a good part of what a token reads.
 
 scikit-learn does the PCA and the k-means; the folding and the routing are ours.
 """
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -22,16 +28,38 @@ from torch import Tensor
 
 from .errors import WexpandError
 
-__all__ = ["Router", "fit_router", "fold", "route"]
+__all__ = [
+    "ROUTER_DTYPES",
+    "Router",
+    "fit_router",
+    "fold",
+    "narrowest",
+    "rounded",
+    "route",
+    "router_bytes",
+]
+
+ROUTER_DTYPES = (torch.float16, torch.float32)
+"""that a checkpoint's router weight may have"""
 
 
 class Router(NamedTuple):
     """One affine map of an input group: a token goes to the expert with the largest logit."""
 
     weight: Tensor
-    """[experts, in]"""
+    """[experts, in], in a checkpoint one of ROUTER_DTYPES"""
     bias: Tensor
-    """[experts]"""
+    """[experts], float32 in a checkpoint"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.weight.nbytes + self.bias.nbytes
+
+
+def router_bytes(experts: int, in_features: int) -> int:
+    """Bytes of the router that `fit_router` makes; one expert needs none."""
+    return experts * (2 * in_features + 4) if experts > 1 else 0
 
 
 def fold(mean: Tensor, components: Tensor, centroids: Tensor) -> Router:
@@ -41,9 +69,22 @@ def fold(mean: Tensor, components: Tensor, centroids: Tensor) -> Router:
     return Router(weight - weight.mean(dim=0), bias - bias.mean())
 
 
+def rounded(router: Router) -> Router:
+    """`router` as it is stored: scaled, its weight in float16, its bias in float32."""
+    largest = float(router.weight.abs().max())
+    scale = 2.0 ** -math.frexp(largest)[1] if largest else 1.0
+    return Router((router.weight * scale).half(), (router.bias * scale).float())
+
+
+def narrowest(weight: Tensor) -> Tensor:
+    """A router's weight in the smallest of ROUTER_DTYPES that holds every value exactly."""
+    half = weight.half()
+    return half if torch.equal(half.to(weight.dtype), weight) else weight.float()
+
+
 def route(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Expert of each token: `x` [tokens, in] -> int64 [tokens]; logits in the router's dtype."""
-    return torch.addmm(bias, x.to(weight.dtype), weight.t()).argmax(dim=1)
+    """Expert of each token: `x` [tokens, in] -> int64 [tokens]; logits in the bias's dtype."""
+    return torch.addmm(bias, x.to(bias.dtype), weight.to(bias.dtype).t()).argmax(dim=1)
 
 
 def fit_router(
@@ -61,7 +102,7 @@ def fit_router(
     :param dims: PCA dimensions; by default in / 32, at least 8 (paper appendix: in // 32)
     :param restarts: k-means++ starts, of which the best is kept
     :param seed: of PCA and k-means; the same rows and seed give the same router
-    :return: the router in float64; store it in float32
+    :return: the router as a checkpoint stores it (`rounded`)
     :raises WexpandError: fewer rows than experts, or rows that are not finite
     """
     # scikit-learn is an extra, and slow to import
@@ -95,4 +136,4 @@ def fit_router(
         torch.from_numpy(np.asarray(a, dtype=np.float64))
         for a in (pca.mean_, pca.components_, kmeans.cluster_centers_)
     )
-    return fold(mean, components, centroids)
+    return rounded(fold(mean, components, centroids))

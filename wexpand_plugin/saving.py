@@ -23,6 +23,7 @@ from . import checkpoint
 from .checkpoint import LinearEntry
 from .errors import WexpandError
 from .linear import RoutedLinear
+from .router import narrowest
 
 __all__ = ["partial_directory", "wrap_save_pretrained"]
 
@@ -94,7 +95,7 @@ def linear_entries(model: Any, tensors: Mapping[str, Any]) -> dict[str, LinearEn
 
 
 def _separate_routers(model: nn.Module) -> None:
-    """Give each RoutedLinear its own router tensors, in float32.
+    """Give each RoutedLinear its own router tensors, in the dtypes of a checkpoint.
 
     transformers refuses to save tensors that modules share, and `model.to(dtype)` casts routers.
     """
@@ -102,13 +103,17 @@ def _separate_routers(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, RoutedLinear) or module.experts == 1:
             continue
-        for kind in ("router_weight", "router_bias"):
+        for kind, stored in (("router_weight", narrowest), ("router_bias", torch.Tensor.float)):
             tensor = getattr(module, kind).data
-            if tensor.dtype != torch.float32 or tensor.data_ptr() in seen:
-                tensor = tensor.to(torch.float32, copy=True)
-                setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
-            if tensor.device.type != "meta":
-                seen.add(tensor.data_ptr())
+            if tensor.device.type == "meta":  # its values are on disk
+                continue
+            own = stored(tensor)
+            if own.data_ptr() in seen:
+                own = own.clone()
+            seen.add(own.data_ptr())
+            if own is not tensor:
+                delattr(module, kind)  # an offloaded one would only be overwritten, dtype and all
+                setattr(module, kind, nn.Parameter(own, requires_grad=False))
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from pydantic import (
 )
 
 from .errors import WexpandError
-from .rowpool import RowPool
+from .router import ROUTER_DTYPES
+from .rowpool import FLOATS, RowPool
 
 __all__ = [
     "FORMAT_VERSION",
@@ -86,18 +87,18 @@ class LinearEntry(BaseModel):
             versions=pool.versions, nnz=pool.nnz, bias=bias, tokens=tokens or [],
         )  # fmt: skip
 
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """Tensor -> (shape, dtype) that the checkpoint must hold; dtype None: the model's."""
-        expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
-            "weight": ((self.nnz,), None),
-            "weight_mask": ((self.versions, (self.in_features + 7) // 8), torch.uint8),
-            "row_map": ((self.experts, self.out_features), torch.int32),
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """Tensor -> the shape that it must have in the checkpoint, and the dtypes it may have."""
+        expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+            "weight": ((self.nnz,), FLOATS),
+            "weight_mask": ((self.versions, (self.in_features + 7) // 8), (torch.uint8,)),
+            "row_map": ((self.experts, self.out_features), (torch.int32,)),
         }
         if self.experts > 1:
-            expected["router_weight"] = ((self.experts, self.in_features), torch.float32)
-            expected["router_bias"] = ((self.experts,), torch.float32)
+            expected["router_weight"] = ((self.experts, self.in_features), ROUTER_DTYPES)
+            expected["router_bias"] = ((self.experts,), (torch.float32,))
         if self.bias:
-            expected["bias"] = ((self.out_features,), None)
+            expected["bias"] = ((self.out_features,), FLOATS)
         return expected
 
 

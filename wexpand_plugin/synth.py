@@ -19,6 +19,7 @@ from tqdm import tqdm
 from . import __version__, checkpoint
 from .checkpoint import LinearEntry
 from .errors import WexpandError
+from .router import Router, rounded, router_bytes
 from .rowpool import RowPool, pack_bits
 from .saving import partial_directory
 from .shards import SHARD_BYTES, Shards
@@ -112,7 +113,7 @@ def synth(
     shape = shape or Shape()
     generator = torch.Generator().manual_seed(seed)
     entries: dict[str, LinearEntry] = {}
-    routers: dict[str, tuple[Tensor, Tensor]] = {}
+    routers: dict[str, Router] = {}
     with partial_directory(output) as partial:
         shape.config(dtype).save_pretrained(partial)
         _tokenizer().save_pretrained(partial)
@@ -142,8 +143,8 @@ def synth(
                 group = f"{block}.{GROUPS.get(kind, kind)}"
                 if group not in routers:
                     routers = {group: _router(experts, columns, generator)}
-                shards.add(f"{linear}.router_weight", routers[group][0].clone())
-                shards.add(f"{linear}.router_bias", routers[group][1].clone())
+                shards.add(f"{linear}.router_weight", routers[group].weight.clone())
+                shards.add(f"{linear}.router_bias", routers[group].bias.clone())
         shards.close()
         if not dense:
             made_by = {"wexpand": __version__, "command": "synth", "seed": seed}
@@ -156,9 +157,10 @@ def _dense(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tens
     return torch.randn(like.shape, dtype=dtype, generator=generator) * like.shape[1] ** -0.5
 
 
-def _router(experts: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _router(experts: int, columns: int, generator: torch.Generator) -> Router:
     """Random directions of equal weight send random inputs to all experts about equally."""
-    return torch.randn(experts, columns, generator=generator), torch.zeros(experts)
+    weight = torch.randn(experts, columns, generator=generator)
+    return rounded(Router(weight, torch.zeros(experts)))
 
 
 def _row_map(
@@ -175,8 +177,8 @@ def _row_map(
     if budget is None:
         return every
     row_bytes = kept * dtype.itemsize + (columns + 7) // 8
-    router = experts * (columns + 1) * 4 if experts > 1 else 0
-    fixed, dense = experts * rows * 4 + router, rows * columns * dtype.itemsize
+    fixed = experts * rows * 4 + router_bytes(experts, columns)
+    dense = rows * columns * dtype.itemsize
     own = int((budget * dense - fixed) // row_bytes) - rows
     if own < 0:
         raise WexpandError(

@@ -85,7 +85,6 @@ def main(
         for name, linear in linears.items():
             weight, x, test = linear.weight.detach(), inputs[name], tests[name]
             router = fit_router(x[:8192], experts, restarts=2, seed=seed)
-            router = type(router)(*(part.float() for part in router))
             labels, test_labels = route(x, *router), route(test, *router)
             mix = torch.Generator().manual_seed(seed)
             chance = labels[torch.randperm(len(labels), generator=mix)]

@@ -176,7 +176,8 @@ def test_size_budget_is_met(scope, share, tmp_path):
     total = dense = 0
     for name in config.linears:
         pool, router, _ = read_linear(files, name, config)
-        stored = sum(pool.stored_bytes().values()) + 4 * sum(t.numel() for t in router)
+        assert router.weight.dtype == torch.float16
+        stored = sum(pool.stored_bytes().values()) + router.nbytes
         assert stored == model.get_submodule(name).stored_bytes()
         if scope == "layer":
             assert stored <= 2.0 * 4 * pool.in_features * pool.out_features
@@ -234,11 +235,11 @@ def test_deterministic(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in runs), strict=True))
 
 
-def test_bfloat16_model_keeps_float32_routers(tmp_path):
+def test_bfloat16_model_keeps_its_router(tmp_path):
     path = tiny("Llama", tmp_path / "dense", torch.bfloat16)
     model = run(path, tmp_path / "out", targets=["re:.*mlp.*"])
     module = model.model.layers[0].mlp.gate_proj
-    assert module.weight.dtype == torch.bfloat16 and module.router_weight.dtype == torch.float32
+    assert module.weight.dtype == torch.bfloat16 and module.router_weight.dtype == torch.float16
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(reloaded), logits(model))
 

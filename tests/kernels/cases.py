@@ -5,7 +5,7 @@ import torch
 from wexpand_plugin.kernels import reference
 from wexpand_plugin.rowpool import RowPool, pack_rows
 
-__all__ = ["assert_matches", "random_case"]
+__all__ = ["assert_logits_match", "assert_matches", "random_case"]
 
 
 def random_case(seed, experts, versions, out, width, density, tokens, dtype, device="cpu"):
@@ -33,3 +33,15 @@ def assert_matches(y, pool, x, chosen, tolerance):
     if y.numel():
         scale = expected.abs().max().clamp_min(1e-30)
         assert ((y.double() - expected).abs().max() / scale).item() < tolerance[x.dtype]
+
+
+def assert_logits_match(kernel, experts, width, tokens, dtype, weight_dtype, device="cpu"):
+    """A kernel's router logits against float64, relative to the largest."""
+    generator = torch.Generator().manual_seed(experts * width + tokens)
+    x = torch.randn(tokens, width, generator=generator).to(device, dtype)
+    weight = torch.randn(experts, width, generator=generator).to(device, weight_dtype)
+    found, exact = kernel.logits(x, weight), x.double() @ weight.double().t()
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    if found.numel():
+        assert (found - exact).abs().max() < 1e-5 * exact.abs().max().clamp_min(1e-30)
+    return x, weight, found

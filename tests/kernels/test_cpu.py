@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.kernels import build, cpu
+from wexpand_plugin.router import ROUTER_DTYPES
 from wexpand_plugin.rowpool import pack_rows
 
 CPU = torch.device("cpu")
@@ -72,6 +73,22 @@ def test_matches_the_reference(code_path, dtype):
         assert_matches(*random_case(seed, experts, versions, out, width, density, tokens, dtype))
 
     check()
+
+
+@pytest.mark.parametrize("weight_dtype", ROUTER_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_router_logits(code_path, dtype, weight_dtype):
+    for experts, width, tokens in [(2, 5, 3), (16, 256, 1), (7, 1100, 40), (9, 64, 0), (1, 8, 2)]:
+        x, weight, found = cases.assert_logits_match(
+            cpu, experts, width, tokens, dtype, weight_dtype
+        )
+        # the same bits whatever else is in the batch: a token's expert depends on nothing else
+        for token in range(tokens):
+            assert torch.equal(cpu.logits(x[token : token + 1], weight)[0], found[token])
+
+
+def test_router_logits_on_all_threads():
+    cases.assert_logits_match(cpu, 16, 1024, 200, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

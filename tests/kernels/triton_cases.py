@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from wexpand_plugin.kernels import triton as kernel
+from wexpand_plugin.router import ROUTER_DTYPES
 from wexpand_plugin.rowpool import RowPool, pack_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,6 +50,15 @@ def test_is_available():
 def test_matches_the_reference(experts, tokens, out, width, dtype):
     pool, x, chosen = random_case(tokens + width, experts, 11, out, width, 0.3, tokens, dtype)
     assert_matches(run(pool, x, chosen), pool, x, chosen)
+
+
+@pytest.mark.parametrize("weight_dtype", ROUTER_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("experts", "width", "tokens"), [(3, 1030, 2), (16, 64, 1), (5, 40, 17), (4, 9, 0)]
+)
+def test_router_logits(experts, width, tokens, dtype, weight_dtype):
+    cases.assert_logits_match(kernel, experts, width, tokens, dtype, weight_dtype, DEVICE)
 
 
 @pytest.mark.parametrize(("tokens", "block"), [(33, 64), (130, 128)])

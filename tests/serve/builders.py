@@ -9,7 +9,7 @@ from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
 
 from wexpand_plugin.checkpoint import LinearEntry, WexpandConfig, checksum
-from wexpand_plugin.router import Router
+from wexpand_plugin.router import Router, rounded
 from wexpand_plugin.rowpool import RowPool, pack_rows
 from wexpand_plugin.serve.config import WexpandServeConfig
 
@@ -19,7 +19,7 @@ PACKED = {"qkv_proj": list(QKV), "gate_up_proj": list(GATE_UP)}
 
 
 def random_router(experts: int, width: int) -> Router:
-    return Router(torch.randn(experts, width), torch.randn(experts) / 4)
+    return rounded(Router(torch.randn(experts, width), torch.randn(experts) / 4))
 
 
 def random_pool(experts: int, out: int, width: int, dtype=torch.float32) -> RowPool:
@@ -68,7 +68,7 @@ class Linear:
         else:
             experts = torch.zeros(len(x), dtype=torch.long)
             if self.router is not None:
-                logits = x.float() @ self.router.weight.t() + self.router.bias
+                logits = x.float() @ self.router.weight.float().t() + self.router.bias
                 experts = logits.argmax(dim=1)
             dense = [self.pool.expert(e).double() for e in range(self.pool.experts)]
             y = torch.stack([dense[e] @ row.double() for e, row in zip(experts, x, strict=True)])

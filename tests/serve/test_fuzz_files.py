@@ -49,7 +49,7 @@ from wexpand_plugin.serve.config import WexpandServeConfig
 from wexpand_plugin.serve.files import check_directory
 
 BLOCK = "model.layers.0"
-OTHER_DTYPE = {"F32": "I32", "I32": "U32", "U8": "I8"}
+OTHER_DTYPE = {"F32": "I32", "I32": "U32", "U8": "I8", "F16": "I16"}
 
 
 @pytest.fixture(scope="module")

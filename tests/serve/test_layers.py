@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.router import ROUTER_DTYPES, Router
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 WIDTH, EXPERTS = 20, 3  # 20 does not divide by 8
@@ -117,13 +118,19 @@ def test_nothing_of_the_file_stays_in_memory(monkeypatch):
         assert tensor.untyped_storage().data_ptr() not in file
 
 
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("stored", ROUTER_DTYPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_values_are_cast_to_the_served_dtype_and_the_router_is_not(dtype):
-    checkpoint = qkv()
+def test_values_are_cast_to_the_served_dtype_and_the_router_is_not(
+    dtype, stored, kernel, monkeypatch
+):
+    monkeypatch.setenv("WEXPAND_KERNEL", kernel)
+    weight, bias = random_router(EXPERTS, WIDTH)
+    checkpoint = qkv(router=Router(weight.to(stored), bias))
     layer = qkv_layer(checkpoint, disable_tp=True, params_dtype=dtype)
     checkpoint.fill(layer, QKV)
     assert layer.layout_0.dtype == dtype and layer.bias.dtype == dtype
-    assert layer.router_weight.dtype == torch.float32
+    assert layer.router_weight.dtype == stored and layer.router_bias.dtype == torch.float32
     x = torch.randn(9, WIDTH, dtype=dtype)
     y = run(layer, x)
     assert y.dtype == dtype

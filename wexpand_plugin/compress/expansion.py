@@ -19,7 +19,7 @@ from torch import Tensor
 from ..allocation import Choice, Problem, Tree, allocate, merge_tree, stored_versions
 from ..errors import WexpandError
 from ..neurons import neuron_scores
-from ..router import Router, route
+from ..router import Router, route, router_bytes
 from ..rowpool import RowPool, bit_counts, pack_experts, pack_rows, unpack_rows
 from ..solver import MaskStructure, chunk_size, solve
 from .statistics import GroupStatistics
@@ -127,8 +127,7 @@ def dense_bytes(weight: Tensor) -> int:
 
 def fixed_bytes(out_features: int, in_features: int, experts: int) -> int:
     """Bytes that do not depend on the versions: row map and router."""
-    router = 4 * experts * (in_features + 1) if experts > 1 else 0
-    return 4 * experts * out_features + router
+    return 4 * experts * out_features + router_bytes(experts, in_features)
 
 
 def _shrunk(sums: Tensor, tokens: Tensor, total: Tensor, shrinkage: float) -> Tensor:

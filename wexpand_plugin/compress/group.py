@@ -75,11 +75,11 @@ def expand_group(
     router, sample = None, torch.empty(0)
     if settings.num_experts > 1:
         sample = _sample(first, replay, settings)
-        fitted = fit_router(
+        router = fit_router(
             sample, settings.num_experts, dims=settings.router_dims,
             restarts=settings.router_restarts, seed=settings.seed,
         )  # fmt: skip
-        router = Router(*(part.float().to(device) for part in fitted))
+        router = Router(*(part.to(device) for part in router))
     budget = settings.size_budget
     if statistics is None:
         (statistics,) = sum_hessians([group], [router], replay, settings)

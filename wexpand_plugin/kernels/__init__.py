@@ -10,11 +10,13 @@ A kernel is a module with
         the row pool in this kernel's own layout, made once at load
     run(x, experts, layout, out_features) -> Tensor
         y [tokens, out], without bias, in the dtype of x
+    logits(x, weight) -> Tensor
+        float32 [tokens, experts], the router's weight [experts, in] times x, without its bias
 
 `x` is [tokens, in]; `experts` is int64 [tokens], or None where the pool has one expert. Values
-keep their dtype in the layout, sums are float32. `run` of the fast kernels never synchronises with
-a GPU and has no shape that depends on data, so a CUDA graph can hold it. The reference does both:
-it is chosen by itself on CPUs only, where it is merely slow.
+keep their dtype in the layout, a router its own (`router.ROUTER_DTYPES`), sums are float32. The
+fast kernels never synchronise with a GPU and no shape depends on data, so a CUDA graph can
+hold them. The reference does both: it is chosen by itself on CPUs only, where it is merely slow.
 """
 
 from types import ModuleType

@@ -10,7 +10,7 @@ Words are unsigned 32-bit (stored as int32); places count from the row version's
 import triton
 import triton.language as tl
 
-__all__ = ["gather_gemv", "grouped_gemm", "sort_tokens"]
+__all__ = ["gather_gemv", "grouped_gemm", "router_logits", "sort_tokens"]
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers in tl.dot; products of bfloat16
 # are exact in float32, so widening there changes nothing else.
@@ -102,6 +102,22 @@ def gather_gemv(
             total += weights.to(tl.float32) * inputs[None, :]
         weight += count
     tl.store(y + token.to(tl.int64) * out_features + neurons, tl.sum(total, 1), mask=inside)
+
+
+@triton.jit
+def router_logits(x, x_stride, weight, logits, in_features, BLOCK: tl.constexpr):
+    """One token times one row of the router's map; grid (experts, tokens)."""
+    expert, token = tl.program_id(0), tl.program_id(1)
+    x += token.to(tl.int64) * x_stride
+    weight += expert.to(tl.int64) * in_features
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, in_features, BLOCK):
+        columns = first + lane
+        inside = columns < in_features
+        inputs = tl.load(x + columns, mask=inside, other=0).to(tl.float32)
+        total += inputs * tl.load(weight + columns, mask=inside, other=0).to(tl.float32)
+    tl.store(logits + token * tl.num_programs(0) + expert, tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=("tokens",))

@@ -9,6 +9,7 @@
 
 #include "cpu_avx512.h"
 #include "cpu_narrow.h"
+#include "cpu_router.h"
 
 namespace {
 
@@ -71,6 +72,14 @@ int wexpand_linear(int type, const void* x, const int64_t* chosen, int64_t token
     const auto call = type == 0 ? linear<float> : type == 1 ? linear<Bf16> : linear<Fp16>;
     call(x, chosen, tokens, in, out, chosen ? experts : 1, values, mask, starts, row_map, y, threads);
     return 0;
+}
+
+// logits [tokens, experts] = x [tokens, in] times weight [experts, in]. x_type as above, weight_type 0 or 2.
+void wexpand_logits(int x_type, int weight_type, const void* x, const void* weight, int64_t tokens, int64_t in, int64_t experts,
+                    float* y, int threads) {
+    const auto call = weight_type == 0 ? (x_type == 0 ? logits<float, float> : x_type == 1 ? logits<Bf16, float> : logits<Fp16, float>)
+                                       : (x_type == 0 ? logits<float, Fp16> : x_type == 1 ? logits<Bf16, Fp16> : logits<Fp16, Fp16>);
+    call(x, weight, tokens, in, experts, y, threads);
 }
 
 }  // extern "C"

@@ -23,7 +23,7 @@ from ..errors import WexpandError
 from ..rowpool import RowPool, row_starts
 from .build import DEFAULT_FLAGS, BuildError, build
 
-__all__ = ["load", "name", "prepare", "run", "unavailable"]
+__all__ = ["load", "logits", "name", "prepare", "run", "unavailable"]
 
 name = "cpu"
 
@@ -51,6 +51,15 @@ def load(flags: tuple[str, ...] = DEFAULT_FLAGS) -> ctypes.CDLL:
         ctypes.c_int,
     ]
     library.wexpand_linear.restype = ctypes.c_int
+    library.wexpand_logits.argtypes = [
+        *[ctypes.c_int] * 2,
+        pointer,
+        pointer,
+        *[long] * 3,
+        pointer,
+        ctypes.c_int,
+    ]
+    library.wexpand_logits.restype = None
     library.wexpand_instructions.argtypes = []
     library.wexpand_instructions.restype = ctypes.c_char_p
     return library
@@ -127,3 +136,24 @@ def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: i
         low, high = (int(v) for v in experts.aminmax())
         raise WexpandError(f"experts: {low} to {high} should be within 0 to {row_map.shape[0] - 1}")
     return y
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """float32 [tokens, experts] = x [tokens, in] times the router's `weight` [experts, in].
+
+    A token's logits do not depend on the tokens beside it.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    found = torch.empty(len(x), len(weight))
+    load().wexpand_logits(
+        TYPES[x.dtype],
+        TYPES[weight.dtype],
+        x.data_ptr(),
+        weight.data_ptr(),
+        len(x),
+        x.shape[1],
+        len(weight),
+        found.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return found

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from ..rowpool import RowPool
 
-__all__ = ["multiply", "name", "prepare", "run", "unavailable"]
+__all__ = ["logits", "multiply", "name", "prepare", "run", "unavailable"]
 
 name = "reference"
 
@@ -52,3 +52,8 @@ def multiply(
         if tokens.numel():
             y[tokens] = linear(x[tokens], weight_of(expert).to(x.dtype))
     return y
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """float32 [tokens, experts] = x [tokens, in] times the router's `weight` [experts, in]."""
+    return linear(x.float(), weight.float())

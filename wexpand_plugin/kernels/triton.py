@@ -30,6 +30,9 @@ Three ways through, chosen by the number of tokens alone:
    32, 64 or 128 tokens. The grid has room for the worst split of tokens over experts; what is not
    needed ends at once.
 
+The router is a fourth kernel for up to 16 tokens, `router_logits`, a program per token and expert,
+which reads the map as it is stored; for more its bytes do not count and torch multiplies.
+
 Shapes depend on the shapes of the arguments only and nothing waits for the GPU, so `run` can be
 captured in a CUDA graph after one ordinary call (which compiles).
 
@@ -58,7 +61,7 @@ from torch import Tensor
 
 from ..rowpool import RowPool, pack_bits, row_starts, unpack_bits, unpack_rows
 
-__all__ = ["name", "prepare", "run", "unavailable"]
+__all__ = ["logits", "name", "prepare", "run", "unavailable"]
 
 name = "triton"
 
@@ -169,3 +172,22 @@ def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: i
             TOKENS=block, num_warps=warps, num_stages=2,
         )  # fmt: skip
     return y
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """float32 [tokens, experts] = x [tokens, in] times the router's `weight` [experts, in]."""
+    from ._triton_kernels import router_logits
+
+    tokens, in_features = x.shape
+    if tokens > FEW_TOKENS:
+        return torch.nn.functional.linear(x.float(), weight.float())
+    found = torch.empty(tokens, len(weight), dtype=torch.float32, device=x.device)
+    if tokens == 0:
+        return found
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    with torch.cuda.device_of(x):
+        router_logits[(len(weight), tokens)](
+            x, x.stride(0), weight, found, in_features, BLOCK=1024, num_warps=4
+        )
+    return found

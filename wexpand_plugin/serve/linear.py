@@ -3,7 +3,7 @@
 Each tensor kind of the checkpoint gets an empty parameter whose loader collects what arrives
 (`parts.py`). After loading, the row pools of a fused layer's linears are checked, cut to this
 rank's share (`shards.py`), joined into one pool, given the kernel's layout, and dropped: what
-stays in memory is the layout, the router (float32) and the bias. No dense weight is ever made.
+stays in memory is the layout, the router (as stored) and the bias. No dense weight is ever made.
 
 Loading weights into a running engine again (sleep level 2, weight updates in training) is not
 supported.
@@ -26,13 +26,7 @@ from .parts import Member, Parts
 
 __all__ = ["WexpandLinearMethod"]
 
-_KINDS = {
-    "weight": None,
-    "weight_mask": torch.uint8,
-    "row_map": torch.int32,
-    "router_weight": torch.float32,
-    "router_bias": torch.float32,
-}
+_KINDS = ("weight", "weight_mask", "row_map", "router_weight", "router_bias")
 _said: set[str] = set()
 
 
@@ -58,8 +52,9 @@ class WexpandLinearMethod(LinearMethodBase):
         **extra_weight_attrs,
     ) -> None:
         parts = Parts(self.prefix, self.names, len(output_partition_sizes), self.config)
-        for kind, dtype in _KINDS.items():
-            parameter = Parameter(torch.empty(0, dtype=dtype or params_dtype), requires_grad=False)
+        for kind in _KINDS:
+            # a name for vLLM's loader to find; what is loaded keeps its own shape and dtype
+            parameter = Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             setattr(parameter, "weight_loader", parts.loader(kind))  # noqa: B010
             layer.register_parameter(kind, parameter)
         # Models that reorder a fused matrix while loading look for its output dimension. Reordered
@@ -145,7 +140,7 @@ class WexpandLinearMethod(LinearMethodBase):
         if layer.wexpand_reduces:
             from vllm.distributed import tensor_model_parallel_all_reduce
 
-            logits = torch.matmul(rows.float(), layer.router_weight.t())
+            logits = ops.router_logits(rows, layer.router_weight, layer.wexpand_kernel)
             logits = tensor_model_parallel_all_reduce(logits)
             experts = (logits + layer.router_bias).argmax(dim=1)
         y = ops.routed_linear(

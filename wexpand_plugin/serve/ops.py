@@ -1,8 +1,9 @@
-"""The one operation that a forward of an expanded layer calls.
+"""The operation that a forward of an expanded layer calls, and the router alone, for a layer whose
+input is split over workers.
 
-It is opaque to torch.compile: routing and kernel stay out of the graph, whatever the kernel does.
-It has a torch library of its own, so its name clashes with nobody's, and it never synchronises
-with a GPU unless the kernel does.
+Both are opaque to torch.compile: routing and kernel stay out of the graph, whatever the kernel
+does. They have a torch library of their own, so their names clash with nobody's, and they never
+synchronise with a GPU unless the kernel does.
 """
 
 from functools import cache
@@ -11,15 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..router import route
 
-__all__ = ["routed_linear"]
+__all__ = ["routed_linear", "router_logits"]
 
 _library = torch.library.Library("wexpand", "DEF")
 _library.define(
     "routed_linear(Tensor x, Tensor[] layout, Tensor? router_weight, Tensor? router_bias, "
     "Tensor? experts, Tensor? bias, int out_features, str kernel) -> Tensor"
 )
+_library.define("router_logits(Tensor x, Tensor router_weight, str kernel) -> Tensor")
 _kernel = cache(kernels.get)
 
 
@@ -34,9 +35,17 @@ def _run(
     kernel: str,
 ) -> Tensor:
     if experts is None and router_weight is not None and router_bias is not None:
-        experts = route(x, router_weight, router_bias)
+        experts = (_logits(x, router_weight, kernel) + router_bias).argmax(dim=1)
     y = _kernel(kernel).run(x.contiguous(), experts, layout, out_features)
     return y if bias is None else y.add_(bias)
+
+
+def _logits(x: Tensor, router_weight: Tensor, kernel: str) -> Tensor:
+    return _kernel(kernel).logits(x, router_weight)
+
+
+def _fake_logits(x, router_weight, kernel):
+    return x.new_empty(x.shape[0], router_weight.shape[0], dtype=torch.float32)
 
 
 def _fake(x, layout, router_weight, router_bias, experts, bias, out_features, kernel):
@@ -46,6 +55,11 @@ def _fake(x, layout, router_weight, router_bias, experts, bias, out_features, ke
 # registered without torch.library.custom_op, whose Python wrapper costs tens of microseconds a call
 _library.impl("routed_linear", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("wexpand::routed_linear", _fake, lib=_library)
+_library.impl("router_logits", _logits, "CompositeExplicitAutograd")
+torch.library.register_fake("wexpand::router_logits", _fake_logits, lib=_library)
+
+router_logits = torch.ops.wexpand.router_logits.default
+"""float32 [tokens, experts] = x [tokens, in] times the router's map [experts, in], transposed."""
 
 routed_linear = torch.ops.wexpand.routed_linear.default
 """y [tokens, out] = each token of x [tokens, in] times its expert's weights, plus `bias` [out].
