@@ -43,14 +43,15 @@ struct Groups {
 
 template <class V>
 void linear(const void* x, const int64_t* chosen, int64_t tokens, int64_t in, int64_t out, int64_t experts,
-            const void* values, const uint8_t* mask, const uint32_t* starts, const int32_t* row_map, void* y, int threads) {
+            const void* values, const uint8_t* mask, const uint32_t* starts, const int32_t* row_map, void* y, double density,
+            int threads) {
     thread_local Groups groups;
-    const int64_t batch = HAS_EXPAND<V> ? tokens : NARROW_TOKENS;
+    constexpr int64_t batch = 1024;  // bounds the packed x, which is kept
     for (int64_t t = 0; t < tokens; t += batch) {
         const int64_t count = tokens - t < batch ? tokens - t : batch;
         groups.sort(chosen ? chosen + t : nullptr, count, experts);
         const Call<V> call{(const V*)x + t * in, in, out, (const V*)values, mask, starts, row_map, (V*)y + t * out,
-                           groups.order.data(), groups.begins.data(), experts, threads};
+                           groups.order.data(), groups.begins.data(), experts, density, threads};
         if constexpr (HAS_EXPAND<V>) Expanding<V>{call}.run();
         else Narrow<V>{call}.run();
     }
@@ -63,14 +64,14 @@ extern "C" {
 const char* wexpand_instructions() { return INSTRUCTIONS; }
 
 // y [tokens, out] = x [tokens, in] times the rows of each token's expert. `chosen` [tokens], or null for the first expert.
-// type: 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 if a chosen expert does not exist (y is then not written).
+// type: 0 float32, 1 bfloat16, 2 float16; density: kept weights over all, which decides the way only. Returns 0, or 1 if a chosen expert does not exist (y is then not written).
 int wexpand_linear(int type, const void* x, const int64_t* chosen, int64_t tokens, int64_t in, int64_t out,
                    int64_t experts, const void* values, const uint8_t* mask, const uint32_t* starts,
-                   const int32_t* row_map, void* y, int threads) {
+                   const int32_t* row_map, void* y, double density, int threads) {
     for (int64_t t = 0; chosen && t < tokens; ++t)
         if (chosen[t] < 0 || chosen[t] >= experts) return 1;
     const auto call = type == 0 ? linear<float> : type == 1 ? linear<Bf16> : linear<Fp16>;
-    call(x, chosen, tokens, in, out, chosen ? experts : 1, values, mask, starts, row_map, y, threads);
+    call(x, chosen, tokens, in, out, chosen ? experts : 1, values, mask, starts, row_map, y, density, threads);
     return 0;
 }
 

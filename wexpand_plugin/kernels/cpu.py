@@ -48,6 +48,7 @@ def load(flags: tuple[str, ...] = DEFAULT_FLAGS) -> ctypes.CDLL:
         *shape,
         *pool,
         pointer,
+        ctypes.c_double,
         ctypes.c_int,
     ]
     library.wexpand_linear.restype = ctypes.c_int
@@ -94,12 +95,17 @@ def prepare(pool: RowPool) -> list[Tensor]:
     """
     if pool.nnz >= 1 << 32:
         raise WexpandError(f"row pool: {pool.nnz} kept weights in one linear should be below 2**32")
-    values = torch.zeros(pool.nnz + 64 // pool.values.element_size(), dtype=pool.values.dtype)
+    values = torch.zeros(pool.nnz + _padding(pool.values), dtype=pool.values.dtype)
     values[: pool.nnz] = pool.values
     mask = torch.zeros(pool.mask.numel() + 8, dtype=torch.uint8)
     mask[: pool.mask.numel()] = pool.mask.flatten()
     starts = row_starts(pool.mask)[:-1].to(torch.int32)  # past 2**31 the sign bit is the 32nd bit
     return [values, mask, starts, pool.row_map.clone()]
+
+
+def _padding(values: Tensor) -> int:
+    """Values that fill 64 bytes."""
+    return 64 // values.element_size()
 
 
 def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int) -> Tensor:
@@ -130,6 +136,7 @@ def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: i
         starts.data_ptr(),
         row_map.data_ptr(),
         y.data_ptr(),
+        (values.numel() - _padding(values)) / (starts.numel() * in_features),
         torch.get_num_threads(),
     )
     if failed and experts is not None:

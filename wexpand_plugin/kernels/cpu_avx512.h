@@ -1,18 +1,19 @@
-// The kernel for CPUs with AVX-512, whose `vpexpand` spreads packed values to the places of a mask's set bits. The weights are
-// expanded, zeros and all, so that time does not depend on sparsity but for the bytes read:
+// The kernel for CPUs with AVX-512, whose `vpexpand` spreads packed values to the places of a mask's set bits. There are three ways:
 //
 //   few tokens    Four rows at a time, expanded in registers: load the next values (unaligned, always a full vector), spread
 //                 them, multiply with the tokens' x. All tokens of an expert share the expansion. The dense weight never
 //                 exists, not even in cache.
 //   many tokens   A tile of rows is expanded once into a buffer that fits the L2 cache, then multiplied with all of the
-//                 expert's tokens in blocks whose x fits L1.
+//                 expert's tokens in blocks whose x fits L1. Zeros take as long as other weights.
+//   many tokens and few weights: panels (cpu_panels.h), which skip the zeros.
 //
-// Both run the same inner loop (`block`): 4 rows x T tokens of accumulators, lanes along the input columns, summed across
-// lanes at the end. What a vector is and how one expands is said by a `Lanes` struct per value type and instruction set.
+// The first two run the same inner loop (`block`): 4 rows x T tokens of accumulators, lanes along the input columns, summed
+// across lanes at the end. What a vector is and how one expands is said by a `Lanes` struct per value type and instruction set.
 
 #pragma once
 
 #include "cpu_common.h"
+#include "cpu_panels.h"
 
 namespace {
 
@@ -207,7 +208,9 @@ template <class V> struct Expanding {
     const Call<V>& call;
 
     void run() const {
+        const Panels<V> panels(call, panels_from(call.density));
         call.share(MAX_ROWS, [&](int64_t expert, int64_t first, int64_t last) {
+            if (panels.take(expert)) return panels.multiply(expert, first, last);
             const int64_t count = call.count(expert);
             const int32_t *map = call.row_map + expert * call.out, *tokens = call.order + call.begins[expert];
             if (count <= DIRECT_TOKENS) direct(map, tokens, count, first, last);
@@ -215,6 +218,16 @@ template <class V> struct Expanding {
                 for (int64_t t = 0; t < count; t += MAX_TOKENS)
                     tiled(map, tokens + t, count - t < MAX_TOKENS ? count - t : MAX_TOKENS, first, last);
         });
+    }
+
+    // Tokens of one expert from which skipping the zeros is faster than multiplying with them (fitted on Zen 4; evals/LOG.md). One
+    // instruction multiplies twice as many zeros where STEP is 32.
+    static int64_t panels_from(double density) {
+        constexpr int64_t NEVER = int64_t(1) << 62;
+        if (L::STEP == 16) return int64_t(100 * density) < DIRECT_TOKENS ? DIRECT_TOKENS + 1 : int64_t(100 * density);
+        if (density >= 0.25) return NEVER;
+        const auto tokens = int64_t(50 * density / (0.27 - density));
+        return tokens < DIRECT_TOKENS ? DIRECT_TOKENS + 1 : tokens;
     }
 
     // ROWS rows of an expert from `row`; past the last row the last one again, whose sums nobody stores.

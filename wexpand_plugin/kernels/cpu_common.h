@@ -15,6 +15,8 @@ namespace {
 struct Bf16 { uint16_t bits; };
 struct Fp16 { uint16_t bits; };
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class To, class From> To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "same size");
     To to;
@@ -79,6 +81,7 @@ template <class V> struct Call {
     const int32_t* order;   // the tokens, expert by expert
     const int64_t* begins;  // [experts + 1] where each expert's tokens begin in `order`
     int64_t experts;
+    double density;  // kept weights over all
     int threads;
 
     int64_t mask_bytes() const { return (in + 7) / 8; }

@@ -2,17 +2,14 @@
 //
 //   few tokens    One row at a time, 64 columns per step: a table turns each byte of the mask into a shuffle that spreads the
 //                 next values to 8 columns; multiply with the tokens' x. The dense weight never exists, not even in cache.
-//   many tokens   Nothing is expanded and zeros cost nothing. Vectors lie along the tokens: each kept weight is
-//                 broadcast and multiplied with its column of x, for up to 64 tokens at once, whose sums stay in registers.
-//                 x is packed for it once per call: panels of 64 tokens, [columns][tokens].
+//   many tokens   Panels (cpu_panels.h).
 //
 // All arithmetic is in float32, whatever the type of the values.
 
 #pragma once
 
-#include <vector>
-
 #include "cpu_common.h"
+#include "cpu_panels.h"
 
 namespace {
 
@@ -79,8 +76,7 @@ template <class V> [[gnu::noinline]] void expand(Vec& w, const V* p, uint64_t bi
 // ---- Few tokens.
 
 constexpr int TOKENS = 8;  // whose sums fit the registers: they share the expansion of a row
-constexpr int FEW = 12;    // tokens of one expert; more are faster by the panels below (9 at 90% sparsity, 20 at 50%)
-constexpr int WORD = 64;
+constexpr int FEW = 12;    // tokens of one expert; more are faster by panels (9 at 90% sparsity, 20 at 50%)
 
 // sums[t] = the row whose values and mask are given times x[t * width ...], x padded to whole words with zeros. Rows are too short
 // for the hardware to learn their stream before it ends, so while one is read a later one is fetched, `ahead` values further on.
@@ -110,98 +106,40 @@ void dot(const V* values, const uint8_t* mask, int64_t ahead, int64_t columns, c
     }
 }
 
-// ---- Many tokens.
-
-struct Places {
-    uint16_t of[256][8] = {};  // the places of a byte's set bits, then zeros
-    constexpr Places() {
-        for (int bits = 0; bits < 256; ++bits)
-            for (int lane = 0, next = 0; lane < 8; ++lane)
-                if (bits >> lane & 1) of[bits][next++] = uint16_t(lane);
-    }
-};
-alignas(64) constexpr Places PLACES;
-
-// sums[0 .. 8N) += kept weights times their columns of a panel of 8N tokens.
-template <int N> void accumulate(const uint16_t* columns, const float* weights, int64_t kept, const float* panel, float* sums) {
-    Vec acc[N];
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) acc[i] = ((const Vec*)sums)[i];
-    for (int64_t k = 0; k < kept; ++k) {
-        const Vec* x = (const Vec*)(panel + columns[k] * int64_t(LANES * N));
-        const float w = weights[k];
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) acc[i] += w * x[i];
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) ((Vec*)sums)[i] = acc[i];
-}
-
-using Accumulate = void (*)(const uint16_t*, const float*, int64_t, const float*, float*);
-constexpr Accumulate ACCUMULATE[] = {nullptr,       accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>,
-                                     accumulate<5>, accumulate<6>, accumulate<7>, accumulate<8>};
-
 // ---- One call.
 
-constexpr int64_t PANEL = 64;              // tokens
-constexpr int64_t PANEL_BYTES = 24 << 10;  // of one panel's columns: most of a 32 KiB L1
-constexpr int64_t ITEM_ROWS = 128;         // rows per work item: they share each visit of x to the L1
-constexpr int64_t ITEM_TOKENS = 512;       // their sums stay in L2
-constexpr int64_t AHEAD = 4;               // rows
-constexpr int64_t NARROW_TOKENS = 1024;    // per call: bounds the packed x, which is kept
+constexpr int64_t AHEAD = 4;  // rows
 
 template <class V> struct Narrow {
     const Call<V>& call;
 
     void run() const {
+        const Panels<V> panels(call, FEW + 1);
         thread_local Buffer buffer;
         thread_local std::vector<int64_t> begins;
-        const int64_t width = (call.in + WORD - 1) / WORD * WORD;
         begins.resize(call.experts);
         int64_t size = 0;
         for (int64_t e = 0; e < call.experts; ++e) {
             begins[e] = size;
-            size += width * (call.count(e) <= FEW ? call.count(e) : lanes(call.count(e)));
+            if (!panels.take(e)) size += panels.width * call.count(e);
         }
         float* const packed = (float*)buffer.get(size * sizeof(float));
         const int64_t* const begin = begins.data();  // of this thread: another would see its own `begins`
         const int64_t tokens = call.begins[call.experts];
 #pragma omp parallel for schedule(dynamic) num_threads(call.threads) if (tokens > TOKENS)
         for (int64_t e = 0; e < call.experts; ++e)
-            if (call.count(e) <= FEW) pack_rows(e, width, packed + begin[e]);
-        for (int64_t e = 0; e < call.experts; ++e)
-            if (call.count(e) > FEW) pack_panels(e, width, packed + begin[e]);
-        call.share(ITEM_ROWS, [&](int64_t expert, int64_t first, int64_t last) {
-            const float* x = packed + begin[expert];
-            const int64_t count = call.count(expert);
-            if (count <= FEW) return few(expert, x, width, first, last);
-            for (int64_t t = 0; t < count; t += ITEM_TOKENS) many(expert, t, x + t * width, width, first, last);
+            if (!panels.take(e)) pack_rows(e, panels.width, packed + begin[e]);
+        call.share(PANEL_ROWS, [&](int64_t expert, int64_t first, int64_t last) {
+            if (panels.take(expert)) panels.multiply(expert, first, last);
+            else few(expert, packed + begin[expert], panels.width, first, last);
         });
     }
-
-    static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-    static int64_t lanes(int64_t tokens) { return (tokens + LANES - 1) / LANES * LANES; }
-    static int64_t panel(int64_t tokens) { return least(PANEL, lanes(tokens)); }  // tokens of the first panel of so many
 
     void pack_rows(int64_t expert, int64_t width, float* packed) const {
         for (int64_t t = call.begins[expert]; t < call.begins[expert + 1]; ++t, packed += width) {
             const V* x = call.x + call.order[t] * call.in;
             for (int64_t c = 0; c < call.in; ++c) packed[c] = to_float(x[c]);
             for (int64_t c = call.in; c < width; ++c) packed[c] = 0;
-        }
-    }
-
-    void pack_panels(int64_t expert, int64_t width, float* packed) const {
-        const int64_t count = call.count(expert), panels = (count + PANEL - 1) / PANEL, words = width / WORD;
-        const int32_t* tokens = call.order + call.begins[expert];
-#pragma omp parallel for num_threads(call.threads)
-        for (int64_t item = 0; item < panels * words; ++item) {
-            const int64_t first = item / words * PANEL, column = item % words * WORD, tokens_wide = panel(count - first);
-            float* to = packed + first * width + column * tokens_wide;
-            for (int64_t t = 0; t < tokens_wide; ++t) {  // the last token again where there is none: nobody stores its sums
-                const V* x = call.x + tokens[least(first + t, count - 1)] * call.in + column;
-                for (int64_t c = 0; c < least(WORD, call.in - column); ++c) to[c * tokens_wide + t] = to_float(x[c]);
-            }
         }
     }
 
@@ -219,59 +157,6 @@ template <class V> struct Narrow {
                                               x + t * width, width, sums + t);
             for (int64_t t = 0; t < count; ++t) store(call.y + tokens[t] * call.out + row, sums[t]);
         }
-    }
-
-    // Columns whose x fits L1 at a time: list the kept weights of all rows, multiply them with panel after panel.
-    void many(int64_t expert, int64_t token, const float* x, int64_t width, int64_t first, int64_t last) const {
-        thread_local Buffer columns_buffer, weights_buffer, sums_buffer;
-        const int32_t *map = call.row_map + expert * call.out, *tokens = call.order + call.begins[expert] + token;
-        const int64_t rows = last - first, count = least(ITEM_TOKENS, call.count(expert) - token);
-        const int64_t chunk = PANEL_BYTES / (panel(count) * int64_t(sizeof(float))) / 8 * 8;
-        auto* columns = (uint16_t*)columns_buffer.get((rows * chunk + 8) * sizeof(uint16_t));
-        auto* weights = (float*)weights_buffer.get((rows * chunk + 8) * sizeof(float));
-        auto* sums = (float*)sums_buffer.get(rows * lanes(count) * sizeof(float));  // [panel][row][token]
-        std::memset(sums, 0, rows * lanes(count) * sizeof(float));
-        const V* values[ITEM_ROWS];
-        for (int64_t r = 0; r < rows; ++r) values[r] = call.values + call.starts[map[first + r]];
-
-        for (int64_t column = 0; column < call.in; column += chunk) {
-            const int64_t end = least(call.in, column + chunk);
-            int64_t begin[ITEM_ROWS + 1] = {0};
-            for (int64_t r = 0; r < rows; ++r) {
-                const uint8_t* mask = call.mask + map[first + r] * call.mask_bytes();
-                begin[r + 1] = begin[r] + list(values[r], mask, column, end, columns + begin[r], weights + begin[r]);
-            }
-            for (int64_t t = 0; t < count; t += PANEL) {
-                const int64_t tokens_wide = panel(count - t);
-                for (int64_t r = 0; r < rows; ++r)
-                    ACCUMULATE[tokens_wide / LANES](columns + begin[r], weights + begin[r], begin[r + 1] - begin[r],
-                                                    x + t * width + column * tokens_wide, sums + t * rows + r * tokens_wide);
-            }
-        }
-        for (int64_t t = 0; t < count; ++t) {
-            const int64_t begin = t / PANEL * PANEL, tokens_wide = panel(count - begin);
-            const float* from = sums + begin * rows + t % PANEL;
-            for (int64_t r = 0; r < rows; ++r) store(call.y + tokens[t] * call.out + first + r, from[r * tokens_wide]);
-        }
-    }
-
-    // The kept weights of one row between two columns, and their places from `column` on; moves `values` past them. Returns how many.
-    static int64_t list(const V*& values, const uint8_t* mask, int64_t column, int64_t end, uint16_t* columns, float* weights) {
-        const V* from = values;
-        for (int64_t c = column; c < end; c += 8) {
-            const int bits = end - c < 8 ? mask[c / 8] & ((1 << (end - c)) - 1) : mask[c / 8];
-            uint16_t places[8];  // local, or the compiler must fear that one store changes the next load
-            float floats[8];
-            for (int i = 0; i < 8; ++i) places[i] = uint16_t(c - column + PLACES.of[bits][i]);
-            for (int i = 0; i < 8; ++i) floats[i] = to_float(from[i]);
-            std::memcpy(columns, places, sizeof places);
-            std::memcpy(weights, floats, sizeof floats);
-            const int kept = __builtin_popcount(bits);
-            columns += kept, weights += kept, from += kept;
-        }
-        const int64_t kept = from - values;
-        values = from;
-        return kept;
     }
 };
 

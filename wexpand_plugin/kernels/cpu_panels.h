@@ -1,0 +1,158 @@
+// Many tokens of one expert: nothing is expanded and zeros cost nothing.
+//
+// Vectors lie along the tokens: each kept weight is broadcast and multiplied with its column of x, for up to 64 tokens at once,
+// whose sums stay in registers. x is packed for it once per call: panels of 64 tokens, [columns][tokens]. All arithmetic is in
+// float32, whatever the type of the values.
+
+#pragma once
+
+#include <vector>
+
+#include "cpu_common.h"
+
+namespace {
+
+struct Places {
+    uint16_t of[256][8] = {};  // the places of a byte's set bits, then zeros
+    constexpr Places() {
+        for (int bits = 0; bits < 256; ++bits)
+            for (int lane = 0, next = 0; lane < 8; ++lane)
+                if (bits >> lane & 1) of[bits][next++] = uint16_t(lane);
+    }
+};
+alignas(64) constexpr Places PLACES;
+
+#if defined(__AVX512F__)
+typedef float Tokens __attribute__((vector_size(64), may_alias));
+#else
+typedef float Tokens __attribute__((vector_size(32), may_alias));
+#endif
+constexpr int64_t WIDE = sizeof(Tokens) / sizeof(float);
+
+// sums[0 .. WIDE * N) += kept weights times their columns of a panel of WIDE * N tokens.
+template <int N> void accumulate(const uint16_t* columns, const float* weights, int64_t kept, const float* panel, float* sums) {
+    Tokens acc[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) acc[i] = ((const Tokens*)sums)[i];
+    for (int64_t k = 0; k < kept; ++k) {
+        const Tokens* x = (const Tokens*)(panel + columns[k] * (WIDE * N));
+        const float w = weights[k];
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) acc[i] += w * x[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) ((Tokens*)sums)[i] = acc[i];
+}
+
+using Accumulate = void (*)(const uint16_t*, const float*, int64_t, const float*, float*);
+constexpr Accumulate ACCUMULATE[] = {nullptr,       accumulate<1>, accumulate<2>, accumulate<3>, accumulate<4>,
+                                     accumulate<5>, accumulate<6>, accumulate<7>, accumulate<8>};
+
+constexpr int64_t WORD = 64;               // columns that are packed at a time
+constexpr int64_t PANEL = 64;              // tokens
+constexpr int64_t PANEL_BYTES = (WIDE > 8 ? 48 : 24) << 10;  // of one panel's columns: see evals/LOG.md
+constexpr int64_t PANEL_ROWS = 128;        // rows per work item: they share each visit of x to the L1
+constexpr int64_t PANEL_TOKENS = 512;      // whose sums stay in L2
+
+template <class V> struct Panels {
+    const Call<V>& call;
+    const int64_t least_tokens, width;  // columns, rounded up to words
+    const float* packed;
+    const int64_t* begin;  // of each expert's panels in `packed`
+
+    // For the experts that have at least `tokens` tokens: packs their x.
+    Panels(const Call<V>& call, int64_t tokens) : call(call), least_tokens(tokens), width((call.in + WORD - 1) / WORD * WORD) {
+        thread_local Buffer buffer;
+        thread_local std::vector<int64_t> begins;
+        begins.resize(call.experts);
+        int64_t size = 0;
+        for (int64_t e = 0; e < call.experts; ++e) {
+            begins[e] = size;
+            if (take(e)) size += width * whole(call.count(e));
+        }
+        float* const to = (float*)buffer.get(size * sizeof(float));
+        packed = to, begin = begins.data();
+        for (int64_t e = 0; e < call.experts; ++e)
+            if (take(e)) pack(e, to + begin[e]);
+    }
+
+    bool take(int64_t expert) const { return call.count(expert) >= least_tokens; }
+
+    static int64_t whole(int64_t tokens) { return (tokens + WIDE - 1) / WIDE * WIDE; }
+    static int64_t panel(int64_t tokens) { return least(PANEL, whole(tokens)); }  // tokens of the first panel of so many
+
+    void pack(int64_t expert, float* to_panels) const {
+        const int64_t count = call.count(expert), panels = (count + PANEL - 1) / PANEL, words = width / WORD;
+        const int32_t* tokens = call.order + call.begins[expert];
+#pragma omp parallel for num_threads(call.threads)
+        for (int64_t item = 0; item < panels * words; ++item) {
+            const int64_t first = item / words * PANEL, column = item % words * WORD, tokens_wide = panel(count - first);
+            float* to = to_panels + first * width + column * tokens_wide;
+            for (int64_t t = 0; t < tokens_wide; ++t) {  // the last token again where there is none: nobody stores its sums
+                const V* x = call.x + tokens[least(first + t, count - 1)] * call.in + column;
+                for (int64_t c = 0; c < least(WORD, call.in - column); ++c) to[c * tokens_wide + t] = to_float(x[c]);
+            }
+        }
+    }
+
+    // A range of output rows for all of the expert's tokens.
+    void multiply(int64_t expert, int64_t first, int64_t last) const {
+        for (int64_t t = 0; t < call.count(expert); t += PANEL_TOKENS) multiply(expert, t, first, last);
+    }
+
+    // Columns whose x fits L1 at a time: list the kept weights of all rows, multiply them with panel after panel.
+    void multiply(int64_t expert, int64_t token, int64_t first, int64_t last) const {
+        const float* const x = packed + begin[expert] + token * width;
+        thread_local Buffer columns_buffer, weights_buffer, sums_buffer;
+        const int32_t *map = call.row_map + expert * call.out, *tokens = call.order + call.begins[expert] + token;
+        const int64_t rows = last - first, count = least(PANEL_TOKENS, call.count(expert) - token);
+        const int64_t chunk = PANEL_BYTES / (panel(count) * int64_t(sizeof(float))) / 8 * 8;
+        auto* columns = (uint16_t*)columns_buffer.get((rows * chunk + 8) * sizeof(uint16_t));
+        auto* weights = (float*)weights_buffer.get((rows * chunk + 8) * sizeof(float));
+        auto* sums = (float*)sums_buffer.get(rows * whole(count) * sizeof(float));  // [panel][row][token]
+        std::memset(sums, 0, rows * whole(count) * sizeof(float));
+        const V* values[PANEL_ROWS];
+        for (int64_t r = 0; r < rows; ++r) values[r] = call.values + call.starts[map[first + r]];
+
+        for (int64_t column = 0; column < call.in; column += chunk) {
+            const int64_t end = least(call.in, column + chunk);
+            int64_t begin[PANEL_ROWS + 1] = {0};
+            for (int64_t r = 0; r < rows; ++r) {
+                const uint8_t* mask = call.mask + map[first + r] * call.mask_bytes();
+                begin[r + 1] = begin[r] + list(values[r], mask, column, end, columns + begin[r], weights + begin[r]);
+            }
+            for (int64_t t = 0; t < count; t += PANEL) {
+                const int64_t tokens_wide = panel(count - t);
+                for (int64_t r = 0; r < rows; ++r)
+                    ACCUMULATE[tokens_wide / WIDE](columns + begin[r], weights + begin[r], begin[r + 1] - begin[r],
+                                                    x + t * width + column * tokens_wide, sums + t * rows + r * tokens_wide);
+            }
+        }
+        for (int64_t t = 0; t < count; ++t) {
+            const int64_t begin = t / PANEL * PANEL, tokens_wide = panel(count - begin);
+            const float* from = sums + begin * rows + t % PANEL;
+            for (int64_t r = 0; r < rows; ++r) store(call.y + tokens[t] * call.out + first + r, from[r * tokens_wide]);
+        }
+    }
+
+    // The kept weights of one row between two columns, and their places from `column` on; moves `values` past them. Returns how many.
+    static int64_t list(const V*& values, const uint8_t* mask, int64_t column, int64_t end, uint16_t* columns, float* weights) {
+        const V* from = values;
+        for (int64_t c = column; c < end; c += 8) {
+            const int bits = end - c < 8 ? mask[c / 8] & ((1 << (end - c)) - 1) : mask[c / 8];
+            uint16_t places[8];  // local, or the compiler must fear that one store changes the next load
+            float floats[8];
+            for (int i = 0; i < 8; ++i) places[i] = uint16_t(c - column + PLACES.of[bits][i]);
+            for (int i = 0; i < 8; ++i) floats[i] = to_float(from[i]);
+            std::memcpy(columns, places, sizeof places);
+            std::memcpy(weights, floats, sizeof floats);
+            const int kept = __builtin_popcount(bits);
+            columns += kept, weights += kept, from += kept;
+        }
+        const int64_t kept = from - values;
+        values = from;
+        return kept;
+    }
+};
+
+}  // namespace
