@@ -220,14 +220,12 @@ template <class V> struct Expanding {
         });
     }
 
-    // Tokens of one expert from which skipping the zeros is faster than multiplying with them (fitted on Zen 4; evals/LOG.md). One
-    // instruction multiplies twice as many zeros where STEP is 32.
+    // Tokens of one expert from which skipping zeros is faster than multiplying with them (Zen 4; evals/LOG.md). Where STEP is 32 one
+    // instruction multiplies with twice as many.
     static int64_t panels_from(double density) {
         constexpr int64_t NEVER = int64_t(1) << 62;
-        if (L::STEP == 16) return int64_t(100 * density) < DIRECT_TOKENS ? DIRECT_TOKENS + 1 : int64_t(100 * density);
-        if (density >= 0.25) return NEVER;
-        const auto tokens = int64_t(50 * density / (0.27 - density));
-        return tokens < DIRECT_TOKENS ? DIRECT_TOKENS + 1 : tokens;
+        if (L::STEP == 16) return density < 0.6 ? int64_t(3 + 32 * density) : NEVER;
+        return density < 0.28 ? int64_t(1 + 100 * density) : NEVER;
     }
 
     // ROWS rows of an expert from `row`; past the last row the last one again, whose sums nobody stores.

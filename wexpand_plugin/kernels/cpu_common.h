@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -53,6 +54,22 @@ inline void store(Fp16* y, float v) {
         half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
     else half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
     y->bits = uint16_t(sign | half);
+}
+
+// Eight values as floats.
+typedef float Eight __attribute__((vector_size(32), may_alias, aligned(4)));
+
+template <class V> inline Eight eight(const V* p) {
+#if defined(__AVX2__) && defined(__F16C__)
+    if constexpr (sizeof(V) == 4) return *(const Eight*)p;
+    const __m128i bits = _mm_loadu_si128((const __m128i*)p);
+    if constexpr (std::is_same_v<V, Fp16>) return (Eight)_mm256_cvtph_ps(bits);
+    return (Eight)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
+    Eight v;
+    for (int i = 0; i < 8; ++i) v[i] = to_float(p[i]);
+    return v;
+#endif
 }
 
 struct Buffer {  // grows to the largest call seen and is kept: no allocation once warm

@@ -12,6 +12,32 @@
 
 namespace {
 
+// list(mask, first, end, columns): the places of a row's kept weights between two columns, from `first` on. Returns how many; may
+// write up to LISTED behind them.
+
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
+
+constexpr int LISTED = 32;
+
+inline int64_t list(const uint8_t* mask, int64_t first, int64_t end, uint16_t* columns) {
+    alignas(64) static constexpr uint16_t COUNT[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                       16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    uint16_t* to = columns;
+    __m512i places = _mm512_load_si512(COUNT);
+    for (int64_t c = first; c < end; c += 32) {
+        uint32_t bits = load_bits<uint32_t>(mask + c / 8);
+        if (end - c < 32) bits &= (1u << (end - c)) - 1;
+        _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(bits, places));  // to memory it is slower
+        places = _mm512_add_epi16(places, _mm512_set1_epi16(32));
+        to += __builtin_popcount(bits);
+    }
+    return to - columns;
+}
+
+#else
+
+constexpr int LISTED = 8;
+
 struct Places {
     uint16_t of[256][8] = {};  // the places of a byte's set bits, then zeros
     constexpr Places() {
@@ -22,6 +48,20 @@ struct Places {
 };
 alignas(64) constexpr Places PLACES;
 
+inline int64_t list(const uint8_t* mask, int64_t first, int64_t end, uint16_t* columns) {
+    uint16_t* to = columns;
+    for (int64_t c = first; c < end; c += 8) {
+        const int bits = end - c < 8 ? mask[c / 8] & ((1 << (end - c)) - 1) : mask[c / 8];
+        uint16_t places[8];  // local, or the compiler must fear that a store changes the next load
+        for (int i = 0; i < 8; ++i) places[i] = uint16_t(c - first + PLACES.of[bits][i]);
+        std::memcpy(to, places, sizeof places);
+        to += __builtin_popcount(bits);
+    }
+    return to - columns;
+}
+
+#endif
+
 #if defined(__AVX512F__)
 typedef float Tokens __attribute__((vector_size(64), may_alias));
 #else
@@ -31,17 +71,26 @@ constexpr int64_t WIDE = sizeof(Tokens) / sizeof(float);
 
 // sums[0 .. WIDE * N) += kept weights times their columns of a panel of WIDE * N tokens.
 template <int N> void accumulate(const uint16_t* columns, const float* weights, int64_t kept, const float* panel, float* sums) {
-    Tokens acc[N];
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) acc[i] = ((const Tokens*)sums)[i];
-    for (int64_t k = 0; k < kept; ++k) {
+    constexpr int CHAINS = N >= 4 ? 1 : N >= 2 ? 2 : 4;  // a multiply-add waits for the one before it in the same sum
+    Tokens acc[CHAINS][N] = {};
+    const auto add = [&](Tokens* sum, int64_t k) {
         const Tokens* x = (const Tokens*)(panel + columns[k] * (WIDE * N));
         const float w = weights[k];
 #pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) acc[i] += w * x[i];
-    }
+        for (int i = 0; i < N; ++i) sum[i] += w * x[i];
+    };
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) ((Tokens*)sums)[i] = acc[i];
+    for (int i = 0; i < N; ++i) acc[0][i] = ((const Tokens*)sums)[i];
+    int64_t k = 0;
+    for (; k + CHAINS <= kept; k += CHAINS)
+#pragma GCC unroll 4
+        for (int chain = 0; chain < CHAINS; ++chain) add(acc[chain], k + chain);
+    for (; k < kept; ++k) add(acc[0], k);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        for (int chain = 1; chain < CHAINS; ++chain) acc[0][i] += acc[chain][i];
+        ((Tokens*)sums)[i] = acc[0][i];
+    }
 }
 
 using Accumulate = void (*)(const uint16_t*, const float*, int64_t, const float*, float*);
@@ -107,7 +156,7 @@ template <class V> struct Panels {
         const int32_t *map = call.row_map + expert * call.out, *tokens = call.order + call.begins[expert] + token;
         const int64_t rows = last - first, count = least(PANEL_TOKENS, call.count(expert) - token);
         const int64_t chunk = PANEL_BYTES / (panel(count) * int64_t(sizeof(float))) / 8 * 8;
-        auto* columns = (uint16_t*)columns_buffer.get((rows * chunk + 8) * sizeof(uint16_t));
+        auto* columns = (uint16_t*)columns_buffer.get((rows * chunk + LISTED) * sizeof(uint16_t));
         auto* weights = (float*)weights_buffer.get((rows * chunk + 8) * sizeof(float));
         auto* sums = (float*)sums_buffer.get(rows * whole(count) * sizeof(float));  // [panel][row][token]
         std::memset(sums, 0, rows * whole(count) * sizeof(float));
@@ -119,7 +168,10 @@ template <class V> struct Panels {
             int64_t begin[PANEL_ROWS + 1] = {0};
             for (int64_t r = 0; r < rows; ++r) {
                 const uint8_t* mask = call.mask + map[first + r] * call.mask_bytes();
-                begin[r + 1] = begin[r] + list(values[r], mask, column, end, columns + begin[r], weights + begin[r]);
+                const int64_t kept = list(mask, column, end, columns + begin[r]);
+                for (int64_t k = 0; k < kept; k += 8) *(Eight*)(weights + begin[r] + k) = eight(values[r] + k);
+                values[r] += kept;
+                begin[r + 1] = begin[r] + kept;
             }
             for (int64_t t = 0; t < count; t += PANEL) {
                 const int64_t tokens_wide = panel(count - t);
@@ -133,25 +185,6 @@ template <class V> struct Panels {
             const float* from = sums + begin * rows + t % PANEL;
             for (int64_t r = 0; r < rows; ++r) store(call.y + tokens[t] * call.out + first + r, from[r * tokens_wide]);
         }
-    }
-
-    // The kept weights of one row between two columns, and their places from `column` on; moves `values` past them. Returns how many.
-    static int64_t list(const V*& values, const uint8_t* mask, int64_t column, int64_t end, uint16_t* columns, float* weights) {
-        const V* from = values;
-        for (int64_t c = column; c < end; c += 8) {
-            const int bits = end - c < 8 ? mask[c / 8] & ((1 << (end - c)) - 1) : mask[c / 8];
-            uint16_t places[8];  // local, or the compiler must fear that one store changes the next load
-            float floats[8];
-            for (int i = 0; i < 8; ++i) places[i] = uint16_t(c - column + PLACES.of[bits][i]);
-            for (int i = 0; i < 8; ++i) floats[i] = to_float(from[i]);
-            std::memcpy(columns, places, sizeof places);
-            std::memcpy(weights, floats, sizeof floats);
-            const int kept = __builtin_popcount(bits);
-            columns += kept, weights += kept, from += kept;
-        }
-        const int64_t kept = from - values;
-        values = from;
-        return kept;
     }
 };
 

@@ -5,26 +5,9 @@
 
 #pragma once
 
-#include <type_traits>
-
 #include "cpu_common.h"
 
 namespace {
-
-typedef float Eight __attribute__((vector_size(32), may_alias, aligned(4)));
-
-template <class V> inline Eight eight(const V* p) {
-#if defined(__AVX2__) && defined(__F16C__)
-    if constexpr (sizeof(V) == 4) return *(const Eight*)p;
-    const __m128i bits = _mm_loadu_si128((const __m128i*)p);
-    if constexpr (std::is_same_v<V, Fp16>) return (Eight)_mm256_cvtph_ps(bits);
-    return (Eight)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
-#else
-    Eight v;
-    for (int i = 0; i < 8; ++i) v[i] = to_float(p[i]);
-    return v;
-#endif
-}
 
 inline void multiply_add(Eight& sum, Eight a, Eight b) {
 #if defined(__FMA__)
