@@ -39,21 +39,23 @@ def test_folding_agrees_with_pca_and_kmeans(width, dims, experts):
     assert torch.equal(route(test, *router), expected)
 
 
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_fit_router_is_that_fold_in_float16(size):
-    """Inputs of any size: float16 alone would overflow or vanish."""
+@pytest.mark.parametrize("size,shift", [(1e-6, 0), (1.0, 0), (1e6, 0), (1.0, 100), (1.0, 3000)])
+def test_fit_router_is_that_fold_in_float16(size, shift):
+    """Inputs of any size and mean: float16 alone would overflow, vanish or favour some experts."""
     pytest.importorskip("sklearn")
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
 
-    train = mixture(3000, 96, 6) * size
+    moved = torch.zeros(96, dtype=torch.float64)
+    moved[:4] = shift  # a few channels, as in language models
+    train = (mixture(3000, 96, 6) + moved) * size
     router = fit_router(train, 6, dims=10, restarts=2, seed=3)
     assert router.weight.dtype == torch.float16 and router.bias.dtype == torch.float32
     assert 0.5 <= router.weight.abs().max() <= 1
     assert router.nbytes == router_bytes(6, 96)
     pca = PCA(10, random_state=3).fit(train.numpy())
     kmeans = KMeans(6, n_init=2, random_state=3).fit(pca.transform(train.numpy()))
-    test = mixture(20_000, 96, 6, seed=2) * size
+    test = (mixture(20_000, 96, 6, seed=2) + moved) * size
     expected = torch.from_numpy(kmeans.predict(pca.transform(test.numpy()))).long()
     assert (route(test, *router) == expected).double().mean() > 0.999
 
@@ -64,12 +66,14 @@ def test_a_scaled_router_routes_the_same():
     weight -= weight.mean(dim=0).round()
     router = Router(weight, torch.randn(5, dtype=torch.float64).float().double() * 100)
     x = torch.randn(1000, 24)
-    assert torch.equal(route(x, *rounded(router)), route(x, *(part.float() for part in router)))
-    nothing = rounded(Router(torch.zeros(2, 3), torch.ones(2)))
+    stored = rounded(router, torch.randn(24, dtype=torch.float64))
+    assert torch.equal(route(x, *stored), route(x, *(part.float() for part in router)))
+    nothing = rounded(Router(torch.zeros(2, 3), torch.ones(2)), torch.ones(3))
     assert not nothing.weight.any() and torch.equal(nothing.bias, torch.ones(2))
 
 
 def test_narrowest_is_exact():
+    assert narrowest(torch.empty(3, 4, device="meta")).dtype == torch.float32
     exact = torch.tensor([[0.5, -0.25], [65504.0, 2**-24]])
     assert narrowest(exact).dtype == torch.float16
     assert torch.equal(narrowest(exact).float(), exact)

@@ -99,7 +99,7 @@ def expand(
         if key not in routers:
             router = torch.randn(experts, linear.in_features, generator=generator)
             bias = torch.randn(experts, generator=generator) / 4
-            routers[key] = rounded(Router(router, bias))
+            routers[key] = rounded(Router(router, bias), torch.zeros(linear.in_features))
         routed = RoutedLinear.from_pool(
             pack_experts(weight),
             routers[key] if experts > 1 else None,

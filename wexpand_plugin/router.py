@@ -69,15 +69,25 @@ def fold(mean: Tensor, components: Tensor, centroids: Tensor) -> Router:
     return Router(weight - weight.mean(dim=0), bias - bias.mean())
 
 
-def rounded(router: Router) -> Router:
-    """`router` as it is stored: scaled, its weight in float16, its bias in float32."""
+def rounded(router: Router, mean: Tensor) -> Router:
+    """`router` as it is stored: scaled, its weight in float16, its bias in float32.
+
+    The bias takes up what rounding does to the logits of the `mean` input [in], which would else
+    favour some experts wherever inputs have a large mean.
+    """
     largest = float(router.weight.abs().max())
     scale = 2.0 ** -math.frexp(largest)[1] if largest else 1.0
-    return Router((router.weight * scale).half(), (router.bias * scale).float())
+    weight = router.weight * scale
+    half = weight.half()
+    bias = router.bias * scale + (weight - half.to(weight.dtype)) @ mean
+    return Router(half, bias.float())
 
 
 def narrowest(weight: Tensor) -> Tensor:
-    """A router's weight in the smallest of ROUTER_DTYPES that holds every value exactly."""
+    """A router's weight in the smallest of ROUTER_DTYPES that holds every value exactly; a tensor
+    without values (on the meta device) as it is."""
+    if weight.is_meta:
+        return weight
     half = weight.half()
     return half if torch.equal(half.to(weight.dtype), weight) else weight.float()
 
@@ -136,4 +146,4 @@ def fit_router(
         torch.from_numpy(np.asarray(a, dtype=np.float64))
         for a in (pca.mean_, pca.components_, kmeans.cluster_centers_)
     )
-    return rounded(fold(mean, components, centroids))
+    return rounded(fold(mean, components, centroids), mean)

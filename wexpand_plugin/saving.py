@@ -95,8 +95,9 @@ def linear_entries(model: Any, tensors: Mapping[str, Any]) -> dict[str, LinearEn
 
 
 def _separate_routers(model: nn.Module) -> None:
-    """Give each RoutedLinear its own router tensors, in the dtypes of a checkpoint.
+    """Give each RoutedLinear its own router tensors, in the dtypes that a checkpoint should have.
 
+    Those that are offloaded to disk stay in float32, in which they were loaded: right, if larger.
     transformers refuses to save tensors that modules share, and `model.to(dtype)` casts routers.
     """
     seen = set()

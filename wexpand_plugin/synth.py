@@ -160,7 +160,7 @@ def _dense(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tens
 def _router(experts: int, columns: int, generator: torch.Generator) -> Router:
     """Random directions of equal weight send random inputs to all experts about equally."""
     weight = torch.randn(experts, columns, generator=generator)
-    return rounded(Router(weight, torch.zeros(experts)))
+    return rounded(Router(weight, torch.zeros(experts)), torch.zeros(columns))
 
 
 def _row_map(

@@ -19,7 +19,8 @@ PACKED = {"qkv_proj": list(QKV), "gate_up_proj": list(GATE_UP)}
 
 
 def random_router(experts: int, width: int) -> Router:
-    return rounded(Router(torch.randn(experts, width), torch.randn(experts) / 4))
+    router = Router(torch.randn(experts, width), torch.randn(experts) / 4)
+    return rounded(router, torch.zeros(width))
 
 
 def random_pool(experts: int, out: int, width: int, dtype=torch.float32) -> RowPool:

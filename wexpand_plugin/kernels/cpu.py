@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WexpandError
+from ..router import ROUTER_DTYPES
 from ..rowpool import RowPool, row_starts
 from .build import DEFAULT_FLAGS, BuildError, build
 
@@ -28,6 +29,7 @@ __all__ = ["load", "logits", "name", "prepare", "run", "unavailable"]
 name = "cpu"
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+MASK_PADDING = 8
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -95,9 +97,9 @@ def prepare(pool: RowPool) -> list[Tensor]:
     """
     if pool.nnz >= 1 << 32:
         raise WexpandError(f"row pool: {pool.nnz} kept weights in one linear should be below 2**32")
-    values = torch.zeros(pool.nnz + _padding(pool.values), dtype=pool.values.dtype)
+    values = pool.values.new_zeros(pool.nnz + _padding(pool.values))
     values[: pool.nnz] = pool.values
-    mask = torch.zeros(pool.mask.numel() + 8, dtype=torch.uint8)
+    mask = pool.mask.new_zeros(pool.mask.numel() + MASK_PADDING)
     mask[: pool.mask.numel()] = pool.mask.flatten()
     starts = row_starts(pool.mask)[:-1].to(torch.int32)  # past 2**31 the sign bit is the 32nd bit
     return [values, mask, starts, pool.row_map.clone()]
@@ -118,7 +120,9 @@ def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: i
         raise WexpandError(f"x: dtype {x.dtype} should be {values.dtype}, that of the weights")
     x = x.contiguous()
     tokens, in_features = x.shape
-    y = torch.empty(tokens, out_features, dtype=x.dtype)
+    if mask.numel() - MASK_PADDING != starts.numel() * ((in_features + 7) // 8):
+        raise WexpandError(f"x: {in_features} columns do not fit the layout's rows")
+    y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return y
     if experts is not None:
@@ -150,8 +154,13 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
 
     A token's logits do not depend on the tokens beside it.
     """
+    if weight.dtype not in ROUTER_DTYPES or weight.shape[1] != x.shape[1]:
+        raise WexpandError(
+            f"router: {weight.dtype} {list(weight.shape)} should be float16 or float32 "
+            f"[experts, {x.shape[1]}]"
+        )
     x, weight = x.contiguous(), weight.contiguous()
-    found = torch.empty(len(x), len(weight))
+    found = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
     load().wexpand_logits(
         TYPES[x.dtype],
         TYPES[weight.dtype],

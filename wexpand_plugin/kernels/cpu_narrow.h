@@ -114,7 +114,7 @@ template <class V> struct Narrow {
     const Call<V>& call;
 
     // Tokens of one expert from which panels are faster (AVX2 on Zen 4; evals/LOG.md): 5 at 90% sparsity, 14 at 50%.
-    static int64_t panels_from(double density) { return int64_t(3 + 22 * density); }
+    static int64_t panels_from(double density) { return least(FEW, int64_t(3 + 22 * density)); }
 
     void run() const {
         const Panels<V> panels(call, panels_from(call.density));

@@ -12,6 +12,8 @@ namespace {
 inline void multiply_add(Eight& sum, Eight a, Eight b) {
 #if defined(__FMA__)
     sum = (Eight)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);  // left to itself, gcc fuses in some instances only
+#elif defined(__aarch64__)
+    for (int i = 0; i < 8; ++i) sum[i] = __builtin_fmaf(a[i], b[i], sum[i]);
 #else
     sum += a * b;
 #endif
