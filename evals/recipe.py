@@ -91,7 +91,7 @@ def main(
                 rows.append(row | measure(model, recipe, dataset, seed))
                 print(json.dumps(rows[-1]), flush=True)
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": "python -m evals.recipe", "model": label(model),
+    content = {"command": f"python -m evals.recipe --seeds {seeds}", "model": label(model),
                "dataset": Path(dataset).name, "rows": rows}  # fmt: skip
     json_file.write_text(json.dumps(content, indent=1) + "\n")
     for level in levels:

@@ -87,6 +87,44 @@ def test_router_logits(code_path, dtype, weight_dtype):
             assert torch.equal(cpu.logits(x[token : token + 1], weight)[0], found[token])
 
 
+def test_what_does_not_fit_the_router_is_refused():
+    x = torch.randn(3, 8)
+    for weight in (torch.randn(2, 8).bfloat16(), torch.randn(2, 9)):
+        with pytest.raises(WexpandError, match="router: .* should be float16 or float32"):
+            cpu.logits(x, weight)
+
+
+def test_nothing_depends_on_torchs_default_dtype_and_device():
+    pool, x, chosen = random_case(3, 4, 30, 40, 64, 0.3, 9, torch.float32)
+    layout, weight = cpu.prepare(pool), torch.randn(4, 64)
+    right = cpu.run(x, chosen, layout, 40), cpu.logits(x, weight)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = cpu.run(x, chosen, cpu.prepare(pool), 40), cpu.logits(x, weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+def test_inputs_of_another_width_are_refused():
+    pool, x, _ = random_case(3, 1, 30, 40, 64, 0.3, 9, torch.float32)
+    with pytest.raises(WexpandError, match="x: 48 columns do not fit"):
+        cpu.run(x[:, :48], None, cpu.prepare(pool), 40)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tokens_of_very_sparse_rows(code_path, dtype, experts):
+    """Panels, whatever the dtype and the instructions; more tokens than share their sums."""
+    torch.manual_seed(experts)
+    keep = torch.rand(90, 700) < 0.08
+    rows = torch.randn(90, 700).to(dtype) * keep
+    pool = pack_rows(rows, torch.randint(90, (experts, 70), dtype=torch.int32), keep)
+    x = torch.randn(1100, 700).to(dtype)
+    assert_matches(pool, x, torch.randint(experts, (1100,)) if experts > 1 else None)
+
+
 def test_router_logits_on_all_threads():
     cases.assert_logits_match(cpu, 16, 1024, 200, torch.bfloat16, torch.float16)
 

@@ -50,6 +50,7 @@ TYPES = dict(experts="*i64", order="*i32", ends="*i32", mask="*i32", starts="*i3
 SHORT = dict(bfloat16="bf16", float32="fp32")
 TODO = [("gather_gemv", "bf16", dict(ROWS=8, WORDS=32), 4, 3),
         ("router_logits", "bf16", dict(BLOCK=1024), 4, 3),
+        ("router_logits", "fp32", dict(BLOCK=1024), 4, 3),
         ("sort_tokens", "bf16", dict(BLOCK=1024), 4, 3)]
 for tokens, dtype in ((16, "bfloat16"), (1000, "bfloat16"), (5000, "bfloat16"), (5000, "float32")):
     rows, block, warps = kernel.tile(tokens, 16, 9000, getattr(torch, dtype))
@@ -85,5 +86,5 @@ def test_compiles_without_spills(tmp_path, capability, shared_kib):
     print(done.stdout)
     stack = [int(n) for n in re.findall(r"STACK:(\d+)", done.stdout)]
     shared = [int(n) for n in re.findall(r"shared (\d+)", done.stdout)]
-    assert stack == [0] * 7
-    assert len(shared) == 7 and max(shared) <= shared_kib * 1024
+    assert stack == [0] * 8
+    assert len(shared) == 8 and max(shared) <= shared_kib * 1024

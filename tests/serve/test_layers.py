@@ -430,6 +430,8 @@ def test_op_passes_torchs_own_checks():
     arguments = (torch.randn(4, WIDTH), layout, layer.router_weight, layer.router_bias, None,
                  layer.bias, 32, layer.wexpand_kernel)  # fmt: skip
     torch.library.opcheck(torch.ops.wexpand.routed_linear.default, arguments)
+    logits = (arguments[0], layer.router_weight, layer.wexpand_kernel)
+    torch.library.opcheck(torch.ops.wexpand.router_logits.default, logits)
 
 
 def test_builders_share_and_prune_rows():

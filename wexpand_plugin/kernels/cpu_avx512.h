@@ -225,7 +225,8 @@ template <class V> struct Expanding {
     static int64_t panels_from(double density) {
         constexpr int64_t NEVER = int64_t(1) << 62;
         if (L::STEP == 16) return density < 0.6 ? int64_t(3 + 32 * density) : NEVER;
-        return density < 0.28 ? int64_t(1 + 100 * density) : NEVER;
+        const auto tokens = density < 0.25 ? int64_t(16 * density / (0.25 - density)) : NEVER;
+        return tokens < 8 ? 8 : tokens;
     }
 
     // ROWS rows of an expert from `row`; past the last row the last one again, whose sums nobody stores.

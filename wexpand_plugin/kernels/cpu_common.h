@@ -104,17 +104,19 @@ template <class V> struct Call {
     int64_t mask_bytes() const { return (in + 7) / 8; }
     int64_t count(int64_t expert) const { return begins[expert + 1] - begins[expert]; }
 
-    // work(expert, first, last): every expert that has tokens, a range of at most `most` output rows at a time, on all threads. Experts
-    // take turns over a range, as they share row versions: what one reads from memory the next finds in cache.
+    // work(expert, first, last): every expert that has tokens, a range of at most `most` output rows at a time, on all threads.
+    // While x fits the caches experts take turns over a range, as they share row versions: what one reads from memory the next finds
+    // nearby. Of more tokens an expert's x should stay near instead.
     template <class Work> void share(int64_t most, Work work) const {
         int64_t rows = out / (4 * threads) / 4 * 4;  // some items for each thread
         rows = rows < 4 ? 4 : rows > most ? most : rows;
         const int64_t chunks = (out + rows - 1) / rows;
+        const bool turns = begins[experts] * in <= 1 << 20;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (int64_t item = 0; item < chunks; ++item) {
-            const int64_t first = item * rows, last = first + rows < out ? first + rows : out;
-            for (int64_t expert = 0; expert < experts; ++expert)
-                if (count(expert)) work(expert, first, last);
+        for (int64_t item = 0; item < experts * chunks; ++item) {
+            const int64_t expert = turns ? item % experts : item / chunks;
+            const int64_t first = (turns ? item / experts : item % chunks) * rows;
+            if (count(expert)) work(expert, first, least(first + rows, out));
         }
     }
 };

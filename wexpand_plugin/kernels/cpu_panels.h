@@ -99,8 +99,8 @@ constexpr Accumulate ACCUMULATE[] = {nullptr,       accumulate<1>, accumulate<2>
 
 constexpr int64_t WORD = 64;               // columns that are packed at a time
 constexpr int64_t PANEL = 64;              // tokens
-constexpr int64_t PANEL_BYTES = (WIDE > 8 ? 48 : 24) << 10;  // of one panel's columns: see evals/LOG.md
-constexpr int64_t PANEL_ROWS = 128;        // rows per work item: they share each visit of x to the L1
+constexpr int64_t PANEL_BYTES = (WIDE > 8 ? 48 : 24) << 10;  // of one panel's columns, in L1 or L2: see evals/LOG.md
+constexpr int64_t PANEL_ROWS = 128;        // the most rows of one call: they share each visit of x to the cache
 constexpr int64_t PANEL_TOKENS = 512;      // whose sums stay in L2
 
 template <class V> struct Panels {
@@ -121,8 +121,7 @@ template <class V> struct Panels {
         }
         float* const to = (float*)buffer.get(size * sizeof(float));
         packed = to, begin = begins.data();
-        for (int64_t e = 0; e < call.experts; ++e)
-            if (take(e)) pack(e, to + begin[e]);
+        pack(to);
     }
 
     bool take(int64_t expert) const { return call.count(expert) >= least_tokens; }
@@ -130,16 +129,23 @@ template <class V> struct Panels {
     static int64_t whole(int64_t tokens) { return (tokens + WIDE - 1) / WIDE * WIDE; }
     static int64_t panel(int64_t tokens) { return least(PANEL, whole(tokens)); }  // tokens of the first panel of so many
 
-    void pack(int64_t expert, float* to_panels) const {
-        const int64_t count = call.count(expert), panels = (count + PANEL - 1) / PANEL, words = width / WORD;
-        const int32_t* tokens = call.order + call.begins[expert];
-#pragma omp parallel for num_threads(call.threads)
-        for (int64_t item = 0; item < panels * words; ++item) {
-            const int64_t first = item / words * PANEL, column = item % words * WORD, tokens_wide = panel(count - first);
-            float* to = to_panels + first * width + column * tokens_wide;
+    void pack(float* to) const {
+        struct Item { int64_t expert, first; };  // a panel: an expert, and which of its tokens is the first
+        thread_local std::vector<Item> items;
+        items.clear();
+        for (int64_t e = 0; e < call.experts; ++e)
+            for (int64_t first = 0; take(e) && first < call.count(e); first += PANEL) items.push_back({e, first});
+        const Item* const item = items.data();  // of this thread
+        const int64_t words = width / WORD, work = int64_t(items.size()) * words;
+#pragma omp parallel for num_threads(call.threads) if (work > 64)
+        for (int64_t i = 0; i < work; ++i) {
+            const auto [expert, first] = item[i / words];
+            const int64_t column = i % words * WORD, tokens_wide = panel(call.count(expert) - first);
+            const int32_t* tokens = call.order + call.begins[expert];
+            float* at = to + begin[expert] + first * width + column * tokens_wide;
             for (int64_t t = 0; t < tokens_wide; ++t) {  // the last token again where there is none: nobody stores its sums
-                const V* x = call.x + tokens[least(first + t, count - 1)] * call.in + column;
-                for (int64_t c = 0; c < least(WORD, call.in - column); ++c) to[c * tokens_wide + t] = to_float(x[c]);
+                const V* x = call.x + tokens[least(first + t, call.count(expert) - 1)] * call.in + column;
+                for (int64_t c = 0; c < least(WORD, call.in - column); ++c) at[c * tokens_wide + t] = to_float(x[c]);
             }
         }
     }
@@ -167,6 +173,10 @@ template <class V> struct Panels {
             const int64_t end = least(call.in, column + chunk);
             int64_t begin[PANEL_ROWS + 1] = {0};
             for (int64_t r = 0; r < rows; ++r) {
+                const int64_t later = least(r + 8, rows - 1);  // rows of a pool that experts share lie anywhere
+                __builtin_prefetch(values[later]);
+                __builtin_prefetch((const char*)values[later] + 64);
+                __builtin_prefetch(call.mask + map[first + later] * call.mask_bytes() + column / 8);
                 const uint8_t* mask = call.mask + map[first + r] * call.mask_bytes();
                 const int64_t kept = list(mask, column, end, columns + begin[r]);
                 for (int64_t k = 0; k < kept; k += 8) *(Eight*)(weights + begin[r] + k) = eight(values[r] + k);
