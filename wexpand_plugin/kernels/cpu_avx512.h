@@ -220,13 +220,11 @@ template <class V> struct Expanding {
         });
     }
 
-    // Tokens of one expert from which skipping zeros is faster than multiplying with them (Zen 4; evals/LOG.md). Where STEP is 32 one
-    // instruction multiplies with twice as many.
+    // Tokens of one expert from which skipping zeros is faster than multiplying with them (Zen 4; evals/LOG.md).
     static int64_t panels_from(double density) {
-        constexpr int64_t NEVER = int64_t(1) << 62;
-        if (L::STEP == 16) return density < 0.6 ? int64_t(3 + 32 * density) : NEVER;
-        const auto tokens = density < 0.25 ? int64_t(16 * density / (0.25 - density)) : NEVER;
-        return tokens < 8 ? 8 : tokens;
+        constexpr bool pairs = L::STEP == 32;  // one instruction multiplies twice as many
+        if (density > (pairs ? 0.45 : 0.6)) return int64_t(1) << 62;
+        return int64_t(pairs ? 8 + 25 * density : 3 + 32 * density);
     }
 
     // ROWS rows of an expert from `row`; past the last row the last one again, whose sums nobody stores.
