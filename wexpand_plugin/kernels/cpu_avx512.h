@@ -224,7 +224,7 @@ template <class V> struct Expanding {
     static int64_t panels_from(double density) {
         constexpr bool pairs = L::STEP == 32;  // one instruction multiplies twice as many
         if (density > (pairs ? 0.45 : 0.6)) return int64_t(1) << 62;
-        return int64_t(pairs ? 8 + 25 * density : 3 + 32 * density);
+        return int64_t(pairs ? 8 + 25 * density : 4 + 12 * density + 90 * density * density);
     }
 
     // ROWS rows of an expert from `row`; past the last row the last one again, whose sums nobody stores.

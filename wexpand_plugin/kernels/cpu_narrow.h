@@ -76,7 +76,7 @@ template <class V> [[gnu::noinline]] void expand(Vec& w, const V* p, uint64_t bi
 // ---- Few tokens.
 
 constexpr int TOKENS = 8;  // whose sums fit the registers: they share the expansion of a row
-constexpr int FEW = 25;    // the most tokens of one expert that go this way
+constexpr int FEW = 19;    // the most tokens of one expert that go this way
 
 // sums[t] = the row whose values and mask are given times x[t * width ...], x padded to whole words with zeros. Rows are too short
 // for the hardware to learn their stream before it ends, so while one is read a later one is fetched, `ahead` values further on.
@@ -113,8 +113,8 @@ constexpr int64_t AHEAD = 4;  // rows
 template <class V> struct Narrow {
     const Call<V>& call;
 
-    // Tokens of one expert from which panels are faster (AVX2 on Zen 4; evals/LOG.md): 5 at 90% sparsity, 14 at 50%.
-    static int64_t panels_from(double density) { return least(FEW, int64_t(3 + 22 * density)); }
+    // Tokens of one expert from which panels are faster (AVX2 on Zen 4; evals/LOG.md): 5 at 90% sparsity, 11 at 50%.
+    static int64_t panels_from(double density) { return least(FEW, int64_t(4 + 15 * density)); }
 
     void run() const {
         const Panels<V> panels(call, panels_from(call.density));

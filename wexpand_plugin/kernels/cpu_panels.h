@@ -17,13 +17,13 @@ namespace {
 constexpr int64_t WORD = 64;               // columns that are packed at a time
 constexpr int64_t PANEL_ROWS = 128;        // the most rows of one call: they share each visit of x to the cache
 constexpr int64_t PANEL_TOKENS = 512;      // whose sums stay in L2
+constexpr int64_t ROWS_AHEAD = 8;          // that are fetched while one is read
 
 template <class V> struct Panels {
     using P = Products<V>;
     using X = typename P::X;
     using W = typename P::W;
     static constexpr int64_t WIDE = P::WIDE, PANEL = WIDE * P::MOST;             // tokens
-    static constexpr int64_t PANEL_BYTES = (sizeof(X) * WIDE > 32 ? 48 : 24) << 10;  // of its columns, in L1 or L2: see evals/LOG.md
 
     const Call<V>& call;
     const int64_t least_tokens, width;  // columns, rounded up to words
@@ -73,6 +73,19 @@ template <class V> struct Panels {
         }
     }
 
+    // Columns of a panel whose x stays in cache while the rows go by (evals/LOG.md). One panel waits for the rows, and reads them best
+    // in long parts; the sparser they are, the longer. With more panels the time goes into multiplying, out of a cache nearby.
+    int64_t columns_at_once(int64_t count) const {
+        const int64_t kib = count > PANEL ? 48 : least(192, int64_t(20 / (call.density + 0.01)));
+        const int64_t bytes = kib * 16 * sizeof(X) * WIDE;  // half of it where vectors are half as wide
+        return bytes / (panel(count) * int64_t(sizeof(X))) / 8 * 8;
+    }
+
+    // The hardware does not foresee a part of a row, and less where the row lies that comes next.
+    static void fetch(const void* from, int64_t lines) {
+        for (int64_t line = 0; line < lines; ++line) __builtin_prefetch((const char*)from + 64 * line);
+    }
+
     using Add = void (*)(const uint16_t*, const W*, int64_t, const X*, float*);
     template <size_t... N> static constexpr std::array<Add, sizeof...(N) + 1> adds(std::index_sequence<N...>) {
         return {nullptr, P::template add<N + 1>...};
@@ -90,7 +103,7 @@ template <class V> struct Panels {
         thread_local Buffer columns_buffer, weights_buffer, sums_buffer;
         const int32_t *map = call.row_map + expert * call.out, *tokens = call.order + call.begins[expert] + token;
         const int64_t rows = last - first, count = least(PANEL_TOKENS, call.count(expert) - token);
-        const int64_t chunk = PANEL_BYTES / (panel(count) * int64_t(sizeof(X))) / 8 * 8;
+        const int64_t chunk = columns_at_once(count), lines = int64_t(call.density * chunk) * sizeof(V) / 64 + 1;
         auto* columns = (uint16_t*)columns_buffer.get((rows * chunk + LISTED) * sizeof(uint16_t));
         auto* converted = (W*)weights_buffer.get((rows * chunk + 8) * sizeof(W));
         auto* sums = (float*)sums_buffer.get(rows * whole(count) * sizeof(float));  // [panel][row][token]
@@ -103,10 +116,8 @@ template <class V> struct Panels {
             const int64_t end = least(call.in, column + chunk);
             int64_t begin[PANEL_ROWS + 1] = {0};
             for (int64_t r = 0; r < rows; ++r) {
-                const int64_t later = least(r + 8, rows - 1);  // rows of a pool that experts share lie anywhere
-                __builtin_prefetch(values[later]);
-                __builtin_prefetch((const char*)values[later] + 64);
-                __builtin_prefetch(call.mask + map[first + later] * call.mask_bytes() + column / 8);
+                fetch(values[least(r + ROWS_AHEAD, rows - 1)], lines);
+                fetch(call.mask + map[least(first + r + ROWS_AHEAD, last - 1)] * call.mask_bytes() + column / 8, chunk / 512 + 1);
                 const uint8_t* mask = call.mask + map[first + r] * call.mask_bytes();
                 const int64_t kept = list(mask, column, end, columns + begin[r]);
                 weights[r] = P::weights(values[r], kept, converted + begin[r]);
