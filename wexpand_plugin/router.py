@@ -12,7 +12,7 @@ k-means are needed only here, never in a checkpoint or at serving time.
 No argmax changes if the same vector is added to every row of the map, or if map and bias are
 multiplied by the same positive number. So the mean row is subtracted, which keeps the logits small,
 and a power of two scales the largest weight to between 1/2 and 1, where float16 is at its best: the
-map is stored in float16, which moves one token in ten thousand to another expert (evals/LOG.md),
+map is stored in float16, which moves a few tokens in ten thousand to another expert (evals/LOG.md),
 and is rounded before anything is calibrated with it. Bias and logits are float32. Every token reads
 the whole map, so its bytes count: in narrow layers it is a good part of what a token reads.
 

@@ -1,4 +1,4 @@
-"""Time and memory of allocation: one 11008 x 4096 linear, 16 experts, a size budget.
+"""Time and memory of allocation: one 11008 x 4096 linear, 4 to 32 experts, three size budgets.
 
     python -m evals.bench.allocation [--json FILE] [--rows 11008] [--width 4096]
 

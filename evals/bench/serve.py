@@ -11,7 +11,7 @@ random tokens, and every sequence of a batch is another, so that a batch meets m
 
 What bounds it: decoding one token reads every weight once, so its floor is bytes per token over the
 memory's bandwidth; both are printed. Prefill is bound by arithmetic, of which the CPU kernel saves
-the zeros' share, in float32 sums.
+the zeros' share above 40% sparsity (with bfloat16 instructions above 55%).
 """
 
 import json
