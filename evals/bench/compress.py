@@ -1,4 +1,4 @@
-"""Compressing: ours (1, 4, 16 experts in full, 16 in a size budget) beside llm-compressor's own SparseGPTModifier.
+"""Compressing: ours (1, 4, 16 experts in full, 16 within a budget) beside SparseGPTModifier.
 
     python -m evals.bench.compress [--json FILE] [--rounds 3]
 
