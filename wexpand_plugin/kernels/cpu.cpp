@@ -64,7 +64,8 @@ extern "C" {
 const char* wexpand_instructions() { return INSTRUCTIONS; }
 
 // y [tokens, out] = x [tokens, in] times the rows of each token's expert. `chosen` [tokens], or null for the first expert.
-// type: 0 float32, 1 bfloat16, 2 float16; density: kept weights over all, which decides the way only. Returns 0, or 1 if a chosen expert does not exist (y is then not written).
+// type: 0 float32, 1 bfloat16, 2 float16. density: kept weights over all, which decides the way only. Returns 0, or 1 if a chosen
+// expert does not exist (y is then not written).
 int wexpand_linear(int type, const void* x, const int64_t* chosen, int64_t tokens, int64_t in, int64_t out,
                    int64_t experts, const void* values, const uint8_t* mask, const uint32_t* starts,
                    const int32_t* row_map, void* y, double density, int threads) {
