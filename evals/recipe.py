@@ -91,7 +91,8 @@ def main(
                 rows.append(row | measure(model, recipe, dataset, seed))
                 print(json.dumps(rows[-1]), flush=True)
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": f"python -m evals.recipe --seeds {seeds}", "model": label(model),
+    asked = "".join(f" --sparsity {level}" for level in sparsity or ())
+    content = {"command": f"python -m evals.recipe --seeds {seeds}{asked}", "model": label(model),
                "dataset": Path(dataset).name, "rows": rows}  # fmt: skip
     json_file.write_text(json.dumps(content, indent=1) + "\n")
     for level in levels:
@@ -100,9 +101,9 @@ def main(
             at = {r["variant"]: r for r in rows if (r["sparsity"], r["seed"]) == (level, seed)}
             plain, full = at["one expert"]["loss"], at["full"]["loss"]
             shares.append((plain - at["budget"]["loss"]) / (plain - full))
-        deviation = statistics.stdev(shares) if seeds > 1 else 0.0
+        deviation = f" +- {statistics.stdev(shares):.3f}" if seeds > 1 else ""
         print(
-            f"sparsity {level}: recovered {statistics.mean(shares):.3f} +- {deviation:.3f}, "
+            f"sparsity {level}: recovered {statistics.mean(shares):.3f}{deviation}, "
             f"stored {at['budget']['stored']:.3f}, read {at['budget']['read']:.3f} of dense"
         )
 

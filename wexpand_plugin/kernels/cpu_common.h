@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -103,6 +104,14 @@ template <class V> struct Call {
 
     int64_t mask_bytes() const { return (in + 7) / 8; }
     int64_t count(int64_t expert) const { return begins[expert + 1] - begins[expert]; }
+
+    // Where each expert's part begins in a buffer that gives it size(expert); returns the size of all.
+    template <class Size> int64_t place(std::vector<int64_t>& places, Size size) const {
+        int64_t all = 0;
+        places.resize(experts);
+        for (int64_t e = 0; e < experts; all += size(e++)) places[e] = all;
+        return all;
+    }
 
     // work(expert, first, last): every expert that has tokens, a range of at most `most` output rows at a time, on all threads.
     // While x fits the caches experts take turns over a range, as they share row versions: what one reads from memory the next finds

@@ -120,12 +120,7 @@ template <class V> struct Narrow {
         const Panels<V> panels(call, panels_from(call.density));
         thread_local Buffer buffer;
         thread_local std::vector<int64_t> begins;
-        begins.resize(call.experts);
-        int64_t size = 0;
-        for (int64_t e = 0; e < call.experts; ++e) {
-            begins[e] = size;
-            if (!panels.take(e)) size += panels.width * call.count(e);
-        }
+        const int64_t size = call.place(begins, [&](int64_t e) { return panels.take(e) ? 0 : panels.width * call.count(e); });
         float* const packed = (float*)buffer.get(size * sizeof(float));
         const int64_t* const begin = begins.data();  // of this thread: another would see its own `begins`
         const int64_t tokens = call.begins[call.experts];

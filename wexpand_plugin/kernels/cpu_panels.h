@@ -23,7 +23,7 @@ template <class V> struct Panels {
     using P = Products<V>;
     using X = typename P::X;
     using W = typename P::W;
-    static constexpr int64_t WIDE = P::WIDE, PANEL = WIDE * P::MOST;             // tokens
+    static constexpr int64_t WIDE = P::WIDE, PANEL = WIDE * P::MOST;  // tokens
 
     const Call<V>& call;
     const int64_t least_tokens, width;  // columns, rounded up to words
@@ -34,12 +34,7 @@ template <class V> struct Panels {
     Panels(const Call<V>& call, int64_t tokens) : call(call), least_tokens(tokens), width((call.in + WORD - 1) / WORD * WORD) {
         thread_local Buffer buffer;
         thread_local std::vector<int64_t> begins;
-        begins.resize(call.experts);
-        int64_t size = 0;
-        for (int64_t e = 0; e < call.experts; ++e) {
-            begins[e] = size;
-            if (take(e)) size += width * whole(call.count(e));
-        }
+        const int64_t size = call.place(begins, [&](int64_t e) { return take(e) ? width * whole(call.count(e)) : 0; });
         X* const to = (X*)buffer.get(size * sizeof(X));
         packed = to, begin = begins.data();
         pack(to);
