@@ -184,7 +184,7 @@ class Demo:
         print(f"    {self.results[name]['lm_eval']}")
 
     def sizes(self) -> None:
-        from wexpand_plugin.inspection import inspect
+        from wexpand_plugin.tools.inspect import inspect
 
         expanded = inspect(self.models["expanded"])
         linears = [linear.name for linear in expanded.linears]

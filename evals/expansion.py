@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from evals.paper.inputs import mlp_linears
-from wexpand_plugin.allocation import allocate
-from wexpand_plugin.compress.expansion import (
+from wexpand_plugin.format.router import Router, fit_router
+from wexpand_plugin.format.rowpool import RowPool
+from wexpand_plugin.hf.linear import RoutedLinear
+from wexpand_plugin.method.allocation import allocate
+from wexpand_plugin.method.candidates import (
     Candidates,
     Settings,
     allocate_model,
@@ -29,10 +32,7 @@ from wexpand_plugin.compress.expansion import (
     score_values,
     weigh,
 )
-from wexpand_plugin.compress.statistics import GroupStatistics, RowSample
-from wexpand_plugin.linear import RoutedLinear
-from wexpand_plugin.router import Router, fit_router
-from wexpand_plugin.rowpool import RowPool
+from wexpand_plugin.method.statistics import GroupStatistics, RowSample
 
 __all__ = [
     "ExpandedLinear",

@@ -121,7 +121,7 @@ class Comparison:
 
     def prepare(self, label: str, recipe: Recipe) -> dict[str, Any]:
         """Prune, pack, verify, unpack; sizes and whether the dense model came back."""
-        from wexpand_plugin.inspection import inspect
+        from wexpand_plugin.tools.inspect import inspect
 
         dense, packed, back = (self.out / f"{label}_{kind}" for kind in ("dense", "packed", "back"))
         self.compress(recipe, dense, pack=False)
@@ -180,7 +180,7 @@ def equal_tensors(a: Path, b: Path) -> bool:
     """Whether two model directories hold the same tensors (0.0 and -0.0 are the same here)."""
     import torch
 
-    from wexpand_plugin.checkpoint import tensor_files, tensors_of
+    from wexpand_plugin.format.checkpoint import tensor_files, tensors_of
 
     first, second = (dict(tensors_of(tensor_files(directory))) for directory in (a, b))
     return first.keys() == second.keys() and all(

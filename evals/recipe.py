@@ -52,7 +52,7 @@ def measure(model: str, recipe: dict[str, Any], dataset: str, seed: int) -> dict
     from transformers import AutoTokenizer
 
     from wexpand_plugin.compress.oneshot import compress
-    from wexpand_plugin.inspection import inspect
+    from wexpand_plugin.tools.inspect import inspect
 
     texts = training_texts(dataset, seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -94,9 +94,9 @@ class Bench:
         from dataclasses import asdict
 
         from evals.expansion import expand_network, install, reallocate, sizes
-        from wexpand_plugin.compress.expansion import Settings
         from wexpand_plugin.errors import WexpandError
-        from wexpand_plugin.solver import MaskStructure
+        from wexpand_plugin.method.candidates import Settings
+        from wexpand_plugin.method.solvers.sparsegpt import MaskStructure
 
         first, network = wanted[0], self.network()
         settings = Settings(

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from wexpand_plugin.linear import RoutedLinear
-from wexpand_plugin.router import Router, rounded
-from wexpand_plugin.rowpool import pack_experts
+from wexpand_plugin.format.router import Router, rounded
+from wexpand_plugin.format.rowpool import pack_experts
+from wexpand_plugin.hf.linear import RoutedLinear
 
 __all__ = [
     "CLASSES",
@@ -112,7 +112,7 @@ def expand(
 
 def expanded(path, kind: str = "llama", dtype: torch.dtype = torch.float32, **settings):
     """Save an expanded tiny model at `path` and return it."""
-    from wexpand_plugin.saving import wrap_save_pretrained
+    from wexpand_plugin.hf.saving import wrap_save_pretrained
 
     model = expand(dense(kind, dtype), **settings)
     wrap_save_pretrained(model, {"test": kind})

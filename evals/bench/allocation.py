@@ -20,7 +20,7 @@ import torch
 import typer
 
 from evals.bench.timing import write_json
-from wexpand_plugin.allocation import Problem, Tree, allocate, merge_tree
+from wexpand_plugin.method.allocation import Problem, Tree, allocate, merge_tree
 
 __all__ = ["Statistics", "problem", "statistics"]
 

@@ -20,8 +20,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from wexpand_plugin.format.rowpool import RowPool, pack_rows
 from wexpand_plugin.kernels import cpu
-from wexpand_plugin.rowpool import RowPool, pack_rows
 
 from .timing import alternate, copies_beyond_cache, machine, read_bandwidth, write_json
 

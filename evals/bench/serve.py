@@ -107,7 +107,7 @@ class Engine:
 
 def make_models(folder: Path, shape: Any, dtype: str, sparsity: float) -> dict[str, Path]:
     """Synthetic models of one shape; all linears of the blocks are sparse."""
-    from wexpand_plugin.synth import synth
+    from wexpand_plugin.tools.synth import synth
 
     common: dict[str, Any] = dict(sparsity=sparsity, dtype=dtype, quiet=True, targets="all", seed=0)
     kinds: dict[str, dict[str, Any]] = {
@@ -124,7 +124,7 @@ def make_models(folder: Path, shape: Any, dtype: str, sparsity: float) -> dict[s
 
 def linear_bytes(models: dict[str, Path]) -> dict[str, tuple[float, float]]:
     """(stored, read per token) bytes of the linears of the blocks of each model."""
-    from wexpand_plugin.inspection import inspect
+    from wexpand_plugin.tools.inspect import inspect
 
     names: list[str] = []
     for path in models.values():
@@ -162,7 +162,7 @@ def main(
         child(child_model, dtype, longest)
         return
     from evals.bench.timing import read_bandwidth, write_json
-    from wexpand_plugin.synth import Shape
+    from wexpand_plugin.tools.synth import Shape
 
     batches = batches or [1, 4, 16]
     with tempfile.TemporaryDirectory() as name:

@@ -23,8 +23,8 @@ from evals.paper.inputs import label, mlp_linears, record, write_plot
 from evals.perplexity import held_out_loss, load_model
 from evals.pocket import MODEL
 from evals.scores import held_out_texts, training_texts
-from wexpand_plugin.neurons import neuron_scores
-from wexpand_plugin.solver import MaskStructure, solve
+from wexpand_plugin.method.neurons import neuron_scores
+from wexpand_plugin.method.solvers.sparsegpt import MaskStructure, solve
 
 __all__ = ["criteria", "prune_rows"]
 

@@ -22,9 +22,9 @@ from evals.paper.inputs import label, mlp_linears, record, write_plot
 from evals.perplexity import load_model, read_texts
 from evals.pocket import MODEL
 from evals.scores import held_out_texts, training_texts
-from wexpand_plugin.neurons import neuron_scores
-from wexpand_plugin.router import fit_router, route
-from wexpand_plugin.solver import MaskStructure, solve
+from wexpand_plugin.format.router import fit_router, route
+from wexpand_plugin.method.neurons import neuron_scores
+from wexpand_plugin.method.solvers.sparsegpt import MaskStructure, solve
 
 __all__ = ["improvement"]
 

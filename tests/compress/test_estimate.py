@@ -5,8 +5,8 @@ from torch import nn
 
 pytest.importorskip("llmcompressor")
 from wexpand_plugin.compress.estimate import working_bytes  # noqa: E402
-from wexpand_plugin.compress.expansion import Settings  # noqa: E402
-from wexpand_plugin.solver import MaskStructure  # noqa: E402
+from wexpand_plugin.method.candidates import Settings  # noqa: E402
+from wexpand_plugin.method.solvers.sparsegpt import MaskStructure  # noqa: E402
 
 LINEARS = {
     "a.mlp.gate": nn.Linear(8, 10, bias=False),

@@ -14,10 +14,10 @@ from llmcompressor import oneshot  # noqa: E402
 from tiny import VOCAB, tokenizer  # noqa: E402
 
 import wexpand_plugin  # noqa: E402, F401
-from wexpand_plugin.checkpoint import read_config, read_linear, tensor_files  # noqa: E402
 from wexpand_plugin.compress.modifier import SparseExpansionModifier  # noqa: E402
 from wexpand_plugin.errors import WexpandError  # noqa: E402
-from wexpand_plugin.linear import RoutedLinear  # noqa: E402
+from wexpand_plugin.format.checkpoint import read_config, read_linear, tensor_files  # noqa: E402
+from wexpand_plugin.hf.linear import RoutedLinear  # noqa: E402
 
 
 def tiny(kind: str, path: Path, dtype=torch.float32) -> Path:
@@ -149,7 +149,7 @@ def test_down_proj_is_calibrated_on_the_sparse_gate_and_up(tmp_path):
     for row in data["input_ids"]:
         with torch.no_grad():
             model(input_ids=torch.tensor([row]))
-    from wexpand_plugin.router import route
+    from wexpand_plugin.format.router import route
 
     counts = torch.bincount(
         route(torch.cat(seen), down.router_weight, down.router_bias), minlength=4

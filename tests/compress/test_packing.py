@@ -10,10 +10,10 @@ pytest.importorskip("llmcompressor")
 from llmcompressor import oneshot  # noqa: E402
 
 import wexpand_plugin  # noqa: E402, F401
-from wexpand_plugin.checkpoint import read_config  # noqa: E402
 from wexpand_plugin.compress.packing import PackModifier  # noqa: E402
 from wexpand_plugin.errors import WexpandError  # noqa: E402
-from wexpand_plugin.linear import RoutedLinear  # noqa: E402
+from wexpand_plugin.format.checkpoint import read_config  # noqa: E402
+from wexpand_plugin.hf.linear import RoutedLinear  # noqa: E402
 
 RECIPE = """
 p_stage:

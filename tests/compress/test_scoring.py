@@ -25,10 +25,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from wexpand_plugin.compress.neuron_scores import fingerprint, load_scores
 from wexpand_plugin.compress.scoring import NeuronScoringModifier
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.neurons import neuron_scores, wasserstein_neurons
-from wexpand_plugin.scores import fingerprint, load_scores
+from wexpand_plugin.method.neurons import neuron_scores, wasserstein_neurons
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VOCABULARY, ROWS, LENGTH = 96, 12, 32

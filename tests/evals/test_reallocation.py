@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("llmcompressor")
 from evals.expansion import expand_network, input_groups, reallocate, sizes  # noqa: E402
 from evals.scores import add, summary  # noqa: E402
-from wexpand_plugin.compress.expansion import Settings  # noqa: E402
 from wexpand_plugin.errors import WexpandError  # noqa: E402
-from wexpand_plugin.linear import RoutedLinear  # noqa: E402
-from wexpand_plugin.solver import MaskStructure  # noqa: E402
+from wexpand_plugin.hf.linear import RoutedLinear  # noqa: E402
+from wexpand_plugin.method.candidates import Settings  # noqa: E402
+from wexpand_plugin.method.solvers.sparsegpt import MaskStructure  # noqa: E402
 
 SETTINGS = dict(structure=MaskStructure.parse("row"), num_experts=3, router_restarts=1)
 

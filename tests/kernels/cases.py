@@ -2,8 +2,8 @@
 
 import torch
 
+from wexpand_plugin.format.rowpool import RowPool, pack_rows
 from wexpand_plugin.kernels import reference
-from wexpand_plugin.rowpool import RowPool, pack_rows
 
 __all__ = ["assert_logits_match", "assert_matches", "random_case"]
 

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.format.router import ROUTER_DTYPES
+from wexpand_plugin.format.rowpool import pack_rows
 from wexpand_plugin.kernels import build, cpu
-from wexpand_plugin.router import ROUTER_DTYPES
-from wexpand_plugin.rowpool import pack_rows
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

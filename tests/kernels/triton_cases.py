@@ -11,9 +11,9 @@ import cases
 import pytest
 import torch
 
+from wexpand_plugin.format.router import ROUTER_DTYPES
+from wexpand_plugin.format.rowpool import RowPool, pack_rows
 from wexpand_plugin.kernels import triton as kernel
-from wexpand_plugin.router import ROUTER_DTYPES
-from wexpand_plugin.rowpool import RowPool, pack_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

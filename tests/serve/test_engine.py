@@ -14,8 +14,8 @@ import tiny
 import torch
 from engine import LENGTH, PROMPTS
 
-from wexpand_plugin import checkpoint
-from wexpand_plugin.saving import wrap_save_pretrained
+from wexpand_plugin.format import checkpoint
+from wexpand_plugin.hf.saving import wrap_save_pretrained
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("engine.py")

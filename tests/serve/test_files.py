@@ -17,12 +17,12 @@ from vllm.config import LoadConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.utils import get_draft_quant_config
 
-from wexpand_plugin import checkpoint
-from wexpand_plugin.checkpoint import WexpandConfig
 from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.format import checkpoint
+from wexpand_plugin.format.checkpoint import WexpandConfig
 from wexpand_plugin.serve import files, register
 from wexpand_plugin.serve.files import check_directory, local_directory
-from wexpand_plugin.serve.parts import Parts
+from wexpand_plugin.serve.params import Parts
 
 NORM = "model.layers.1.input_layernorm.weight"
 

@@ -39,8 +39,8 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
 )
 
-from wexpand_plugin.checkpoint import LinearEntry, checksum
 from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.format.checkpoint import LinearEntry, checksum
 from wexpand_plugin.serve.config import WexpandServeConfig
 
 WIDTH, EXPERTS = 20, 3

@@ -41,10 +41,10 @@ from vllm.model_executor.model_loader.weight_utils import (
     safetensors_weights_iterator,
 )
 
-from wexpand_plugin import checkpoint
-from wexpand_plugin.checkpoint import checksum
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.saving import wrap_save_pretrained
+from wexpand_plugin.format import checkpoint
+from wexpand_plugin.format.checkpoint import checksum
+from wexpand_plugin.hf.saving import wrap_save_pretrained
 from wexpand_plugin.serve.config import WexpandServeConfig
 from wexpand_plugin.serve.files import check_directory
 

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.router import ROUTER_DTYPES, Router
+from wexpand_plugin.format.router import ROUTER_DTYPES, Router
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 WIDTH, EXPERTS = 20, 3  # 20 does not divide by 8

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from .expansion import Settings, dense_bytes
+from ..method.candidates import Settings, dense_bytes
 from .group import SHORTLIST
 
 __all__ = ["working_bytes"]

@@ -6,13 +6,13 @@ import torch
 from compressed_tensors.offload import OffloadCache, get_cache_init_kwargs, offload_module
 from torch import Tensor, nn
 
-from ..allocation import allocate
-from ..linear import RoutedLinear
-from ..router import Router, fit_router
-from ..rowpool import RowPool
-from .expansion import Candidates, Settings, dense_bytes, expand, fixed_bytes, propose
+from ..format.router import Router, fit_router
+from ..format.rowpool import RowPool
+from ..hf.linear import RoutedLinear
+from ..method.allocation import allocate
+from ..method.candidates import Candidates, Settings, dense_bytes, expand, fixed_bytes, propose
+from ..method.statistics import GroupStatistics, RowSample
 from .replay import BlockReplay, InputGroup
-from .statistics import GroupStatistics, RowSample
 
 __all__ = ["SHORTLIST", "ExpandedGroup", "expand_group", "replace_linear", "sum_hessians"]
 

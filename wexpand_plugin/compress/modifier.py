@@ -15,15 +15,22 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import WexpandError
-from ..linear import RoutedLinear
-from ..router import Router
-from ..saving import wrap_save_pretrained
-from ..solver import MaskStructure
+from ..format.router import Router
+from ..hf.linear import RoutedLinear
+from ..hf.saving import wrap_save_pretrained
+from ..method.candidates import (
+    SCORES,
+    Candidates,
+    Settings,
+    allocate_model,
+    dense_bytes,
+    fixed_bytes,
+)
+from ..method.solvers.sparsegpt import MaskStructure
+from ..method.statistics import GroupStatistics
 from .estimate import working_bytes
-from .expansion import SCORES, Candidates, Settings, allocate_model, dense_bytes, fixed_bytes
 from .group import expand_group, replace_linear, sum_hessians
 from .replay import BlockReplay
-from .statistics import GroupStatistics
 from .targets import target_linears
 
 __all__ = ["SparseExpansionModifier"]

@@ -195,7 +195,7 @@ def compress(
     from loguru import logger
     from transformers import AutoConfig, AutoTokenizer
 
-    from ..saving import partial_directory
+    from ..hf.saving import partial_directory
 
     if dtype not in DTYPES:
         raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")

@@ -8,9 +8,9 @@ from pydantic import Field
 from tqdm import tqdm
 
 from ..errors import WexpandError
-from ..rowpool import pack_experts
-from ..saving import wrap_save_pretrained
-from .expansion import dense_bytes
+from ..format.rowpool import pack_experts
+from ..hf.saving import wrap_save_pretrained
+from ..method.candidates import dense_bytes
 from .group import replace_linear
 from .targets import HEADS, target_linears
 

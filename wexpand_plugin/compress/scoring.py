@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import WexpandError
-from ..neurons import MAX_BYTES, MIN_TOKENS, NeuronScores, neuron_scores
-from ..scores import FOLDER, ModelScores, ScoredLinear, fingerprint, save_scores
-from .statistics import RowSample
+from ..method.neurons import MAX_BYTES, MIN_TOKENS, NeuronScores, neuron_scores
+from ..method.statistics import RowSample
+from .neuron_scores import FOLDER, ModelScores, ScoredLinear, fingerprint, save_scores
 from .targets import HEADS, target_linears
 
 __all__ = ["NeuronScoringModifier"]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import WexpandError
-from ..router import ROUTER_DTYPES
-from ..rowpool import RowPool, row_starts
+from ..format.router import ROUTER_DTYPES
+from ..format.rowpool import RowPool, row_starts
 from .build import DEFAULT_FLAGS, BuildError, build
 
 __all__ = ["load", "logits", "name", "prepare", "run", "unavailable"]

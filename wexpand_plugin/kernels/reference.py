@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..rowpool import RowPool
+from ..format.rowpool import RowPool
 
 __all__ = ["logits", "multiply", "name", "prepare", "run", "unavailable"]
 

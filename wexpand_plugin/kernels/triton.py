@@ -59,7 +59,7 @@ best half its speed on an H200.
 import torch
 from torch import Tensor
 
-from ..rowpool import RowPool, pack_bits, row_starts, unpack_bits, unpack_rows
+from ..format.rowpool import RowPool, pack_bits, row_starts, unpack_bits, unpack_rows
 
 __all__ = ["logits", "name", "prepare", "run", "unavailable"]
 

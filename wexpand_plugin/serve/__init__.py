@@ -33,7 +33,7 @@ def register() -> None:
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from ..checkpoint import QUANT_METHOD
+        from ..format.checkpoint import QUANT_METHOD
         from .config import WexpandServeConfig
 
         register_quantization_config(QUANT_METHOD)(WexpandServeConfig)

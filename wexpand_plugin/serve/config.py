@@ -13,8 +13,8 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from ..checkpoint import QUANT_METHOD, parse_config
 from ..errors import WexpandError
+from ..format.checkpoint import QUANT_METHOD, parse_config
 
 __all__ = ["WexpandServeConfig"]
 

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, verification
-from ..checkpoint import WexpandConfig
 from ..errors import WexpandError
+from ..format import checkpoint
+from ..format.checkpoint import WexpandConfig
+from ..tools import verify as verification
 from . import logger
 
 __all__ = ["check_directory", "check_engine", "file_of", "local_directory"]
@@ -174,7 +175,7 @@ def _check_edited(directory: Path, files: dict[str, Path], config: WexpandConfig
     if edited is None:
         return
     logger.warning("wexpand: %s", edited)
-    from ..hf import skeleton
+    from ..hf.names import skeleton
 
     try:
         model = skeleton(directory)

@@ -17,12 +17,13 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from .. import kernels
-from ..checkpoint import WexpandConfig
 from ..errors import WexpandError
-from ..router import Router
-from ..rowpool import RowPool, concat_pools
-from . import logger, ops, shards
-from .parts import Member, Parts
+from ..format.checkpoint import WexpandConfig
+from ..format.router import Router
+from ..format.rowpool import RowPool, concat_pools
+from . import logger, ops
+from . import tensor_parallel as shards
+from .params import Member, Parts
 
 __all__ = ["WexpandLinearMethod"]
 

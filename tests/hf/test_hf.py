@@ -1,0 +1,354 @@
+"""transformers reads, runs and saves checkpoints of ours, and refuses damaged ones."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM  # noqa: E402
+
+import wexpand_plugin  # noqa: E402, F401
+from wexpand_plugin.errors import WexpandError  # noqa: E402
+from wexpand_plugin.format import checkpoint  # noqa: E402
+from wexpand_plugin.hf import saving  # noqa: E402
+from wexpand_plugin.hf.linear import RoutedLinear  # noqa: E402
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny.tokens()).logits
+
+
+def load(path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def same_tensors(a, b) -> bool:
+    def state(model):
+        # a router is made in float16 and loaded in float32
+        state = model.state_dict().items()
+        return {n: t.float() if n.endswith("router_weight") else t for n, t in state}
+
+    a, b = state(a), state(b)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+    )
+
+
+def router_files(path: Path) -> dict[str, Path]:
+    files = checkpoint.tensor_files(path)
+    return {n: f for n, f in files.items() if n.endswith("router_weight")}
+
+
+def edit(path: Path, change) -> None:
+    """Change the quantization_config with `change(dict)` and seal it again."""
+    values = json.loads((path / "config.json").read_text())
+    change(values["quantization_config"])
+    config = checkpoint.WexpandConfig.model_validate(values["quantization_config"]).seal()
+    values["quantization_config"] = config.model_dump(mode="json")
+    (path / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("match", ["mlp", ""])
+@pytest.mark.parametrize("kind", tiny.CLASSES)
+def test_round_trip(tmp_path, kind, match):
+    model = tiny.expanded(tmp_path / "a", kind, match=match)
+    loaded = load(tmp_path / "a")
+    routed = [m for m in loaded.modules() if isinstance(m, RoutedLinear)]
+    assert len(routed) >= 4 and all(m.tokens == [10, 11, 12] for m in routed)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "b", max_shard_size="30kB")
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    again = load(tmp_path / "b")
+    assert same_tensors(loaded, again)
+    a, b = (checkpoint.read_config(tmp_path / name) for name in "ab")
+    assert a == b
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_agrees_with_the_dense_model(tmp_path, experts):
+    """Equal experts, not pruned: routing must not matter."""
+    model = tiny.dense("qwen2")
+    right = logits(model)
+    tiny.expand(model, experts, sparsity=0.0, match="")
+    saving.wrap_save_pretrained(model, {})
+    model.save_pretrained(tmp_path / "a")
+    torch.testing.assert_close(logits(load(tmp_path / "a")), right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes_keep_the_router(tmp_path, dtype):
+    model = tiny.expanded(tmp_path / "a")
+    loaded = load(tmp_path / "a", dtype=dtype)
+    linear = loaded.model.layers[0].mlp.down_proj
+    assert linear.weight.dtype == dtype and logits(loaded).dtype == dtype
+    router = model.model.layers[0].mlp.down_proj.router_weight
+    assert linear.router_weight.dtype == torch.float32  # computed with, whatever is stored
+    assert torch.equal(linear.router_weight, router.float())
+    loaded.save_pretrained(tmp_path / "b")
+    assert same_tensors(loaded, load(tmp_path / "b"))
+    for _, tensor in checkpoint.tensors_of(router_files(tmp_path / "b")):
+        assert tensor.dtype == torch.float16
+
+
+def test_a_float32_router_that_float16_cannot_hold_stays_as_it_is(tmp_path):
+    model = tiny.expanded(tmp_path / "a")
+    router = model.model.layers[0].mlp.down_proj.router_weight
+    router.data = torch.randn(router.shape)
+    model.save_pretrained(tmp_path / "a")
+    loaded = load(tmp_path / "a").model.layers[0].mlp.down_proj
+    assert torch.equal(loaded.router_weight, router)
+
+
+def test_a_cast_model_saves_a_float32_bias(tmp_path):
+    tiny.expanded(tmp_path / "a")
+    load(tmp_path / "a").to(torch.bfloat16).save_pretrained(tmp_path / "b")
+    loaded = load(tmp_path / "b")
+    assert loaded.model.layers[0].mlp.up_proj.router_bias.dtype == torch.float32
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_generate_and_flags(tmp_path):
+    model = tiny.expanded(tmp_path / "a")
+    loaded = load(tmp_path / "a")
+    prompt = tiny.tokens(1, 5)
+    right = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(loaded.generate(prompt, max_new_tokens=8, do_sample=False), right)
+    assert loaded.hf_quantizer.is_serializable() and not loaded.hf_quantizer.is_trainable
+    assert not any(
+        p.requires_grad
+        for m in loaded.modules() if isinstance(m, RoutedLinear)
+        for p in m.parameters()
+    )  # fmt: skip
+
+
+def test_base_model_and_device_map(tmp_path):
+    model = tiny.expanded(tmp_path / "a")
+    base = AutoModel.from_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        states = base(tiny.tokens()).last_hidden_state
+        assert torch.equal(states, model.model(tiny.tokens()).last_hidden_state)
+    pytest.importorskip("accelerate")
+    assert torch.equal(logits(load(tmp_path / "a", device_map="cpu")), logits(model))
+
+
+def test_registering_again_does_nothing():
+    from wexpand_plugin import hf
+
+    hf.register()
+    hf.register()
+
+
+def python(code, *arguments):
+    """Run `code` in a process that has imported nothing yet."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_without_the_plugin_transformers_refuses(tmp_path):
+    """A size error, and never a model with random weights."""
+    tiny.expanded(tmp_path / "a")
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        "try: AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "except RuntimeError as error: print('refused', error); sys.exit(7)\n"
+        "assert 'wexpand_plugin' not in sys.modules"
+    )
+    done = python(code, tmp_path / "a")
+    assert done.returncode == 7, done.stderr
+    assert "size" in done.stdout.lower() and "gate_proj.weight" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_importing_the_plugin_before_transformers(tmp_path):
+    """The other order is that of this file."""
+    tiny.expanded(tmp_path / "a")
+    code = (
+        "import sys; import wexpand_plugin; from transformers import AutoModelForCausalLM\n"
+        "print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj)"
+    )
+    done = python(code, tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("RoutedLinear(in_features=40, out_features=52, experts=3")
+
+
+# --- saving
+
+
+def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+    model = tiny.expanded(tmp_path / "a")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "finalize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "a")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+
+
+def test_interrupted_while_moving_has_no_config(tmp_path, monkeypatch):
+    """Over an older model: once files start to change, there is no config.json until the end."""
+    model = tiny.expanded(tmp_path / "a")
+    real = os.replace
+
+    def replace(source, target):
+        if Path(target) == tmp_path / "a" / "model.safetensors":
+            raise OSError("disk full")
+        real(source, target)
+
+    monkeypatch.setattr(saving.os, "replace", replace)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a" / "config.json").exists()
+    assert not [p for p in (tmp_path / "a").iterdir() if p.is_dir()]
+
+
+def test_saving_over_an_older_model_replaces_its_shards(tmp_path):
+    model = tiny.expanded(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", max_shard_size="20kB")
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path / "b")
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "notes.txt",
+    ]  # fmt: skip
+    assert torch.equal(logits(load(tmp_path / "b")), logits(model))
+
+
+def test_refuses_to_save_where_it_would_mix(tmp_path):
+    model = tiny.expanded(tmp_path / "a")
+    with pytest.raises(WexpandError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "b", push_to_hub=True)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "adapter.safetensors").write_bytes(b"")
+    with pytest.raises(WexpandError, match="adapter.safetensors"):
+        model.save_pretrained(tmp_path / "c")
+    (tmp_path / "d").write_text("")
+    with pytest.raises(WexpandError, match="is a file"):
+        model.save_pretrained(tmp_path / "d")
+
+
+def test_wrapping(tmp_path):
+    """Once is enough, other wrappers keep working, copies save themselves."""
+    model = tiny.expanded(tmp_path / "a")
+    function = model.save_pretrained.__func__
+    saving.wrap_save_pretrained(model, {"made": "later"})
+    assert model.save_pretrained.__func__ is function
+
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.norm.weight.fill_(3)
+    other.save_pretrained(tmp_path / "b")
+    assert load(tmp_path / "b").model.norm.weight.unique().tolist() == [3]
+    assert checkpoint.read_config(tmp_path / "b").made_by == {"made": "later"}
+
+    plain = tiny.dense()
+    saving.wrap_save_pretrained(plain, {})
+    plain.save_pretrained(tmp_path / "c")
+    assert "quantization_config" not in json.loads((tmp_path / "c" / "config.json").read_text())
+
+
+def test_another_wrapper_outside(tmp_path):
+    """llm-compressor wraps what it finds, copies its attributes, and rewrites config.json."""
+    from functools import wraps
+
+    model = tiny.expanded(tmp_path / "a")
+    inner = model.save_pretrained
+
+    @wraps(inner.__func__)
+    def outer(directory, save_compressed=True, **kwargs):
+        inner.__func__.__get__(model, type(model))(directory, **kwargs)
+        values = json.loads((Path(directory) / "config.json").read_text())
+        values.pop("quantization_config")
+        (Path(directory) / "config.json").write_text(json.dumps(values))
+        (Path(directory) / "recipe.yaml").write_text("")
+
+    outer._overridden = True
+    model.save_pretrained = outer
+    saving.wrap_save_pretrained(model, {"made": "again"})
+    assert model.save_pretrained._overridden
+    model.save_pretrained(tmp_path / "b", save_compressed=True)
+    assert (tmp_path / "b" / "recipe.yaml").exists()
+    assert checkpoint.read_config(tmp_path / "b").made_by == {"made": "again"}
+    assert torch.equal(logits(load(tmp_path / "b")), logits(model))
+
+
+# --- what is refused at load
+
+
+def test_refuses_names_and_sizes_that_do_not_fit(tmp_path):
+    tiny.expanded(tmp_path / "a")
+    name = "model.layers.0.mlp.up_proj"
+    values = json.loads((tmp_path / "a" / "config.json").read_text())
+    values["intermediate_size"] = 60
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(WexpandError, match=r"layers.0.mlp.*should be \(40, 60, False\)"):
+        load(tmp_path / "a")
+    values["intermediate_size"] = tiny.FFN
+    values["vocab_size"] = 90
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(WexpandError, match=r"weight: shape \[96, 40\] should be \[90, 40\]"):
+        load(tmp_path / "a")
+    values["vocab_size"] = tiny.VOCAB
+    values["num_hidden_layers"] = 1
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(WexpandError, match="model.layers.1.mlp.*should be a linear"):
+        load(tmp_path / "a")
+    values["num_hidden_layers"] = 2
+    values["quantization_config"]["linears"][name]["nnz"] -= 1
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(WexpandError, match="changed after it was written"):
+        load(tmp_path / "a")
+
+
+def test_refuses_missing_and_damaged_tensors(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny.expanded(tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    good = load_file(file)
+
+    def attempt(tensors, match):
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(WexpandError, match=match):
+            load(tmp_path / "a")
+
+    mask, norm = "model.layers.1.mlp.up_proj.weight_mask", "model.norm.weight"
+    attempt({n: t for n, t in good.items() if n != mask}, f"{mask}: missing")
+    attempt({n: t for n, t in good.items() if n != norm}, f"{norm}: missing")
+    attempt(good | {norm: good[norm] + 1}, f"{norm}: damaged")
+    attempt(good | {mask: good[mask] ^ 1}, f"model.safetensors: {mask}: damaged")
+    attempt(good | {"extra": torch.zeros(1)}, "extra: unknown")
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(WexpandError, match="model.safetensors: not a complete safetensors file"):
+        load(tmp_path / "a")
+
+
+def test_refuses_router_that_would_misroute(tmp_path):
+    """NaN that is sealed with a right checksum is still refused."""
+    from safetensors.torch import load_file, save_file
+
+    tiny.expanded(tmp_path / "a")
+    file, name = tmp_path / "a" / "model.safetensors", "model.layers.0.mlp.up_proj.router_bias"
+    tensors = load_file(file)
+    tensors[name][1] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    right = {name: checkpoint.checksum(tensors[name])}
+    edit(tmp_path / "a", lambda values: values["checksums"].update(right))
+    with pytest.raises(WexpandError, match=f"{name}: holds NaN"):
+        load(tmp_path / "a")

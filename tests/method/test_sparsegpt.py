@@ -1,0 +1,167 @@
+"""The batched solver against llm-compressor's own, and the properties of its masks."""
+
+import pytest
+import torch
+
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.method.solvers.sparsegpt import MaskStructure, inverse_factor, solve
+
+
+def hessians(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Means of x x^T of correlated inputs with uneven scales, as layers have."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        mix = torch.randn(width, width, generator=generator) / width**0.5
+        x = torch.randn(4 * width, width, generator=generator) @ mix
+        x *= 3 * torch.rand(width, generator=generator)
+        found.append(x.t() @ x / len(x))
+    return torch.stack(found)
+
+
+def weights(rows: int, width: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def upstream(weight, hessian, sparsity, structure, dampening=0.01):
+    """The installed llm-compressor's answer for one linear and one Hessian."""
+    sgpt = pytest.importorskip("llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify")
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    with torch.no_grad():
+        _, sparse = sgpt.sparsify_weight(
+            module=linear,
+            hessians_dict={linear: hessian.clone()},
+            sparsity=sparsity,
+            prune_n=structure.n,
+            prune_m=structure.m,
+            block_size=128,
+            dampening_frac=dampening,
+            preserve_sparsity_mask=False,
+        )
+    return sparse
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "2:4"])
+@pytest.mark.parametrize("rows,width,experts", [(96, 64, 3), (320, 256, 2), (200, 172, 2)])
+def test_equals_llmcompressor(structure, rows, width, experts):
+    structure = MaskStructure.parse(structure)
+    sparsity = 0.5 if structure.m else 0.8
+    weight, hessian = weights(rows, width), hessians(experts, width)
+    ours = solve(weight, hessian, sparsity, structure)
+    for expert in range(experts):
+        theirs = upstream(weight, hessian[expert], sparsity, structure)
+        assert torch.equal(ours[expert] == 0, theirs == 0)
+        assert (ours[expert] - theirs).abs().max() < 1e-5
+
+
+def test_stacked_linears_are_solved_as_if_alone():
+    hessian, parts = hessians(2, 128), [weights(64, 128, 2), 5 * weights(32, 128, 3)]
+    structure = MaskStructure.parse("unstructured")
+    together = solve(torch.cat(parts), hessian, 0.7, structure, linears=[64, 32])
+    for part, found in zip(parts, together.split([64, 32], dim=1), strict=True):
+        torch.testing.assert_close(found, solve(part, hessian, 0.7, structure), atol=1e-6, rtol=0)
+
+
+def test_chunks_of_experts_change_nothing():
+    weight, hessian, structure = weights(40, 96), hessians(5, 96), MaskStructure.parse("row")
+    whole = solve(weight, hessian, 0.6, structure)
+    pieces = solve(weight, hessian, 0.6, structure, max_bytes=1)
+    torch.testing.assert_close(whole, pieces, atol=1e-6, rtol=0)
+
+
+def test_factor_is_the_cholesky_factor_of_the_inverse():
+    hessian = hessians(2, 48).double()
+    factor = inverse_factor(hessian.clone(), 0.01)
+    damped = hessian + 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(dim=1)[
+        :, None, None
+    ] * torch.eye(48, dtype=torch.float64)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(factor, expected)
+
+
+@pytest.mark.parametrize("width", [64, 172, 300])
+def test_row_structure_keeps_the_same_count_in_every_row(width):
+    sparse = solve(weights(50, width), hessians(2, width), 0.8, MaskStructure.parse("row"))
+    counts = (sparse != 0).sum(dim=2)
+    assert counts.min() == counts.max() == width - round(0.8 * width)
+
+
+def test_row_structure_takes_one_sparsity_per_row():
+    sparsity = torch.tensor([0.0, 0.5, 0.9, 0.0])
+    weight = weights(4, 100)
+    sparse = solve(weight, hessians(1, 100), sparsity, MaskStructure.parse("row"))[0]
+    assert (sparse != 0).sum(dim=1).tolist() == [100, 50, 10, 100]
+    assert torch.equal(sparse[[0, 3]], weight[[0, 3]])
+
+
+@pytest.mark.parametrize("structure,removed,of", [("2:4", 2, 4), ("3:8", 3, 8), ("1:4", 1, 4)])
+def test_n_of_m(structure, removed, of):
+    parsed = MaskStructure.parse(structure)
+    sparse = solve(weights(30, 144), hessians(2, 144), removed / of, parsed)
+    zeros = (sparse.view(2, 30, -1, of) == 0).sum(dim=3)
+    assert zeros.min() == zeros.max() == removed
+
+
+def test_solution_is_better_than_masking_alone():
+    weight, hessian = weights(64, 128), hessians(1, 128)
+    sparse = solve(weight, hessian, 0.5, MaskStructure.parse("row"))[0]
+
+    def error(candidate):
+        change = candidate - weight
+        return float(((change @ hessian[0]) * change).sum())
+
+    assert error(sparse) < 0.8 * error(torch.where(sparse == 0, 0, weight))
+
+
+def test_bfloat16_in_and_out():
+    weight, hessian = weights(32, 64).bfloat16(), hessians(1, 64)
+    sparse = solve(weight, hessian, 0.5, MaskStructure.parse("row"))
+    assert sparse.dtype == torch.bfloat16
+    exact = solve(weight.float(), hessian, 0.5, MaskStructure.parse("row"))
+    assert torch.equal(sparse, exact.bfloat16())
+
+
+def test_dead_columns_are_pruned_and_harmless():
+    hessian = hessians(1, 64)
+    hessian[:, 5] = hessian[:, :, 5] = 0
+    sparse = solve(weights(16, 64), hessian, 0.5, MaskStructure.parse("row"))
+    assert (sparse[0, :, 5] == 0).all() and torch.isfinite(sparse).all()
+
+
+def test_singular_hessians_are_damped_until_they_work():
+    x = torch.randn(4, 64)
+    sparse = solve(
+        weights(16, 64), (x.t() @ x)[None], 0.5, MaskStructure.parse("row"), dampening=1e-12
+    )
+    assert torch.isfinite(sparse).all()
+
+
+def test_hopeless_hessians_end_in_an_error():
+    with pytest.raises(WexpandError, match="dampening_frac"):
+        inverse_factor(-torch.eye(8)[None], 0.01)
+    with pytest.raises(WexpandError, match="NaN"):
+        solve(weights(4, 8), torch.full((1, 8, 8), torch.nan), 0.5, MaskStructure.parse("row"))
+
+
+@pytest.mark.parametrize(
+    "value,kind",
+    [("2:4", "2:4"), (124, "2:4"), ("0:0", "unstructured"), ("row", "row"), (248, "4:8")],
+)
+def test_mask_structure_as_yaml_gives_it(value, kind):
+    assert str(MaskStructure.parse(value)) == kind
+
+
+@pytest.mark.parametrize("value", ["4:2", "2:4:8", "rows", 7, "", "-1:4", "4:4"])
+def test_wrong_mask_structures(value):
+    with pytest.raises(WexpandError, match="mask_structure"):
+        MaskStructure.parse(value)
+
+
+def test_misfits_are_named():
+    with pytest.raises(WexpandError, match="in_features: 66 is not a multiple of 4"):
+        solve(weights(4, 66), hessians(1, 66), 0.5, MaskStructure.parse("2:4"))
+    with pytest.raises(WexpandError, match="block_size: 30"):
+        solve(weights(4, 64), hessians(1, 64), 0.5, MaskStructure.parse("2:4"), block_size=30)
+    with pytest.raises(WexpandError, match="one value per row"):
+        solve(weights(2, 8), hessians(1, 8), torch.rand(2), MaskStructure.parse("unstructured"))

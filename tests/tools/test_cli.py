@@ -1,0 +1,269 @@
+"""The command line: what it prints, its exit codes, and that errors are one sentence."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from wexpand_plugin import __version__  # noqa: E402
+from wexpand_plugin.errors import WexpandError  # noqa: E402
+from wexpand_plugin.format import checkpoint  # noqa: E402
+from wexpand_plugin.tools.cli import app  # noqa: E402
+from wexpand_plugin.tools.inspect import inspect  # noqa: E402
+from wexpand_plugin.tools.synth import Shape, synth  # noqa: E402
+from wexpand_plugin.tools.verify import verify  # noqa: E402
+
+COMMANDS = ("compress", "pack", "unpack", "inspect", "verify", "report", "synth")
+
+
+def run(*arguments, code: int = 0):
+    """Run in this process; returns the result, whose exit code must be `code`."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def sentence(result) -> str:
+    """The one line on standard error of a failed command."""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("wexpand: ") and "Traceback" not in lines[0]
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "pruned"
+    tiny.prune(tiny.dense(dtype=torch.bfloat16)).save_pretrained(path)
+    return path
+
+
+def test_help_teaches():
+    text = run("--help").output
+    assert all(re.search(rf"^  {name}  +\w", text, re.MULTILINE) for name in COMMANDS)
+    assert "--install-completion" in text and "Exit codes" in text
+    for name in COMMANDS:
+        text = run(name, "--help").output
+        assert text.count("\n") > 8 and "Options:" in text
+
+
+def test_version():
+    assert run("--version").output == f"wexpand {__version__}\n"
+
+
+def test_wrong_use_is_2():
+    for arguments in (["pack"], ["nonsense"], ["pack", "a", "b", "--nonsense"], ["synth"]):
+        run(*arguments, code=2)
+    run("compress", "a", "-r", "b", "-d", "c", "-o", "d", "--samples", "0", code=2)
+    run("unpack", "a", "b", "--expert", "-1", code=2)
+
+
+def test_pack_verify_inspect_unpack(pruned, tmp_path):
+    out, back = tmp_path / "out", tmp_path / "back"
+    text = run("pack", pruned, out).stdout
+    assert "packed 14 linears" in text and "left 0 dense" in text and re.search(r"0\.\d\d x", text)
+    assert "no problem found" in run("verify", out).stdout
+    assert run("verify", out, "--quiet").output == ""
+    text = run("inspect", out).stdout
+    assert text.count("RoutedLinear") == 0 and text.count(".mlp.up_proj") == 2
+    assert "one token reads" in text and "on disk" in text
+    found = json.loads(run("inspect", out, "--json").stdout)
+    assert found["ours"] and len(found["linears"]) == 14
+    assert found["linear_bytes"] == inspect(out).linear_bytes < found["dense_bytes"]
+    run("unpack", out, back)
+    before, after = (load_file(path / "model.safetensors") for path in (pruned, back))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "not a model that wexpand wrote" in run("inspect", back).stdout
+
+
+def test_pack_json_and_notes(tmp_path):
+    model = tiny.multiply_by_masks(tiny.dense(dtype=torch.bfloat16))
+    model.save_pretrained(tmp_path / "dense")
+    done = json.loads(run("pack", tmp_path / "dense", tmp_path / "a", "--json").stdout)
+    assert done["negative_zeros"] > 0 and "-0.0" in done["notes"][0]
+    options = ("--drop-negative-zeros", "--json")
+    small = json.loads(run("pack", tmp_path / "dense", tmp_path / "b", *options).stdout)
+    assert small["bytes_after"] < done["bytes_after"]
+    assert run("pack", tmp_path / "dense", tmp_path / "c", "-q").output == ""
+    assert "-0.0" in run("pack", tmp_path / "dense", tmp_path / "d").stdout
+
+
+def test_problems_are_1(pruned, tmp_path):
+    run("pack", pruned, tmp_path / "a", "-q")
+    file = tmp_path / "a" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    result = run("verify", tmp_path / "a", "-q", code=1)
+    assert "damaged" in result.stdout and len(result.stdout.splitlines()) == 1
+    found = json.loads(run("verify", tmp_path / "a", "--json", code=1).stdout)
+    assert len(found["problems"]) == 1 and found["directory"] == str(tmp_path / "a")
+
+
+def test_errors_are_one_sentence(pruned, tmp_path):
+    missing = tmp_path / "missing"
+    assert "there is no such file" in sentence(run("inspect", missing, code=1))
+    assert "there is no such file" in sentence(run("unpack", missing, tmp_path / "a", code=1))
+    assert "is not empty" in sentence(run("pack", pruned, pruned, code=1))
+    tiny.dense().save_pretrained(tmp_path / "dense")
+    assert "no linear has more than" in sentence(
+        run("pack", tmp_path / "dense", tmp_path / "a", "-q", code=1)
+    )
+    assert "sparsity: 1.5" in sentence(run("synth", tmp_path / "a", "--sparsity", 1.5, code=1))
+    assert not (tmp_path / "a").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = CliRunner().invoke(app, ["--debug", "inspect", str(tmp_path)])
+    assert isinstance(result.exception, WexpandError) and result.exit_code == 1
+
+
+def test_defects_keep_their_traceback(tmp_path, monkeypatch):
+    def broken(directory):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("wexpand_plugin.tools.inspect.inspect", broken)
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_recipe_values_are_named():
+    """pydantic's errors, as those of recipes, become one sentence with the key and the value."""
+    from wexpand_plugin.format.config import LinearEntry
+    from wexpand_plugin.tools.cli_errors import sentence
+
+    with pytest.raises(ValueError) as error:
+        LinearEntry(in_features=0, out_features=1, experts=1, versions=1, nnz=1)
+    text = sentence(error.value)
+    assert text.startswith("LinearEntry.in_features: 0: ") and "\n" not in text
+
+
+@pytest.mark.slow
+def test_as_a_program(pruned, tmp_path):
+    """The real thing, installed entry point or not: output, errors and codes of the process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def process(*arguments):
+        command = [sys.executable, "-m", "wexpand_plugin.tools.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    done = process("--version")
+    assert (done.returncode, done.stdout) == (0, f"wexpand {__version__}\n"), done.stderr
+    done = process("pack", pruned, tmp_path / "out", "--json")
+    assert done.returncode == 0 and len(json.loads(done.stdout)["packed"]) == 14
+    done = process("verify", tmp_path / "nothing")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert process("verify").returncode == 2
+
+
+# --- synth
+
+
+@pytest.mark.parametrize("targets", ["mlp", "all"])
+@pytest.mark.parametrize(("experts", "budget"), [(1, None), (4, None), (4, 0.7)])
+def test_synth(tmp_path, experts, budget, targets):
+    """Sound, of the size asked for, and both halves' reader runs it."""
+    shape = Shape(hidden=64, ffn=172, layers=2, heads=4, kv_heads=2, vocab=300)
+    synth(
+        tmp_path / "a", shape, experts=experts, budget=budget, targets=targets, quiet=True,
+        max_shard_bytes=200_000,
+    )  # fmt: skip
+    assert verify(tmp_path / "a") == []
+    found = inspect(tmp_path / "a")
+    assert len(found.linears) == (6 if targets == "mlp" else 14)
+    assert found.sparsity == pytest.approx(0.8, abs=0.01)
+    if budget is not None:
+        assert 0.95 * budget < found.linear_bytes / found.dense_bytes <= budget
+    else:
+        assert all(linear.versions == experts * linear.out_features for linear in found.linears)
+    pool, _, _ = checkpoint.read_linear(
+        checkpoint.tensor_files(tmp_path / "a"),
+        "model.layers.0.mlp.down_proj",
+        checkpoint.read_config(tmp_path / "a"),
+    )
+    per_row = (pool.expert(0) != 0).sum(dim=1)
+    assert per_row.min() >= per_row.max() - 1, "rows keep equally many (a random value may be 0)"
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    text = "any text, né?\n\t漢"
+    ids = tokenizer(text, return_tensors="pt")
+    assert tokenizer.decode(ids["input_ids"][0]) == text and ids["input_ids"].max() < 300
+    with torch.no_grad():
+        logits = model(ids["input_ids"]).logits.float()
+    assert torch.isfinite(logits).all() and 0.1 < logits.std() < 10
+
+
+def test_synth_command(tmp_path):
+    options = ("--hidden", 64, "--ffn", 96, "--layers", 1, "--vocab", 300, "-q")
+    run("synth", tmp_path / "a", "--seed", 3, *options)
+    run("synth", tmp_path / "b", "--seed", 3, *options)
+    run("synth", tmp_path / "c", "--seed", 4, *options)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+    run("synth", tmp_path / "d", "--dense", "--dtype", "float32", *options)
+    found = inspect(tmp_path / "d")
+    assert not found.ours and found.sparsity == 0
+    assert found.linears[0].dense_bytes == 64 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "match"),
+    [
+        (dict(hidden=60), {}, "hidden: 60 should be a multiple of 2 \\* heads = 16"),
+        (dict(kv_heads=3), {}, "kv_heads: 3 should divide heads = 8"),
+        (dict(vocab=100), {}, "vocab: 100 should be at least 258"),
+        (dict(layers=0), {}, "layers: 0 should be at least 1"),
+        ({}, dict(experts=0), "experts: 0 should be at least 1"),
+        ({}, dict(dtype="int4"), "dtype: 'int4' is not one of"),
+        ({}, dict(targets="head"), "targets: 'head' is not one of mlp, all"),
+        ({}, dict(budget=0.1), "budget: 0.1 is below 0.3"),
+    ],
+)
+def test_synth_refuses(tmp_path, shape, options, match):
+    with pytest.raises(WexpandError, match=match):
+        synth(tmp_path / "a", Shape(**shape), quiet=True, **options)
+    assert not (tmp_path / "a").exists()
+
+
+# --- compress, through llm-compressor
+
+
+def test_compress_refuses_before_work(pruned, tmp_path):
+    pytest.importorskip("llmcompressor")
+    recipe, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
+    recipe.write_text("")
+    text.write_text("some text")
+    options = ("-r", recipe, "-d", text, "-o", tmp_path / "out")
+    assert "recipe.yaml: is empty" in sentence(run("compress", pruned, *options, code=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_compress_then_verify(tmp_path):
+    """From a dense model with its tokenizer to a checkpoint, in one command."""
+    pytest.importorskip("llmcompressor")
+    shape = Shape(hidden=64, ffn=96, layers=1, heads=4, vocab=300)
+    synth(tmp_path / "dense", shape, dense=True, dtype="float32", quiet=True)
+    (tmp_path / "text.txt").write_text(Path(__file__).read_text())
+    (tmp_path / "recipe.yaml").write_text(
+        "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n"
+        "      sparsity: 0.5\n      num_experts: 2\n      targets: ['re:.*mlp.*']\n"
+    )
+    run(
+        "compress", tmp_path / "dense", "-r", tmp_path / "recipe.yaml", "-d",
+        tmp_path / "text.txt", "-o", tmp_path / "out", "--samples", 16, "--max-seq-length", 64,
+    )  # fmt: skip
+    assert verify(tmp_path / "out") == []
+    assert [linear.experts for linear in inspect(tmp_path / "out").linears] == [2, 2, 2]

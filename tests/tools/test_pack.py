@@ -1,0 +1,287 @@
+"""pack and unpack whole model directories: every bit, every file, every refusal."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+import wexpand_plugin  # noqa: E402, F401
+from wexpand_plugin.errors import WexpandError  # noqa: E402
+from wexpand_plugin.format import checkpoint  # noqa: E402
+from wexpand_plugin.tools.pack import break_even, pack, unpack  # noqa: E402
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {n: t for f in sorted(path.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    def bits(t):
+        return t.dtype, t.shape, t.contiguous().view(torch.uint8).numpy().tobytes()
+
+    return a.keys() == b.keys() and all(bits(a[n]) == bits(b[n]) for n in a)
+
+
+def pruned(path: Path, kind="llama", dtype=torch.float32, sparsity=0.5, shard="50GB", **changes):
+    model = tiny.prune(tiny.dense(kind, dtype, **changes), sparsity)
+    model.save_pretrained(path, max_shard_size=shard)
+    return model
+
+
+def set_config(path: Path, **values) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", tiny.CLASSES)
+def test_identity_of_a_sharded_model(tmp_path, kind, dtype):
+    """Tied embeddings, biases, widths that do not divide by 8, -0.0, an empty and a full row."""
+    model = tiny.prune(tiny.dense(kind, dtype, tie_word_embeddings=True))
+    with torch.no_grad():
+        weight = list(tiny.block_linears(model).values())[-1].weight
+        weight[0], weight[1], weight[2, :5], weight[3] = 0, 1, -0.0, -0.0
+    model.save_pretrained(tmp_path / "dense", max_shard_size="20kB")
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    (tmp_path / "dense" / "sub").mkdir()
+    (tmp_path / "dense" / "sub" / "template.jinja").write_text("x")
+    for name in ("modeling_own.py", "sub/state.pkl", "old.ckpt", "old.npz"):
+        (tmp_path / "dense" / name).write_text("x")
+
+    done = pack(tmp_path / "dense", tmp_path / "packed", quiet=True, max_shard_bytes=20_000)
+    assert len(done.packed) == len(tiny.block_linears(model)) and not done.left
+    assert done.negative_zeros == 5 + weight.shape[1]
+    assert done.bytes_after < done.bytes_before
+    for pattern in ("*.py", "*.pkl", "*.ckpt", "*.npz"):
+        assert not list((tmp_path / "packed").rglob(pattern))
+    assert any("runs code: modeling_own.py, sub/state.pkl" in note for note in done.notes)
+    packed = tensors(tmp_path / "packed")
+    assert sum(name.endswith(".row_map") for name in packed) == len(done.packed)
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
+
+    unpack(tmp_path / "packed", tmp_path / "back", quiet=True, max_shard_bytes=20_000)
+    assert same_bits(tensors(tmp_path / "dense"), tensors(tmp_path / "back"))
+    for name in ("tokenizer.json", "sub/template.jinja", "config.json"):
+        before, after = (json_or_text(tmp_path / d / name) for d in ("dense", "back"))
+        assert before == after and (tmp_path / "packed" / name).exists()
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    if dtype == torch.float32:
+        with torch.no_grad():
+            torch.testing.assert_close(
+                loaded(tiny.tokens()).logits, back(tiny.tokens()).logits, rtol=1e-4, atol=1e-4
+            )
+
+
+def json_or_text(path: Path):
+    return json.loads(path.read_text()) if path.suffix == ".json" else path.read_text()
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+def test_size_follows_the_formula(tmp_path, sparsity):
+    """2(1-s) + 1/8 bytes per weight in bfloat16, within 2% (here the row map counts: 4/in)."""
+    model = pruned(
+        tmp_path / "dense", dtype=torch.bfloat16, sparsity=sparsity, hidden_size=512,
+        intermediate_size=1024, num_hidden_layers=1,
+    )  # fmt: skip
+    pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+    linears = tiny.block_linears(model).values()
+    weights = sum(linear.weight.numel() for linear in linears)
+    zeros = sum((linear.weight == 0).sum().item() for linear in linears) / weights
+    stored = tensors(tmp_path / "packed")
+    kinds = (".weight_mask", ".row_map")
+    ours = {n.rpartition(".")[0] for n in stored if n.endswith(kinds)}
+    found = sum(t.nbytes for n, t in stored.items() if n.rpartition(".")[0] in ours)
+    assert found / weights == pytest.approx(2 * (1 - zeros) + 1 / 8, rel=0.02)
+    on_disk = (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert on_disk == pytest.approx(sum(t.nbytes for t in stored.values()), rel=0.02)
+
+
+def test_packs_only_where_it_is_smaller(tmp_path):
+    model = tiny.dense(dtype=torch.bfloat16)
+    even = break_even(2, tiny.HIDDEN)
+    with torch.no_grad():
+        for name, zeros in (("gate_proj", even - 0.02), ("up_proj", even + 0.02)):
+            linear = model.get_submodule(f"model.layers.0.mlp.{name}")
+            linear.weight.view(-1)[: int(zeros * linear.weight.numel())] = 0
+    model.save_pretrained(tmp_path / "dense")
+    done = pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+    assert list(done.packed) == ["model.layers.0.mlp.up_proj"]
+    assert done.left["model.layers.0.mlp.gate_proj"] == pytest.approx(even - 0.02, abs=0.01)
+    assert done.bytes_after < done.bytes_before + 2000
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_pruning_by_multiplication_leaves_negative_zeros(tmp_path):
+    """Half of the zeros are -0.0: stored unless told otherwise, and always said."""
+    model = tiny.multiply_by_masks(tiny.dense(dtype=torch.bfloat16))
+    model.save_pretrained(tmp_path / "dense")
+    exact = pack(tmp_path / "dense", tmp_path / "exact", quiet=True)
+    small = pack(tmp_path / "dense", tmp_path / "small", quiet=True, drop_negative_zeros=True)
+    assert "-0.0" in exact.notes[0] and "dropped" in small.notes[0]
+    assert exact.negative_zeros == small.negative_zeros > 0
+    assert small.bytes_after < 0.8 * exact.bytes_after
+    unpack(tmp_path / "exact", tmp_path / "exact_back", quiet=True)
+    assert same_bits(tensors(tmp_path / "dense"), tensors(tmp_path / "exact_back"))
+    unpack(tmp_path / "small", tmp_path / "small_back", quiet=True)
+    back = tensors(tmp_path / "small_back")
+    assert all(torch.equal(t, back[n]) for n, t in tensors(tmp_path / "dense").items())
+
+
+def test_no_linear_is_sparse(tmp_path):
+    tiny.dense().save_pretrained(tmp_path / "dense")
+    with pytest.raises(WexpandError, match=r"no linear has more than 5\.\d% zeros.*has 0.0%"):
+        pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_head_and_embeddings_stay_dense(tmp_path):
+    model = tiny.prune(tiny.dense())
+    with torch.no_grad():
+        model.lm_head.weight[::2] = 0
+        model.model.embed_tokens.weight[::2] = 0
+    model.save_pretrained(tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+    assert tensors(tmp_path / "packed")["lm_head.weight"].shape == (tiny.VOCAB, tiny.HIDDEN)
+
+
+def test_names_of_older_checkpoints(tmp_path):
+    """GPT-NeoX checkpoints of the base model lack the prefix that the causal LM's modules have."""
+    pruned(tmp_path / "dense", "gpt_neox")
+    file = tmp_path / "dense" / "model.safetensors"
+    renamed = {name.removeprefix("gpt_neox."): t for name, t in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    done = pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+    assert "layers.0.mlp.dense_h_to_4h" in done.packed
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert "RoutedLinear" in str(loaded.gpt_neox.layers[0].mlp.dense_h_to_4h)
+    loaded.save_pretrained(tmp_path / "again")
+    assert checkpoint.read_config(tmp_path / "again").linears
+
+
+@pytest.mark.parametrize(
+    "leftover",
+    [
+        {"sparsity_config": {"format": "dense", "sparsity_structure": "2:4"}},
+        {"sparsity_config": {}},
+        {"compression_config": {"sparsity_config": {"format": "dense"}}},
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "dense",
+                "config_groups": {},
+                "sparsity_config": {"format": "dense", "global_sparsity": 0.5},
+            }
+        },
+    ],
+)
+def test_leftovers_are_dropped_and_said(tmp_path, leftover):
+    pruned(tmp_path / "dense")
+    set_config(tmp_path / "dense", **leftover)
+    done = pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+    (key,) = leftover
+    assert len(done.notes) == 1 and done.notes[0].startswith(f"dropped {key} from config.json")
+    values = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert values["quantization_config"]["quant_method"] == "wexpand"
+    assert "sparsity_config" not in values and "compression_config" not in values
+
+
+@pytest.mark.parametrize(
+    ("found", "match"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, r"quantised \(gptq\)"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": {}}}, "config_groups"),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"a": 1}}, "kv_cache_scheme"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+        ({"quant_method": "wexpand"}, "packed or expanded already"),
+    ],
+)
+def test_quantised_models_are_refused(tmp_path, found, match):
+    pruned(tmp_path / "dense")
+    set_config(tmp_path / "dense", quantization_config=found)
+    with pytest.raises(WexpandError, match=match):
+        pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_bad_weights_and_models(tmp_path):
+    pruned(tmp_path / "dense")
+    file, name = tmp_path / "dense" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    good = load_file(file)
+
+    def attempt(match):
+        with pytest.raises(WexpandError, match=match):
+            pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+    save_file(good | {name: good[name].to(torch.float8_e4m3fn)}, file)
+    attempt(f"{name}: dtype torch.float8_e4m3fn")
+    bad = good[name].clone()
+    bad[0, 0] = float("nan")
+    save_file(good | {name: bad}, file)
+    attempt(f"{name}: holds NaN")
+    file.write_bytes(b"\x00" * 40)
+    attempt("not a complete safetensors file")
+    file.unlink()
+    attempt("holds no .safetensors file")
+    set_config(tmp_path / "dense", architectures=["NoSuchModel"])
+    save_file(good, file)
+    attempt("NoSuchModel is no model class")
+    set_config(tmp_path / "dense", model_type="no_such_type")
+    attempt("transformers cannot build this model")
+    (tmp_path / "dense" / "config.json").write_text("{")
+    attempt("not JSON")
+
+
+def test_output_directory(tmp_path):
+    pruned(tmp_path / "dense")
+    (tmp_path / "empty").mkdir()
+    pack(tmp_path / "dense", tmp_path / "empty", quiet=True)
+    assert checkpoint.read_config(tmp_path / "empty").linears
+    for action in (pack, unpack):
+        with pytest.raises(WexpandError, match="is not empty"):
+            action(tmp_path / "dense", tmp_path / "empty", quiet=True)
+    with pytest.raises(WexpandError, match="is a file"):
+        pack(tmp_path / "dense", tmp_path / "dense" / "config.json", quiet=True)
+
+
+def test_model_that_is_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(WexpandError, match="no/such: no such directory, and not found on the hub"):
+        pack("no/such", tmp_path / "packed", quiet=True)
+    with pytest.raises(WexpandError, match="neither a directory nor the id"):
+        pack(tmp_path / "missing", tmp_path / "packed", quiet=True)
+
+
+def test_unpack_of_several_experts(tmp_path):
+    model = tiny.expanded(tmp_path / "a")
+    with pytest.raises(WexpandError, match="has 3 experts.*--expert, 0 to 2"):
+        unpack(tmp_path / "a", tmp_path / "b", quiet=True)
+    with pytest.raises(WexpandError, match="expert: 3 is outside 0 to 2"):
+        unpack(tmp_path / "a", tmp_path / "b", expert=3, quiet=True)
+    unpack(tmp_path / "a", tmp_path / "b", expert=2, quiet=True)
+    linear = model.model.layers[1].mlp.down_proj
+    found = tensors(tmp_path / "b")
+    assert torch.equal(found["model.layers.1.mlp.down_proj.weight"], linear.pool.expert(2))
+    assert not [name for name in found if "router" in name or "row_map" in name]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+
+
+def test_unpack_refuses_a_damaged_checkpoint(tmp_path):
+    pruned(tmp_path / "dense")
+    pack(tmp_path / "dense", tmp_path / "a", quiet=True)
+    file = tmp_path / "a" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 16
+    file.write_bytes(data)
+    with pytest.raises(WexpandError, match="damaged"):
+        unpack(tmp_path / "a", tmp_path / "b", quiet=True)
+    assert not (tmp_path / "b").exists()

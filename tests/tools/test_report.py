@@ -1,0 +1,299 @@
+"""The report page: complete, self-contained, its numbers those of the modules it speaks of."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+import tiny
+import torch
+
+from wexpand_plugin.compress.neuron_scores import (
+    FOLDER,
+    ModelScores,
+    ScoredLinear,
+    fingerprint,
+    save_scores,
+)
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.method.neurons import neuron_scores
+from wexpand_plugin.tools.report import inputs, measure, write
+from wexpand_plugin.tools.report.data import collect
+
+for needed in ("matplotlib", "jinja2", "datasets", "sklearn"):
+    pytest.importorskip(needed)
+
+pytestmark = pytest.mark.slow  # drawing takes a few seconds a page
+TOKENS = 600
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with the model `dense`, `ours` expanded from it, `pruned`, and `text.jsonl`."""
+    folder = tmp_path_factory.mktemp("report")
+    tiny.dense().save_pretrained(folder / "dense")
+    tiny.expanded(folder / "ours")
+    tiny.prune(tiny.dense(), match="mlp", seed=1).save_pretrained(folder / "pruned")
+    with (folder / "text.jsonl").open("w") as file:
+        for row in tiny.tokens(batch=TOKENS // 50, length=50):
+            file.write(json.dumps({"input_ids": row.tolist()}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full(made):
+    """The page with all that can be shown."""
+    return write(
+        made / "ours", made / "full.html", dense=made / "dense", dataset=str(made / "text.jsonl"),
+        baseline=made / "pruned", tokens=TOKENS, quiet=True,
+    )  # fmt: skip
+
+
+class _Page(HTMLParser):
+    """Everything in a page that a browser could load, and the text it shows."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.tags, self.ids, self.text = [], [], [], ""
+        self.source = path.read_text(encoding="utf8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data", "srcset", "action", "poster"):
+                self.links.append(value)
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def _pngs(page):
+    return {file.stem for file in page.with_name(f"{page.stem}-plots").glob("*.png")}
+
+
+def test_the_page_loads_nothing(full):
+    page = _Page(full)
+    assert "http" not in page.source and "@import" not in page.source
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.links, "the plots use references of their own"
+    for link in page.links:
+        assert link.startswith(("#", "data:image/png;base64,")), link
+    for part in page.source.split("url(")[1:]:
+        assert part.startswith("#")
+    targets = [link[1:] for link in page.links if link.startswith("#")]
+    assert set(targets) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids)), "identifiers of two plots collide"
+
+
+def test_everything_is_in_it(full, made):
+    page = _Page(full)
+    for name in collect(made / "ours").sizes.linears:
+        assert name.name in page.text
+    for words in ("What it weighs", "Where the budget went", "Tokens per expert",
+                  "Wasserstein neurons", "What pruning does", "Who gains", "R²",
+                  "read per token", "row map", "LlamaForCausalLM"):  # fmt: skip
+        assert words in page.text, words
+    assert page.tags.count("svg") == 6
+    assert "Pass --" not in page.text
+
+
+def test_pngs_are_pictures(full):
+    image = pytest.importorskip("PIL.Image")
+    assert _pngs(full) == {
+        "sizes", "budget", "tokens", "wasserstein", "distributions", "improvement"
+    }  # fmt: skip
+    for name in _pngs(full):
+        file = full.with_name("full-plots") / f"{name}.png"
+        with image.open(file) as picture:
+            picture.verify()
+        with image.open(file) as picture:
+            assert min(picture.size) > 150
+            assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 8, "it is blank"
+
+
+def test_colours_follow_the_theme(full):
+    source = full.read_text()
+    plots = source[source.index("<svg") :]
+    assert "var(--ink)" in plots and "var(--blue)" in plots
+    assert "#1c2024" not in plots, "a label that stays dark in the dark"
+    assert "prefers-color-scheme: dark" in source
+
+
+def test_without_dense_model_it_says_what_to_pass(made, full):
+    again = write(made / "ours", made / "plain.html", quiet=True)
+    page = _Page(again)
+    assert page.text.count("Pass --dense MODEL and --dataset TEXT") == 3
+    assert _pngs(again) == {"sizes", "budget", "tokens"}
+    # over a fuller one: its plots go
+    shutil.copytree(full.with_name("full-plots"), made / "twice-plots")
+    assert len(_pngs(made / "twice.html")) == 6
+    assert _pngs(write(made / "ours", made / "twice.html", dense=made / "dense")) == _pngs(again)
+    assert "Pass --dataset TEXT to" in _Page(made / "twice.html").text
+
+
+def test_default_place_and_directory_as_output(made, tmp_path):
+    shutil.copytree(made / "ours", tmp_path / "a <b>&")
+    page = write(tmp_path / "a <b>&", quiet=True)
+    assert page == tmp_path / "a <b>&" / "report.html"
+    assert "<h1>a &lt;b&gt;&amp;</h1>" in page.read_text()
+    assert write(made / "ours", tmp_path / "new") == tmp_path / "new" / "report.html"
+    (tmp_path / "x-plots").touch()
+    with pytest.raises(WexpandError, match="x-plots is a file"):
+        write(made / "ours", tmp_path / "x.html")
+
+
+def test_numbers_are_those_of_the_modules(made):
+    found = measure.measure(
+        collect(made / "ours"), made / "dense", str(made / "text.jsonl"),
+        baseline=made / "pruned", tokens=TOKENS, progress=False,
+    )  # fmt: skip
+    assert found.tokens == TOKENS and found.base == "pruned"
+    dense, expanded = tiny.dense(), tiny.expand(tiny.dense())
+    pruned = tiny.prune(tiny.dense(), match="mlp", seed=1)
+    for name, numbers in found.linears.items():
+        seen = []
+        handle = dense.get_submodule(name).register_forward_hook(
+            lambda module, x, y, seen=seen: seen.append((x[0].flatten(0, -2), y.flatten(0, -2)))
+        )
+        rows = tiny.tokens(batch=TOKENS // 50, length=50)
+        with torch.no_grad():
+            dense(rows)
+        handle.remove()
+        x, y = seen[0]
+        weight = dense.get_submodule(name).weight
+        torch.testing.assert_close(numbers.wd, neuron_scores(x, weight).wd, rtol=1e-3, atol=1e-4)
+        for got, model in ((numbers.expanded, expanded), (numbers.base, pruned)):
+            with torch.no_grad():
+                rmse = (model.get_submodule(name)(x) - y).square().mean(dim=0).sqrt()
+            torch.testing.assert_close(got.float(), rmse, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(numbers.improvement, numbers.base / numbers.expanded)
+        top = numbers.entangled
+        assert top.wd == numbers.wd.max() and top.neuron == int(numbers.wd.argmax())
+        z = (y[:, top.neuron] - y[:, top.neuron].mean()) / y[:, top.neuron].std(correction=0)
+        torch.testing.assert_close(top.dense, z, rtol=1e-3, atol=1e-3)
+        middle = numbers.median.wd
+        assert (numbers.wd < middle).sum() == numbers.wd.numel() // 2
+
+
+def test_little_memory_means_more_passes(made, monkeypatch):
+    ours, text = collect(made / "ours"), str(made / "text.jsonl")
+    assert [len(group.linears) for group in ours.groups] == [2, 1, 2, 1]
+    once = measure.measure(ours, made / "dense", text, tokens=TOKENS, progress=False)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 1)
+    monkeypatch.setattr(measure, "MAX_BYTES", TOKENS * 64)
+    assert inputs.DenseModel(made / "dense", ours).passes(ours.groups, TOKENS) == 4
+    often = measure.measure(ours, made / "dense", text, tokens=TOKENS, progress=False)
+    for name, numbers in once.linears.items():
+        torch.testing.assert_close(often.linears[name].wd, numbers.wd, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(often.linears[name].expanded, numbers.expanded)
+
+
+def test_without_baseline_a_neuron_is_compared_with_its_shared_version(made):
+    found = measure.measure(
+        collect(made / "ours"), made / "dense", str(made / "text.jsonl"), tokens=TOKENS,
+        progress=False,
+    )  # fmt: skip
+    assert found.base == "most used version"
+    for numbers in found.linears.values():
+        # in the tiny model every second neuron has a version that two experts share
+        known = numbers.improvement.isfinite()
+        assert known[::2].all() and not known[1::2].any()
+
+
+def test_full_expansion_and_one_expert(made, tmp_path):
+    dataset = str(made / "text.jsonl")
+    tiny.expanded(tmp_path / "two", experts=2, sparsity=0.4, seed=3)
+    for path, experts, note in (("two", 2, None), ("one", 1, None), ("all", 3, "--baseline")):
+        if path != "two":
+            model = tiny.expand(tiny.dense(), experts=experts)
+            for name, module in list(model.named_modules()):
+                if path == "all" and hasattr(module, "row_map"):
+                    _unshare(model, name)
+            _save(model, tmp_path / path)
+        page = _Page(
+            write(tmp_path / path, dense=made / "dense", dataset=dataset, tokens=TOKENS, quiet=True)
+        )
+        assert ("Pass --baseline DIR" in page.text) == (note is not None)
+        assert ("one expert, plain sparse" in page.text) == (experts == 1)
+        assert ("Who gains" in page.text) == (experts > 1)
+        assert ("full expansion" in page.text) == (path == "all")
+
+
+def _unshare(model, name):
+    """Give every expert a version of its own of every neuron."""
+    from wexpand_plugin.format.router import Router
+    from wexpand_plugin.format.rowpool import pack_rows
+    from wexpand_plugin.hf.linear import RoutedLinear
+
+    old = model.get_submodule(name)
+    rows = torch.cat([old.pool.expert(e) for e in range(old.experts)])
+    pool = pack_rows(rows, torch.arange(len(rows)).view(old.experts, -1))
+    model.set_submodule(
+        name, RoutedLinear.from_pool(pool, Router(old.router_weight, old.router_bias))
+    )
+
+
+def _save(model, path):
+    from wexpand_plugin.hf.saving import wrap_save_pretrained
+
+    wrap_save_pretrained(model, {})
+    model.save_pretrained(path)
+
+
+def test_scores_beside_the_model_are_shown(made, tmp_path):
+    model = tiny.dense()
+    scored = {}
+    for name, linear in tiny.block_linears(model).items():
+        x = torch.randn(200, linear.in_features)
+        with torch.no_grad():
+            scores = neuron_scores(x, linear.weight)
+        shape, tag = tuple(linear.weight.shape), fingerprint(linear.weight)
+        scored[name] = ScoredLinear(scores, shape, tag, 200)
+    shutil.copytree(made / "ours", tmp_path / "ours")
+    scores = ModelScores("dense", "LlamaForCausalLM", {"percent": 3.0}, scored, {})
+    save_scores(scores, tmp_path / "ours" / FOLDER)
+    page = write(tmp_path / "ours")
+    assert _pngs(page) == {"sizes", "budget", "tokens", "wasserstein"}
+    assert "scores stored beside the model" in _Page(page).text
+    assert "self_attn" not in _Page(page).source, "only what was expanded is shown"
+
+
+def test_what_is_not_ours_is_refused(made, tmp_path):
+    with pytest.raises(WexpandError, match="not a model that wexpand wrote"):
+        write(made / "dense", tmp_path / "x.html")
+    with pytest.raises(WexpandError, match="there is no such file"):
+        write(tmp_path, tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists() and not (tmp_path / "x-plots").exists()
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (dict(dense="ours"), "give the model as it was before"),
+        (dict(dense="missing"), "neither a directory nor the id"),
+        (dict(dense="other"), "is not the model that .* was made from: lm_head.weight differs"),
+        (dict(dense="wide"), "has no linear .* of shape"),
+        (dict(baseline="dense"), "holds no zeros"),
+        (dict(baseline="ours"), "has 3 experts"),
+        (dict(baseline="wide"), "is .*, not"),
+        (dict(dataset="missing.jsonl"), "is no local file"),
+        (dict(dataset="short.jsonl"), "too few"),
+        (dict(dense=None), "pass --dense MODEL"),
+        (dict(tokens=0), "tokens: 0"),
+    ],
+)
+def test_wrong_input(made, tmp_path, options, problem):
+    if not (made / "other").exists():
+        tiny.dense(seed=5).save_pretrained(made / "other")
+        tiny.prune(tiny.dense(intermediate_size=64)).save_pretrained(made / "wide")
+        (made / "short.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
+    values = dict(dense="dense", dataset="text.jsonl", baseline="pruned", tokens=TOKENS) | options
+    for key in ("dense", "dataset", "baseline"):
+        if values[key] is not None:
+            values[key] = str(made / values[key])
+    with pytest.raises(WexpandError, match=problem):
+        write(made / "ours", tmp_path / "x.html", quiet=True, **values)
+    assert not (tmp_path / "x.html").exists()

@@ -1,0 +1,169 @@
+"""The transformers half: how a checkpoint of ours and a model of transformers fit together.
+
+`AutoModelForCausalLM.from_pretrained` on a checkpoint of ours works once `register` was called,
+which importing `wexpand_plugin` does; `hf_quantizer` is what transformers then calls. Here is what
+it needs, and the checkpoint tools too: which tensor belongs to which module, replacing linears by
+routed ones on a model without memory (the meta device), and comparing files with a model.
+
+A checkpoint may name its tensors differently than the model names its modules (transformers keeps
+a table of such renamings for older checkpoints); `module_tensor_names` follows that table.
+
+Nothing of transformers is imported with this module: it may be imported while transformers is.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..errors import WexpandError
+from ..format.checkpoint import LinearEntry
+from .linear import RoutedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "check_tensors",
+    "install_linears",
+    "linear_tensors",
+    "module_tensor_names",
+    "skeleton",
+]
+
+
+def module_tensor_names(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
+    """Tensor name in a checkpoint -> its name in `model`, for the tensors that the model takes as
+    they are.
+
+    Tensors that the model does not have, or would merge with others while loading, are left out.
+    """
+    return {name: target for name, target, merged in _renamed(model, names) if not merged}
+
+
+def _renamed(model: "PreTrainedModel", names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """(checkpoint name, name in the model, whether it is merged with others) of known tensors."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    table = get_model_conversion_mapping(model)
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    for name in names:
+        for arguments in ((renamings, converters), ([], [])):
+            target, merged = rename_source_key(name, *arguments, model.base_model_prefix, known)
+            if target in known:
+                yield name, target, merged is not None
+                break
+
+
+def install_linears(model: "PreTrainedModel", linears: Mapping[str, LinearEntry]) -> None:
+    """Replace each of these linears of a model on the meta device by an empty RoutedLinear.
+
+    Raises WexpandError for a name that is no linear of the model, or one of another size.
+    """
+    renamed = module_tensor_names(model, [f"{name}.weight" for name in linears])
+    for name, entry in linears.items():
+        target = renamed.get(f"{name}.weight", "").removesuffix(".weight")
+        old = model.get_submodule(target) if target else None
+        if not isinstance(old, nn.Linear):
+            found = f"a {type(old).__name__}" if old is not None else "nothing"
+            raise WexpandError(
+                f"config.json: quantization_config.linears: {name} should be a linear of "
+                f"{type(model).__name__}, which has {found} by that name"
+            )
+        sizes = (old.in_features, old.out_features, old.bias is not None)
+        if sizes != (entry.in_features, entry.out_features, entry.bias):
+            raise WexpandError(
+                f"config.json: quantization_config.linears.{name}: in_features, out_features and "
+                f"bias {(entry.in_features, entry.out_features, entry.bias)} should be {sizes}, "
+                f"as in {type(model).__name__}"
+            )
+        new = RoutedLinear(
+            entry.in_features, entry.out_features, entry.experts, entry.versions, entry.nnz,
+            entry.bias, dtype=old.weight.dtype, device="meta",
+        )  # fmt: skip
+        new.tokens = list(entry.tokens)
+        new.train(old.training)
+        model.set_submodule(target, new)
+
+
+def check_tensors(model: "PreTrainedModel", files: Mapping[str, Path]) -> None:
+    """Compare the tensors in `files` with those of `model`; raises WexpandError.
+
+    Shapes must be equal. A tensor that only the model has would start with random values: that is
+    refused for the class that config.json names, others may add a head of their own.
+    """
+    from safetensors import safe_open
+
+    names, known = module_tensor_names(model, files), model.state_dict()
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as tensors:
+            for name in (n for n in names if files[n] == file):
+                shape, right = tensors.get_slice(name).get_shape(), known[names[name]].shape
+                if tuple(shape) != tuple(right):
+                    raise WexpandError(
+                        f"{file}: {name}: shape {list(shape)} should be {list(right)}, as "
+                        f"{type(model).__name__} has it by config.json"
+                    )
+    if type(model).__name__ not in (model.config.architectures or ()):
+        return
+    found = {target for _, target, _ in _renamed(model, files)}
+    found |= {t for t, source in model.all_tied_weights_keys.items() if source in found}
+    optional = model._keys_to_ignore_on_load_missing or ()
+    for name in known:
+        if name not in found and not any(re.search(pattern, name) for pattern in optional):
+            raise WexpandError(f"{name}: missing; {type(model).__name__} has it by config.json")
+
+
+def skeleton(directory: str | Path) -> "PreTrainedModel":
+    """The dense model that a directory's config.json describes, on the meta device: no memory.
+
+    Runs no code from the directory. Raises WexpandError where transformers has no class for it.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        name = (config.architectures or ["none named"])[0]
+        class_ = getattr(transformers, name, None)
+        if not (isinstance(class_, type) and issubclass(class_, transformers.PreTrainedModel)):
+            raise WexpandError(
+                f"{directory}: config.json: architectures: {name} is no model class of "
+                f"transformers {transformers.__version__}, so its linears are not known"
+            )
+        with torch.device("meta"):
+            return class_._from_config(config)
+    except WexpandError:
+        raise
+    except Exception as error:  # configs and models of transformers raise what they like
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise WexpandError(
+            f"{directory}: transformers cannot build this model: {reason}"
+        ) from error
+
+
+def linear_tensors(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
+    """Tensor of a dense checkpoint -> linear, both by checkpoint names, for the linears of `model`
+    that can be packed: all but the output embedding (and those that share its weight). In the
+    model's order.
+    """
+    head = model.get_output_embeddings()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    found = {}
+    order = {name: place for place, name in enumerate(model.state_dict())}
+    targets = module_tensor_names(model, names)
+    for name, target in sorted(targets.items(), key=lambda pair: order[pair[1]]):
+        module_name, _, kind = target.rpartition(".")
+        module = model.get_submodule(module_name)
+        if kind == "weight" and type(module) is nn.Linear and module is not head:
+            if target not in tied:
+                found[name] = name.removesuffix(".weight")
+    return found

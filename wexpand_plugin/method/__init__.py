@@ -1,0 +1,1 @@
+"""The method: clusters, statistics, solvers, allocation. Needs torch and scikit-learn."""

@@ -1,0 +1,213 @@
+"""SparseGPT, for all experts and all linears of an input group in one column loop.
+
+SparseGPT (arXiv 2301.00774) prunes the columns of a weight from left to right. With U the upper
+Cholesky factor of the inverse Hessian, the cost of removing weight w_rj is (w_rj / U_jj)^2, and
+removing it adds -(w_rj / U_jj) U_j,j+1: to the columns to its right. Given U, rows do not see each
+other. So
+
+- linears that read the same tensor share H, hence U, and are solved as one tall weight [rows, in];
+- experts differ in H alone: they form a batch [experts, in, rows];
+- columns are cut into blocks (128: where masks are chosen) and sub-blocks (32: where updates are
+  rank-1); everything to the right of a sub-block is updated by one matrix product.
+
+U comes from one Cholesky factorisation: with J the reversal of rows, J H J = L L^T gives
+H^-1 = U^T U for U = J L^-1 J, which is upper triangular.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import WexpandError
+
+__all__ = ["MaskStructure", "chunk_size", "inverse_factor", "solve"]
+
+SUB_BLOCK = 32
+DAMPING_TRIES = 6
+
+
+@dataclass(frozen=True)
+class MaskStructure:
+    """Which weights may be pruned together.
+
+    `unstructured`: one threshold per column block over all rows of a linear, as upstream;
+    `row`: every row keeps the same number of weights in each column block;
+    `n:m`: n of every m consecutive columns are pruned (2:4 keeps 2 of 4).
+    """
+
+    kind: str
+    n: int = 0
+    m: int = 0
+
+    @classmethod
+    def parse(cls, value: str | int) -> "MaskStructure":
+        """From a recipe value: "unstructured" (or "0:0", as in llm-compressor), "row", or "N:M".
+
+        YAML reads an unquoted 2:4 as the base-60 integer 124, so integers are read back as
+        minutes:seconds.
+        """
+        text = f"{value // 60}:{value % 60}" if isinstance(value, int) else str(value).strip()
+        if text in ("unstructured", "0:0"):
+            return cls("unstructured")
+        if text == "row":
+            return cls("row")
+        found = re.fullmatch(r"(\d+):(\d+)", text)
+        if not found or not 0 < int(found[1]) < int(found[2]):
+            raise WexpandError(
+                f'mask_structure: {value!r} should be "unstructured", "row" or '
+                '"N:M" with 0 < N < M, for example "2:4"'
+            )
+        return cls("n:m", int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.kind == "n:m" else self.kind
+
+
+def inverse_factor(hessians: Tensor, dampening: float) -> Tensor:
+    """U [batch, in, in], upper triangular: (H + damping)^-1 = U^T U. Overwrites `hessians`.
+
+    Damping is `dampening` times the mean of H's diagonal; if that does not make H positive
+    definite it grows tenfold, a few times.
+
+    :raises WexpandError: H holds NaN, or stays singular with the largest damping tried
+    """
+    if not bool(torch.isfinite(hessians).all()):
+        raise WexpandError("Hessian: the calibration inputs hold NaN or infinite values")
+    diagonal = hessians.diagonal(dim1=1, dim2=2)
+    diagonal[diagonal == 0] = 1
+    mean = diagonal.mean(dim=1, keepdim=True)
+    damping = dampening
+    diagonal += damping * mean
+    for _ in range(DAMPING_TRIES):
+        factor, info = torch.linalg.cholesky_ex(hessians.flip(1, 2))
+        failed = info != 0
+        if not bool(failed.any()):
+            break
+        grown = max(damping * 10, 1e-6)
+        diagonal[failed] += (grown - damping) * mean[failed]
+        damping = grown
+    else:
+        raise WexpandError(
+            f"dampening_frac: {dampening} and up to {damping:g} leave the Hessian of "
+            "the calibration inputs singular; use more calibration tokens or a larger value"
+        )
+    identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).flip(1, 2)
+
+
+def solve(
+    weight: Tensor,
+    hessians: Tensor,
+    sparsity: float | Tensor,
+    structure: MaskStructure,
+    *,
+    linears: list[int] | None = None,
+    block_size: int = 128,
+    dampening: float = 0.01,
+    max_bytes: int = 512 << 20,
+) -> Tensor:
+    """One sparse copy of `weight` per Hessian.
+
+    :param weight: [rows, in] of one linear, or of several that share their input, stacked
+    :param hessians: [experts, in, in] float32, any positive scale (mean of x x^T over an expert's
+        tokens)
+    :param sparsity: fraction pruned, 0 <= s < 1; with the `row` structure also a tensor [rows],
+        one value per row
+    :param linears: rows of each stacked linear; unstructured thresholds are taken within a linear
+    :param block_size: columns per mask decision
+    :param dampening: see `inverse_factor`
+    :param max_bytes: experts are solved in chunks whose float32 copies fit in this many bytes
+    :return: [experts, rows, in] in the dtype of `weight`, zeros where pruned
+    """
+    rows, width = weight.shape
+    linears = linears or [rows]
+    if structure.kind == "n:m":
+        for name, value in (("block_size", block_size), ("in_features", width)):
+            if value % structure.m:
+                raise WexpandError(
+                    f"{name}: {value} is not a multiple of {structure.m} "
+                    f"(mask_structure {structure})"
+                )
+    if isinstance(sparsity, Tensor) and structure.kind != "row":
+        raise WexpandError(f"sparsity: one value per row needs mask_structure row, not {structure}")
+    chunk = chunk_size(rows, width, max_bytes)
+    solved = weight.new_empty(len(hessians), rows, width)
+    for first in range(0, len(hessians), chunk):
+        part = hessians[first : first + chunk]
+        dead = part.diagonal(dim1=1, dim2=2) == 0
+        columns = weight.t().float().repeat(len(part), 1, 1)
+        columns[dead] = 0
+        factor = inverse_factor(part.clone(), dampening)
+        _prune_columns(columns, factor, sparsity, structure, linears, block_size)
+        solved[first : first + chunk] = columns.transpose(1, 2)
+    return solved
+
+
+def chunk_size(rows: int, width: int, max_bytes: int) -> int:
+    """How many experts to solve at once: a weight, a Hessian and four copies of it for each."""
+    return max(1, max_bytes // (4 * width * (rows + 5 * width)))
+
+
+def _prune_columns(columns, factor, sparsity, structure, linears, block_size) -> None:
+    """The column loop, in place: `columns` [experts, in, rows], `factor` U [experts, in, in]."""
+    width = columns.shape[1]
+    sub_block = SUB_BLOCK - SUB_BLOCK % structure.m if structure.m else SUB_BLOCK
+    sub_block = max(sub_block, structure.m)
+    scale = factor.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    for start in range(0, width, block_size):
+        end = min(start + block_size, width)
+        block, errors = columns[:, start:end], torch.empty_like(columns[:, start:end])
+        u, d = factor[:, start:end, start:end], scale[:, start:end]
+        if structure.kind == "n:m":
+            pruned = torch.zeros_like(block, dtype=torch.bool)  # chosen group by group below
+        else:
+            pruned = _choose(block.square() / d.square(), start, sparsity, structure, linears)
+        for s in range(0, end - start, sub_block):
+            e = min(s + sub_block, end - start)
+            for i in range(s, e):
+                if structure.kind == "n:m" and i % structure.m == 0:
+                    group = slice(i, i + structure.m)
+                    cost = block[:, group].square() / d[:, group].square()
+                    least = cost.topk(structure.n, dim=1, largest=False).indices
+                    pruned[:, group].scatter_(1, least, True)
+                gone = pruned[:, i]
+                error = torch.where(gone, block[:, i], 0) / d[:, i]
+                block[:, i].masked_fill_(gone, 0)
+                errors[:, i] = error
+                if i + 1 < e:
+                    block[:, i + 1 : e].addcmul_(
+                        u[:, i, i + 1 : e].unsqueeze(2), error.unsqueeze(1), value=-1
+                    )
+            if e < end - start:
+                block[:, e:].baddbmm_(u[:, s:e, e:].transpose(1, 2), errors[:, s:e], alpha=-1)
+        if end < width:
+            columns[:, end:].baddbmm_(factor[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+
+
+def _choose(
+    cost: Tensor, start: int, sparsity, structure: MaskStructure, linears: list[int]
+) -> Tensor:
+    """Which weights of one block to prune: booleans like `cost` [experts, columns, rows]."""
+    experts, count, _ = cost.shape
+    if structure.kind == "row":
+        # the running total is rounded, so narrow last blocks keep the row's overall sparsity exact
+        # to one weight
+        share = torch.as_tensor(sparsity, dtype=torch.float64, device=cost.device)
+        number = torch.round(share * (start + count)) - torch.round(share * start)
+        order = cost.transpose(1, 2).argsort(dim=2)
+        rank = torch.empty_like(order).scatter_(
+            2, order, torch.arange(count, device=cost.device).expand_as(order)
+        )
+        return (rank < number.reshape(1, -1, 1)).transpose(1, 2)
+    if sparsity == 0:
+        return torch.zeros_like(cost, dtype=torch.bool)
+    masks = []
+    for part in cost.split(linears, dim=2):
+        # upstream's rule, kept so that masks are equal: everything up to and including this order
+        # statistic
+        flat = part.reshape(experts, -1)
+        threshold = flat.kthvalue(int(flat.shape[1] * sparsity) + 1, dim=1).values
+        masks.append(part <= threshold.view(-1, 1, 1))
+    return torch.cat(masks, dim=2)

@@ -1,0 +1,54 @@
+"""What the command line says of an error: one sentence for the user's, a traceback for ours."""
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import WexpandError
+
+__all__ = ["ErrorGroup", "sentence"]
+
+_EXTRAS = {
+    "llmcompressor": "compress",
+    "transformers": "compress",
+    "huggingface_hub": "compress",
+    "tokenizers": "compress",
+    "sklearn": "compress",
+    "datasets": "eval",
+    "jinja2": "eval",
+    "matplotlib": "eval",
+}
+
+
+class ErrorGroup(TyperGroup):
+    """Turns the errors that users are meant to read into one sentence and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            text = sentence(error)
+            if text is None or ctx.params.get("debug"):
+                raise
+            typer.echo(f"wexpand: {text}", err=True)
+            ctx.exit(1)
+
+
+def sentence(error: Exception) -> str | None:
+    """What to tell the user, or None for a defect of ours."""
+    if isinstance(error, WexpandError):
+        return " ".join(str(error).split())
+    # not imported unless something used it
+    pydantic = sys.modules.get("pydantic")
+    if pydantic is not None and isinstance(error, pydantic.ValidationError):
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in (error.title, *first["loc"]))
+        return f"{key}: {first.get('input')!r}: {first['msg'].removeprefix('Value error, ')}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        extra = _EXTRAS[error.name]
+        return f"{error.name} is not installed; pip install 'wexpand-plugin[{extra}]'"
+    return None

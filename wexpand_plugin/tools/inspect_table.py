@@ -1,0 +1,49 @@
+"""An inspection as text, for the terminal."""
+
+from .inspect import Inspection, LinearInspection
+
+__all__ = ["readable_bytes", "table"]
+
+
+def readable_bytes(count: float) -> str:
+    """A count of bytes in decimal units, with three digits."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 1000 else f"{count:.0f} GB"
+
+
+def table(found: Inspection) -> str:
+    """One line per linear, then totals."""
+    width = max((len(linear.name) for linear in found.linears), default=4)
+    lines = [
+        f"{'linear':{width}}  {'out x in':>13}  experts  versions  zeros    stored  x dense"
+        "  per token  balance"
+    ]
+    lines += [_row(linear, width) for linear in found.linears]
+    kinds = ", ".join(f"{k} {readable_bytes(b)}" for k, b in found.bytes_by_kind().items() if b)
+    dense, count = found.dense_bytes, len(found.linears)
+    lines.append("")
+    if not found.ours:
+        lines.append("not a model that wexpand wrote: its linears are dense")
+    if count and dense:
+        lines += [
+            f"{count} linears, {found.sparsity:.1%} zeros: {readable_bytes(found.linear_bytes)} "
+            f"stored, {found.linear_bytes / dense:.2f} x dense ({kinds})",
+            f"one token reads {readable_bytes(found.bytes_per_token)} of them, "
+            f"{found.bytes_per_token / dense:.2f} x dense",
+        ]
+    lines.append(f"all tensors: {readable_bytes(found.disk_bytes)} on disk")
+    return "\n".join(lines)
+
+
+def _row(linear: LinearInspection, width: int) -> str:
+    size = f"{linear.out_features} x {linear.in_features}"
+    balance = f"{linear.balance:7.2f}" if linear.balance is not None else f"{'-':>7}"
+    return (
+        f"{linear.name:{width}}  {size:>13}  {linear.experts:7}  {linear.versions:8}  "
+        f"{linear.sparsity:5.1%}  {readable_bytes(linear.stored_bytes):>8}  "
+        f"{linear.stored_bytes / linear.dense_bytes:7.2f}  "
+        f"{readable_bytes(linear.bytes_per_token):>9}  {balance}"
+    )
