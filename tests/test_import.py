@@ -38,3 +38,30 @@ def test_modifiers_are_known_after_importing_llmcompressor_in_either_order():
             "print(sorted(F._registered_registry))"
         )
         assert "['NeuronScoringModifier', 'PackModifier', 'SparseExpansionModifier']" in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from wexpand_plugin import NeuronScoringModifier, PackModifier, SparseExpansionModifier",
+        "from wexpand_plugin.compress.modifier import SparseExpansionModifier",
+    ],
+)
+def test_python_recipes_import_modifiers_from_the_package(first):
+    """Before llm-compressor too, which registers our half as soon as the modifier imports it."""
+    found = python(
+        f"{first}; import wexpand_plugin; from llmcompressor.modifiers.factory import "
+        "ModifierFactory as F; print(sorted(F._registered_registry)); "
+        "assert F._registered_registry['PackModifier'] is wexpand_plugin.PackModifier"
+    )
+    assert "['NeuronScoringModifier', 'PackModifier', 'SparseExpansionModifier']" in found
+    assert "cannot be used" not in found
+
+
+def test_what_the_package_names_is_there():
+    found = python(
+        "import wexpand_plugin, sys; print(wexpand_plugin.recipe.__name__, wexpand_plugin.__all__);"
+        "print('llmcompressor' in sys.modules, hasattr(wexpand_plugin, 'nonsense'))"
+    )
+    assert "recipe [" in found and "'PackModifier'" in found and "False False" in found

@@ -1,5 +1,10 @@
 """Sparse Expansion for llm-compressor, served by vLLM.
 
+A Python recipe imports its modifiers from here; `recipe` finds the YAML recipes that come along:
+
+    from wexpand_plugin import SparseExpansionModifier, recipe
+    oneshot(model=..., dataset=..., recipe=recipe("sparse_expansion_budget"))
+
 Importing this package makes two libraries know about it, each only once it is imported itself:
 
 - llm-compressor: recipes may name `SparseExpansionModifier`, `NeuronScoringModifier` and
@@ -12,15 +17,42 @@ vLLM finds its half by an entry point (`wexpand_plugin.serve:register`) and need
 import importlib
 import logging
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from .compress.modifier import SparseExpansionModifier
+    from .compress.packing import PackModifier
+    from .compress.recipes import recipe
+    from .compress.scoring import NeuronScoringModifier
+
+__all__ = [
+    "NeuronScoringModifier",
+    "PackModifier",
+    "SparseExpansionModifier",
+    "__version__",
+    "recipe",
+]
 
 try:
     __version__ = version("wexpand-plugin")
 except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
+
+# imported on first use: the modifiers import llm-compressor, which takes some seconds
+_HOMES = {
+    "NeuronScoringModifier": ".compress.scoring",
+    "PackModifier": ".compress.packing",
+    "SparseExpansionModifier": ".compress.modifier",
+    "recipe": ".compress.recipes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
 
 
 def _when_imported(library: str, half: str) -> None:

@@ -10,46 +10,13 @@ from tiny import tokenizer
 
 pytest.importorskip("llmcompressor")
 import wexpand_plugin  # noqa: E402, F401
-from wexpand_plugin.compress.oneshot import check_recipe, compress  # noqa: E402
+from wexpand_plugin.compress.oneshot import compress  # noqa: E402
 from wexpand_plugin.errors import WexpandError  # noqa: E402
 
-HEAD = "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n"
-GOOD = HEAD + "      sparsity: 0.6\n      num_experts: 2\n      targets: ['re:.*mlp.*']\n"
-
-
-@pytest.mark.parametrize(
-    "text,message",
-    [
-        (
-            HEAD + "      sparsty: 0.5\n",
-            r"SparseExpansionModifier\.sparsty: unknown key; .*sparsity",
-        ),
-        (HEAD + "      sparsity: half\n", r"\.sparsity: 'half': Input should be a valid number"),
-        (HEAD + "      sparsity: 2\n", "sparsity: 2.0 should be between 0 and 1"),
-        (HEAD + "      num_experts: 4\n", r"\.sparsity: Field required"),
-        (HEAD, "has no values; give at least one key"),
-        ("", "is empty"),
-        ("a_stage:\n  b_modifiers: {}\n", "holds no modifier"),
-        ("SparseExpansionModifier:\n  sparsity: 0.5\n", "should end in _stage"),
-        ("a_stage:\n  mods:\n    X: {a: 1}\n", "should end in _modifiers"),
-        (GOOD.replace("ExpansionMod", "ExpansoinMod"), "Did you mean SparseExpansionModifier"),
-        ("a_stage: [\n", "not YAML"),
-        ("a_stage:\n  - b_modifiers: {}\n", "a_stage holds a list; it should hold names"),
-        ("a_stage:\n  b_modifiers:\n    - X\n", r"a_stage\.b_modifiers holds a list"),
-        ("a_stage: 5\n", "a_stage holds a int"),
-    ],
+GOOD = (
+    "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n"
+    "      sparsity: 0.6\n      num_experts: 2\n      targets: ['re:.*mlp.*']\n"
 )
-def test_recipes_that_cannot_work(text, message, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(text)
-    with pytest.raises(WexpandError, match=message) as refused:
-        check_recipe(recipe)
-    assert str(recipe) in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_every_recipe_of_the_repository_is_accepted(recipes):
-    for recipe in sorted(recipes.glob("*.yaml")):
-        check_recipe(recipe)
 
 
 @pytest.fixture
@@ -84,7 +51,7 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
     untold = tiny("Llama", tmp_path / "untold")
     for change, message in [
         ({"output": tmp_path / "full"}, "output: .* is not empty"),
-        ({"recipe": tmp_path / "no.yaml"}, "there is no such recipe file"),
+        ({"recipe": tmp_path / "no.yaml"}, "recipe: .*no.yaml' is neither a file nor one of"),
         ({"dataset": str(tmp_path / "short.txt")}, "do not fill one row of 32"),
         ({"dataset": str(tmp_path / "recipe.yaml")}, "ends in '.yaml'"),
         ({"text_column": "words"}, "has no column 'words', only text"),

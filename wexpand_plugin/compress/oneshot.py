@@ -5,100 +5,16 @@ first. Calibration text is joined and cut into rows of equal length, so that no 
 statistics. Everything is written beside the output directory and moved there when it is complete.
 """
 
-import difflib
 from pathlib import Path
-from typing import Any
 
 from ..errors import WexpandError
+from .recipes import check_recipe
+from .recipes import recipe as find_recipe
 
-__all__ = ["calibration_rows", "check_recipe", "compress", "load_text"]
+__all__ = ["calibration_rows", "compress", "load_text"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def check_recipe(recipe: str | Path) -> None:
-    """Refuse a recipe that cannot be read, holds no modifier, or holds a wrong value.
-
-    :raises WexpandError: with the file, the key, its value and what would be right
-    """
-    import yaml
-    from llmcompressor.modifiers.factory import ModifierFactory
-    from llmcompressor.recipe import Recipe
-    from pydantic import ValidationError
-
-    path = Path(recipe)
-    if not path.is_file():
-        raise WexpandError(f"{path}: there is no such recipe file")
-    try:
-        stages = yaml.safe_load(path.read_text(encoding="utf8"))
-    except yaml.YAMLError as error:
-        raise WexpandError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    for name, arguments in _modifiers(path, stages):
-        if not isinstance(arguments, dict) or not arguments:
-            raise WexpandError(f"{path}: {name} has no values; give at least one key, indented")
-    try:
-        found = Recipe.create_instance(str(path))
-    except ValidationError as error:
-        # a misspelt key is also a missing one; the misspelling is the mistake
-        problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        first = problems[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"unknown key; {error.title} has {_keys(error.title)}"
-        elif key and first["type"] != "missing":
-            message = f"{first['input']!r}: {message}"
-        raise WexpandError(f"{path}: {error.title}{key and f'.{key}'}: {message}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        close = [
-            c
-            for name, _ in _modifiers(path, stages)
-            for c in difflib.get_close_matches(name, ModifierFactory._registered_registry, 1)
-            if c != name
-        ]
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise WexpandError(f"{path}: {error}{hint}") from None
-    if not found.modifiers:
-        raise WexpandError(f"{path}: holds no modifier")
-
-
-def _modifiers(path: Path, stages: Any) -> list[tuple[str, Any]]:
-    """(name, arguments) of every modifier, by the names that llm-compressor looks for."""
-    if not isinstance(stages, dict) or not stages:
-        raise WexpandError(f"{path}: is empty; a recipe maps NAME_stage to NAME_modifiers")
-    found = []
-    for stage, groups in stages.items():
-        if not str(stage).endswith("_stage"):
-            raise WexpandError(
-                f"{path}: top-level key {stage!r} should end in _stage, or llm-compressor skips it"
-            )
-        for group, modifiers in _keys_below(path, str(stage), groups):
-            if not str(group).endswith("_modifiers"):
-                raise WexpandError(f"{path}: {stage}.{group} should end in _modifiers")
-            found += _keys_below(path, f"{stage}.{group}", modifiers)
-    if not found:
-        raise WexpandError(f"{path}: holds no modifier")
-    return found
-
-
-def _keys_below(path: Path, key: str, values: Any) -> list[tuple[Any, Any]]:
-    if not isinstance(values, dict | None):
-        raise WexpandError(
-            f"{path}: {key} holds a {type(values).__name__}; it should hold names, each with a "
-            "colon and without a dash before it"
-        )
-    return list((values or {}).items())
-
-
-def _keys(modifier: str) -> str:
-    from llmcompressor.modifiers import Modifier
-    from llmcompressor.modifiers.factory import ModifierFactory
-
-    known = ModifierFactory._registered_registry.get(modifier)
-    if known is None:
-        return "other keys"
-    return ", ".join(key for key in known.model_fields if key not in Modifier.model_fields)
 
 
 def _reason(error: Exception) -> str:
@@ -181,7 +97,8 @@ def compress(
     """Apply `recipe` to `model`, calibrated on `dataset`, and save to the new directory `output`.
 
     :param model: model directory or hub id
-    :param recipe: YAML file of llm-compressor modifiers, ours among them or not
+    :param recipe: YAML file of llm-compressor modifiers, ours among them or not, or the bare name
+        of a recipe of this package
     :param dataset: text file, .jsonl, .json, .csv, .parquet, saved dataset, or hub id
     :param samples, max_seq_length: rows of calibration tokens and their length
     :param dtype: "float32", "bfloat16", "float16", or "auto", which keeps the checkpoint's
@@ -202,6 +119,7 @@ def compress(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise WexpandError(f"output: {output} exists and is not empty; choose a new directory")
+    recipe = find_recipe(recipe)
     check_recipe(recipe)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
@@ -234,7 +152,7 @@ def compress(
     torch.manual_seed(seed)
     with partial_directory(output) as partial:
         oneshot(
-            model=model, tokenizer=tokenizer, dataset=data, recipe=str(recipe), precision=dtype,
+            model=model, tokenizer=tokenizer, dataset=data, recipe=recipe, precision=dtype,
             trust_remote_code_model=False,
             num_calibration_samples=min(samples, len(data)), max_seq_length=length,
             output_dir=str(partial),

@@ -72,7 +72,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, fo
 @app.command()
 def compress(
     model: Model,
-    recipe: Annotated[Path, typer.Option("--recipe", "-r", help="YAML recipe; see recipes/.")],
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", "-r", help="YAML file, or a recipe of the package by its name."),
+    ],
     dataset: Annotated[
         str,
         typer.Option(
@@ -101,12 +104,11 @@ def compress(
 
     \b
     Example:
-      wexpand compress Qwen/Qwen3-0.6B -r recipes/sparse_expansion_budget.yaml \
-        -d notes.txt -o OUT
+      wexpand compress Qwen/Qwen3-0.6B -r sparse_expansion_budget -d notes.txt -o OUT
 
-    The recipe says which linears, how sparse, how many experts and how many bytes; each file in
-    recipes/ explains its keys. More experts want more calibration tokens (samples x length): some
-    thousands for each.
+    The recipe says which linears, how sparse, how many experts and how many bytes; an unknown name
+    lists those of the package, whose files explain their keys. More experts want more calibration
+    tokens (samples x length): some thousands for each.
     """
     from ..compress.oneshot import compress
 
