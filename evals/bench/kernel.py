@@ -1,29 +1,34 @@
-"""One linear at a time: dense as vLLM runs it on a CPU against packed, side by side.
+"""One linear at a time: dense as a device runs it best against packed, side by side.
 
-    python -m evals.bench.kernel [--quick] [--json FILE] [--dtype ...] [--tokens ...]
+    python -m evals.bench.kernel [--quick] [--kernel cpu|triton|reference] [--device cpu|cuda]
+        [--dtype bfloat16] [--sparsity 0.5] [--experts 1] [--tokens 1] [--layer down] [--json FILE]
 
-Run it in the serve environment: the dense side is then the very function vLLM's CPU worker calls
-(its choice is printed), otherwise torch's linear. Weights and masks are random; with several
-experts each token draws its expert at random, and only the weight memory differs between experts.
-`floor` is the time that reading a call's weight bytes takes at the memory bandwidth measured first.
-Copies of the weights take turns, so they come from memory and not from cache, as in a model.
-`ratio` is dense time over packed time, by medians and by the fastest repetitions (`best`);
-on a machine with other work a spread far above 100% says that the medians measure the other work.
+Options of a cell may be repeated: `--tokens 1 --tokens 512`. On a CPU run it in the serve
+environment: the dense side is then the very function that vLLM's CPU worker calls (its choice is
+printed), otherwise, and on a GPU, torch's linear. Times are medians; on a GPU those between two
+CUDA events. Weights and masks are random; with several experts each token draws its expert at
+random, and only the weight memory differs between experts. `floor` is the time that reading a
+call's weight bytes takes at the memory bandwidth measured first. Copies of the weights take turns,
+so they come from memory and not from cache, as in a model. `ratio` is dense time over packed time,
+by medians and by the fastest repetitions (`best`); on a machine with other work a spread far above
+100% says that the medians measure the other work.
 """
 
-import argparse
 import importlib.util
 from collections import defaultdict
 from collections.abc import Callable
+from enum import StrEnum
 from itertools import product
+from typing import Annotated, NamedTuple
 
 import torch
+import typer
 from torch import Tensor
 
+from evals.bench.timing import alternate, copies_beyond_cache, machine, read_bandwidth, write_json
+from wexpand_plugin import kernels
 from wexpand_plugin.format.rowpool import RowPool, pack_rows
 from wexpand_plugin.kernels import cpu
-
-from .timing import alternate, copies_beyond_cache, machine, read_bandwidth, write_json
 
 SHAPES = {  # out, in of the linears as vLLM fuses them
     "TinyLlama-1.1B": {
@@ -39,14 +44,37 @@ SHAPES = {  # out, in of the linears as vLLM fuses them
         "down": (4096, 14336),
     },
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SPARSITIES = ("0.5", "0.7", "0.8", "0.9", "2:4")
 
 
-def vllm_linear(weight: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
-    """The dense linear that vLLM's CPU path runs for `weight` [out, in], and its name."""
-    if importlib.util.find_spec("vllm") is None:
-        return lambda x: torch.nn.functional.linear(x, weight), "torch linear (no vLLM here)"
+class Dtype(StrEnum):
+    """Of inputs and dense weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+DTYPES = (Dtype.float32, Dtype.bfloat16)
+
+
+class Linear(NamedTuple):
+    """What stays the same while sparsities, experts and tokens change."""
+
+    model: str
+    layer: str
+    dtype: torch.dtype
+    device: str
+    kernel: kernels.Kernel
+    bandwidth: float
+    """bytes per second"""
+    seconds: float
+    """to spend on a cell"""
+
+
+def dense_linear(weight: Tensor) -> tuple[Callable[[Tensor], Tensor], str]:
+    """The dense linear of `weight` [out, in], as vLLM runs it on a CPU, and its name."""
+    if weight.device.type != "cpu" or importlib.util.find_spec("vllm") is None:
+        return lambda x: torch.nn.functional.linear(x, weight), "torch linear"
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     layer = torch.nn.Module()
@@ -74,39 +102,47 @@ def random_pool(out: int, width: int, sparsity: str, experts: int, dtype: torch.
 
 
 def measure(
-    model: str, layer: str, dtype_name: str, args: argparse.Namespace, bandwidth: float
+    linear: Linear, sparsities: list[str], all_experts: list[int], all_tokens: list[int]
 ) -> list[dict]:
     """All sparsities, expert counts and token counts of one layer and dtype."""
-    dtype, (out, width) = DTYPES[dtype_name], SHAPES[model][layer]
+    model, layer, dtype, device, kernel, bandwidth, seconds = linear
+    out, width = SHAPES[model][layer]
     dense_bytes = out * width * dtype.itemsize
-    weight = torch.randn(out, width).to(dtype)
+    weight = torch.randn(out, width).to(device, dtype)
     copies = range(copies_beyond_cache(dense_bytes))
-    dense, used = zip(*(vllm_linear(weight.clone()) for _ in copies), strict=True)
+    dense, used = zip(*(dense_linear(weight.clone()) for _ in copies), strict=True)
     results = []
-    for sparsity, experts in product(args.sparsity, args.experts):
-        pool = random_pool(out, width, sparsity, experts, dtype)
+    for sparsity, experts in product(sparsities, all_experts):
+        pool = random_pool(out, width, sparsity, experts, dtype).to(device)
+        shape = kernels.LayerShape.of(pool)
+        if reason := kernel.unavailable(torch.device(device), dtype, shape):
+            raise typer.BadParameter(f"{kernel.name}: {reason}", param_hint="--kernel")
         copies = range(copies_beyond_cache(sum(pool.stored_bytes().values())))
-        layouts = [cpu.prepare(pool) for _ in copies]
+        layouts = [kernel.prepare(pool) for _ in copies]
         per_expert = pool.bytes_per_token()
         del pool
-        for tokens in args.tokens:
-            x = torch.randn(tokens, width).to(dtype)
-            routes = [torch.randint(experts, (tokens,)) if experts > 1 else None for _ in range(16)]
+        for tokens in all_tokens:
+            x = torch.randn(tokens, width).to(device, dtype)
+            routes = [None] * 16
+            if experts > 1:
+                routes = [torch.randint(experts, (tokens,), device=device) for _ in routes]
             distinct = sum(1 if r is None else len(r.unique()) for r in routes) / len(routes)
 
             def run_dense(i: int, x=x) -> None:
                 dense[i % len(dense)](x)
 
             def run_packed(i: int, x=x, routes=routes, layouts=layouts) -> None:
-                cpu.run(x, routes[i % len(routes)], layouts[i % len(layouts)], out)
+                kernel.run(x, routes[i % len(routes)], layouts[i % len(layouts)], out)
 
-            times = alternate({"dense": run_dense, "packed": run_packed}, args.seconds, (7, 1000))
+            contenders = {"dense": run_dense, "packed": run_packed}
+            times = alternate(contenders, seconds, (7, 1000), device)
             read = per_expert * distinct
             results.append(
                 {
                     "model": model,
                     "layer": layer,
-                    "dtype": dtype_name,
+                    "kernel": kernel.name,
+                    "dtype": str(dtype).removeprefix("torch."),
                     "dense_path": used[0],
                     "sparsity": sparsity,
                     "experts": experts,
@@ -170,41 +206,41 @@ def summary(results: list[dict]) -> None:
         print(f"{label:52}", "  ".join(cells))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="TinyLlama shapes only")
-    parser.add_argument("--json", metavar="FILE", help="write every number here")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--sparsity", nargs="+", choices=SPARSITIES, default=list(SPARSITIES))
-    parser.add_argument(
-        "--layer",
-        nargs="+",
-        choices=["qkv", "o", "gate_up", "down"],
-        default=["qkv", "o", "gate_up", "down"],
-    )
-    parser.add_argument("--experts", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 512])
-    parser.add_argument("--seconds", type=float, default=0.4, help="time per cell of the table")
-    args = parser.parse_args()
-
-    if reason := cpu.unavailable(torch.device("cpu"), torch.float32):
-        parser.exit(1, f"the CPU kernel is not available: {reason}\n")
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="TinyLlama shapes only")] = False,
+    kernel: Annotated[str, typer.Option(help="cpu, triton or reference")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[list[Dtype] | None, typer.Option()] = None,
+    sparsity: Annotated[list[str] | None, typer.Option(help="0.5 0.7 0.8 0.9 2:4")] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="qkv o gate_up down")] = None,
+    experts: Annotated[list[int] | None, typer.Option(help="1 16")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="1 4 16 64 512")] = None,
+    seconds: Annotated[float, typer.Option(help="time per cell of the table")] = 0.4,
+    json: Annotated[str | None, typer.Option(help="write every number here")] = None,
+) -> None:
+    """One linear at a time: dense as a device runs it best against packed, side by side."""
     torch.manual_seed(0)
-    bandwidth = read_bandwidth()
+    module, bandwidth = kernels.get(kernel), read_bandwidth(device)
     print(", ".join(f"{k} {v}" for k, v in machine().items()))
-    instructions = cpu.load().wexpand_instructions().decode()
-    print(f"kernel: {instructions}; memory read {bandwidth / 1e9:.1f} GB/s")
+    how = f" ({cpu.instructions()})" if module is cpu else ""
+    print(f"{kernel} kernel{how} on {device}; memory read {bandwidth / 1e9:.1f} GB/s")
     results = []
-    for model in list(SHAPES)[: 1 if args.quick else None]:
+    for model in list(SHAPES)[: 1 if quick else None]:
         print(f"\n{model}\n{HEAD}")
-        for dtype in args.dtype:
-            for layer in args.layer:
-                results += measure(model, layer, dtype, args, bandwidth)
+        for kind, name in product(dtype or DTYPES, layer or SHAPES[model]):
+            numbers = getattr(torch, kind)
+            linear = Linear(model, name, numbers, device, module, bandwidth, seconds)
+            results += measure(
+                linear,
+                sparsity or ["0.5", "0.7", "0.8", "0.9", "2:4"],
+                experts or [1, 16],
+                tokens or [1, 4, 16, 64, 512],
+            )
     paths = sorted({f"{r['dtype']}: {r['dense_path']}" for r in results})
     print("\ndense path:", ", ".join(paths))
     summary(results)
-    write_json(args.json, {"memory_read_bytes_per_s": bandwidth, "results": results})
+    write_json(json, {"memory_read_bytes_per_s": bandwidth, "results": results})
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

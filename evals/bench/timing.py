@@ -42,28 +42,40 @@ def alternate(
     calls: dict[str, Callable[[int], object]],
     seconds: float = 0.5,
     repeats: tuple[int, int] = (7, 200),
-    before: Callable[[], object] = lambda: None,
+    device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time each call in turn, again and again, for about `seconds`, `repeats` (min, max) times.
 
-    A call gets the number of the repetition. `before` runs ahead of every call, outside the time
-    (a device synchronisation, say). Two repetitions warm up and do not count.
+    A call gets the number of the repetition. On `device` "cuda" its time is what passes on the GPU
+    between an event before and one after it. Two repetitions warm up and do not count.
     """
+    timed = _seconds_on_gpu if device == "cuda" else _seconds
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(2):
         for call in calls.values():
-            before()
-            call(i)
+            timed(call, i)
     begin = time.perf_counter()
     for i in range(2, 2 + repeats[1]):
         if i - 2 >= repeats[0] and time.perf_counter() - begin > seconds:
             break
         for name, call in calls.items():
-            before()
-            start = time.perf_counter()
-            call(i)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timed(call, i))
     return {name: _timing(values) for name, values in times.items()}
+
+
+def _seconds(call: Callable[[int], object], i: int) -> float:
+    start = time.perf_counter()
+    call(i)
+    return time.perf_counter() - start
+
+
+def _seconds_on_gpu(call: Callable[[int], object], i: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call(i)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def _timing(values: list[float]) -> Timing:
@@ -72,14 +84,17 @@ def _timing(values: list[float]) -> Timing:
 
 
 def copies_beyond_cache(size: float, target: float = 128e6) -> int:
-    """How many copies of `size` bytes take turns so that none is still cached at its next turn."""
+    """How many copies of `size` bytes take turns so that none is still cached at its next turn.
+
+    128 MB is above the last-level cache of the CPUs and GPUs that we have met.
+    """
     return max(1, int(-(-target // size)))
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that all threads read from memory: the best of many sums over 400 MB."""
-    data = torch.ones(100_000_000)
-    timing = alternate({"sum": lambda i: data.sum()}, seconds=1.0)["sum"]
+def read_bandwidth(device: str = "cpu") -> float:
+    """Bytes per second that a device reads from its memory: the best of many sums over 400 MB."""
+    data = torch.ones(100_000_000, device=device)
+    timing = alternate({"sum": lambda i: data.sum()}, seconds=1.0, device=device)["sum"]
     return data.numel() * data.element_size() / timing.fastest
 
 
@@ -100,8 +115,10 @@ def machine() -> dict[str, object]:
         cpu = values.get("model name", cpu)
         wanted = ("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "amx_tile", "amx_bf16")
         flags = " ".join(f for f in wanted if f in values.get("flags", "").split())
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "cpu": cpu,
+        **gpu,
         "features": flags,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.router import ROUTER_DTYPES
 from wexpand_plugin.format.rowpool import pack_rows
-from wexpand_plugin.kernels import build, cpu
+from wexpand_plugin.kernels import LayerShape, build, cpu
 
 CPU = torch.device("cpu")
+SHAPE = LayerShape(in_features=64, out_features=32, experts=4, sparsity=0.5)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # relative to the largest output; x and weights are drawn so that no sum is far below the others
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -36,7 +37,7 @@ CODE_PATHS = {
 }
 
 pytestmark = pytest.mark.skipif(
-    cpu.unavailable(CPU, torch.float32) is not None, reason="no C++ compiler"
+    cpu.unavailable(CPU, torch.float32, SHAPE) is not None, reason="no C++ compiler"
 )
 
 
@@ -273,11 +274,13 @@ def test_foreign_cache_is_refused(tmp_path, monkeypatch):
 def test_without_a_compiler_warns_once_and_says_why(tmp_path, compiler):
     code = (
         "import torch, warnings\n"
+        "from wexpand_plugin.kernels import LayerShape\n"
         "from wexpand_plugin.kernels import cpu\n"
+        "shape = LayerShape(8, 8, 1, 0.5)\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
         "    for _ in range(3):\n"
-        "        why = cpu.unavailable(torch.device('cpu'), torch.float32)\n"
+        "        why = cpu.unavailable(torch.device('cpu'), torch.float32, shape)\n"
         "assert len([w for w in seen if 'CPU kernel' in str(w.message)]) == 1, seen\n"
         f"assert {compiler!r} in why, why\n"
     )

@@ -13,6 +13,7 @@ import torch
 
 from wexpand_plugin.format.router import ROUTER_DTYPES
 from wexpand_plugin.format.rowpool import RowPool, pack_rows
+from wexpand_plugin.kernels import LayerShape
 from wexpand_plugin.kernels import triton as kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,8 +29,9 @@ def run(pool, x, chosen):
 
 
 def test_is_available():
-    assert kernel.unavailable(DEVICE, torch.bfloat16) is None
-    assert "float64" in kernel.unavailable(DEVICE, torch.float64)
+    shape = LayerShape(in_features=64, out_features=32, experts=4, sparsity=0.5)
+    assert kernel.unavailable(DEVICE, torch.bfloat16, shape) is None
+    assert "float64" in kernel.unavailable(DEVICE, torch.float64, shape)
 
 
 # gather_gemv up to 4 tokens (1 without experts), unsorted blocks up to 16, sorted ones above

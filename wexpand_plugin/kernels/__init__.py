@@ -1,60 +1,94 @@
 """Kernels for the routed linear, and the choice between them.
 
-A kernel is a module with
-
-    name
-        shown in the one log line that says what was chosen
-    unavailable(device, dtype) -> str | None
-        why it cannot run here; None if it can
-    prepare(pool) -> list[Tensor]
-        the row pool in this kernel's own layout, made once at load
-    run(x, experts, layout, out_features) -> Tensor
-        y [tokens, out], without bias, in the dtype of x
-    logits(x, weight) -> Tensor
-        float32 [tokens, experts], the router's weight [experts, in] times x, without its bias
-
-`x` is [tokens, in]; `experts` is int64 [tokens], or None where the pool has one expert. Values
-keep their dtype in the layout, a router its own (`router.ROUTER_DTYPES`), sums are float32. The
-fast kernels never synchronise with a GPU and no shape depends on data, so a CUDA graph can
-hold them. The reference does both: it is chosen by itself on CPUs only, where it is merely slow.
+A kernel is a module that satisfies `Kernel`; each keeps a row pool in a layout of its own, which
+nobody else looks into. Values keep their codec in it, a router its dtype
+(`format.router.ROUTER_DTYPES`), sums are float32. The fast kernels never synchronise with a GPU
+and no shape depends on data, so a CUDA graph can hold them. The reference does both: it is chosen
+by itself on CPUs only, where it is merely slow.
 """
 
-from types import ModuleType
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from ..errors import WexpandError
+from ..format.rowpool import RowPool
 
-__all__ = ["choose", "get"]
+if TYPE_CHECKING:
+    from . import cpu, reference, triton
+
+__all__ = ["Kernel", "LayerShape", "choose", "get"]
 
 NAMES = ("cpu", "triton", "reference")
 
 
-def get(name: str) -> ModuleType:
-    """The kernel module called `name`."""
-    from importlib import import_module
+class LayerShape(NamedTuple):
+    """What a kernel may decide by, known before anything is loaded."""
 
+    in_features: int
+    out_features: int
+    experts: int
+    sparsity: float
+    """share of the weights that are not kept"""
+
+    @classmethod
+    def of(cls, pool: RowPool) -> "LayerShape":
+        """The shape of a layer with this row pool."""
+        sparsity = 1 - pool.nnz / (pool.versions * pool.in_features)
+        return cls(pool.in_features, pool.out_features, pool.experts, sparsity)
+
+
+class Kernel(Protocol):
+    """`x` is [tokens, in]; `experts` int64 [tokens], or None where the pool has one expert."""
+
+    name: str
+    """shown in the one log line that says what was chosen"""
+
+    def unavailable(
+        self, device: torch.device, dtype: torch.dtype, shape: LayerShape
+    ) -> str | None:
+        """Why it cannot run a layer of this shape on `device` for x of `dtype`; None if it can."""
+
+    def prepare(self, pool: RowPool) -> list[Tensor]:
+        """The row pool in this kernel's own layout, made once at load."""
+
+    def run(
+        self, x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int
+    ) -> Tensor:
+        """y [tokens, out] = each token of x times its expert, without bias, in the dtype of x."""
+
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """float32 [tokens, experts] = x times the router's `weight` [experts, in], no bias."""
+
+
+if TYPE_CHECKING:
+    _all: tuple[Kernel, ...] = (cpu, triton, reference)
+
+
+def get(name: str) -> Kernel:
+    """The kernel called `name`."""
     if name not in NAMES:
         raise WexpandError(f"kernel: {name!r} is not one of {', '.join(NAMES)}")
-    return import_module(f"{__name__}.{name}")
+    return cast(Kernel, import_module(f"{__name__}.{name}"))
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, str]:
-    """The fastest kernel that runs on `device` for `dtype`, and a sentence for the log.
+def choose(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> tuple[Kernel, str]:
+    """The fastest kernel for such a layer on `device` with x of `dtype`, and a line for the log.
 
     The environment variable WEXPAND_KERNEL (cpu, triton or reference) overrides the choice.
 
     :raises WexpandError: the kernel that it names cannot run, or no fast one can and this is no CPU
     """
-    import os
-
     forced = os.environ.get("WEXPAND_KERNEL")
     refused: list[str] = []
     # the reference synchronises with a GPU, which a CUDA graph refuses: there only if asked for
     own = NAMES if device.type == "cpu" else NAMES[:-1]
     for name in (forced,) if forced else own:
         kernel = get(name)
-        reason = kernel.unavailable(device, dtype)
+        reason = kernel.unavailable(device, dtype, shape)
         if reason is None:
             skipped = f" ({'; '.join(refused)})" if refused else ""
             return kernel, f"{name} kernel on {device.type}, {dtype}{skipped}"

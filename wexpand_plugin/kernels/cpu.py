@@ -22,9 +22,10 @@ from torch import Tensor
 from ..errors import WexpandError
 from ..format.router import ROUTER_DTYPES
 from ..format.rowpool import RowPool, row_starts
+from . import LayerShape
 from .build import DEFAULT_FLAGS, BuildError, build
 
-__all__ = ["load", "logits", "name", "prepare", "run", "unavailable"]
+__all__ = ["instructions", "load", "logits", "name", "prepare", "run", "unavailable"]
 
 name = "cpu"
 
@@ -80,13 +81,18 @@ def _problem() -> str | None:
     return None
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> str | None:
     """Why this kernel cannot run on `device` for `dtype`, or None. Compiles on the first call."""
     if device.type != "cpu":
         return f"runs on cpu, not on {device.type}"
     if dtype not in TYPES:
         return f"{dtype} is not float32, bfloat16 or float16"
     return _problem()
+
+
+def instructions() -> str:
+    """The instruction set that the library was compiled for, for a log or a table."""
+    return load().wexpand_instructions().decode()
 
 
 def prepare(pool: RowPool) -> list[Tensor]:

@@ -1,7 +1,9 @@
-// The router on CPUs: logits [tokens, experts] = x [tokens, in] times the router's map [experts, in], in float32.
+// The router on CPUs: logits [tokens, experts] = x [tokens, in] times the router's map [experts,
+// in], in float32.
 //
-// A few microseconds next to the linear that follows, so plain: two tokens and four experts at a time share their loads. A logit is
-// summed in one order whatever the batch, so which tokens come along never decides where a token goes.
+// A few microseconds next to the linear that follows, so plain: two tokens and four experts at a
+// time share their loads. A logit is summed in one order whatever the batch, so which tokens come
+// along never decides where a token goes.
 
 #pragma once
 
@@ -9,9 +11,10 @@
 
 namespace {
 
-inline void multiply_add(Eight& sum, Eight a, Eight b) {
+inline void multiply_add(Float8& sum, Float8 a, Float8 b) {
 #if defined(__FMA__)
-    sum = (Eight)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);  // left to itself, gcc fuses in some instances only
+    sum = (Float8)_mm256_fmadd_ps((__m256)a, (__m256)b,
+                                  (__m256)sum);  // left to itself, gcc fuses in some instances only
 #elif defined(__aarch64__)
     for (int i = 0; i < 8; ++i) sum[i] = __builtin_fmaf(a[i], b[i], sum[i]);
 #else
@@ -22,48 +25,49 @@ inline void multiply_add(Eight& sum, Eight a, Eight b) {
 // The last columns of a row, and zeros.
 template <class V> struct Rest {
     int64_t columns;
-    Eight operator()(const V* p) const {
-        V some[8] = {};
-        std::memcpy(some, p, columns * sizeof(V));
-        return eight(some);
+    Float8 operator()(const V* p) const {
+        V columns_left[8] = {};
+        std::memcpy(columns_left, p, columns * sizeof(V));
+        return load8(columns_left);
     }
 };
 
 // y[t * stride + n] = token t's x times expert n's row of the map; both are `in` long.
 template <int T, int N, class X, class W>
-void some_logits(const X* x, const W* weight, int64_t in, float* y, int64_t stride) {
-    Eight acc[T][N] = {};
+void logits_block(const X* x, const W* weight, int64_t in, float* y, int64_t stride) {
+    Float8 acc[T][N] = {};
     const auto step = [&](int64_t column, auto of_x, auto of_weight) {
-        Eight v[T];
+        Float8 v[T];
         for (int t = 0; t < T; ++t) v[t] = of_x(x + t * in + column);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
-            const Eight w = of_weight(weight + n * in + column);
+            const Float8 w = of_weight(weight + n * in + column);
             for (int t = 0; t < T; ++t) multiply_add(acc[t][n], w, v[t]);
         }
     };
     int64_t column = 0;
-    for (; column + 8 <= in; column += 8) step(column, eight<X>, eight<W>);
+    for (; column + 8 <= in; column += 8) step(column, load8<X>, load8<W>);
     if (column < in) step(column, Rest<X>{in - column}, Rest<W>{in - column});
     for (int t = 0; t < T; ++t)
         for (int n = 0; n < N; ++n) {
-            const Eight& a = acc[t][n];
+            const Float8& a = acc[t][n];
             y[t * stride + n] = ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]));
         }
 }
 
-template <class X, class W>
-void logits(const void* x, const void* weight, int64_t tokens, int64_t in, int64_t experts, float* y, int threads) {
-    constexpr int64_t SHARED = 1 << 19;  // multiplications below which waking the other threads takes longer than the work
+template <class X, class W> void logits(const void* x, const void* weight, int64_t tokens,
+                                        int64_t in, int64_t experts, float* y, int threads) {
+    constexpr int64_t SHARED =
+        1 << 19;  // multiplications below which waking the other threads takes longer than the work
 #pragma omp parallel for num_threads(tokens * experts * in < SHARED ? 1 : threads)
     for (int64_t token = 0; token < tokens; token += 2) {
         const X* from = (const X*)x + token * in;
         const bool two = token + 1 < tokens;
         for (int64_t expert = 0; expert < experts;) {
             const bool four = experts - expert >= 4;
-            const auto some = two ? (four ? some_logits<2, 4, X, W> : some_logits<2, 1, X, W>)
-                                  : (four ? some_logits<1, 4, X, W> : some_logits<1, 1, X, W>);
-            some(from, (const W*)weight + expert * in, in, y + token * experts + expert, experts);
+            const auto block = two ? (four ? logits_block<2, 4, X, W> : logits_block<2, 1, X, W>)
+                                   : (four ? logits_block<1, 4, X, W> : logits_block<1, 1, X, W>);
+            block(from, (const W*)weight + expert * in, in, y + token * experts + expert, experts);
             expert += four ? 4 : 1;
         }
     }

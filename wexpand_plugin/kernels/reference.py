@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..format.rowpool import RowPool
+from . import LayerShape
 
 __all__ = ["logits", "multiply", "name", "prepare", "run", "unavailable"]
 
 name = "reference"
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> str | None:
     """Always available."""
     return None
 

@@ -60,6 +60,7 @@ import torch
 from torch import Tensor
 
 from ..format.rowpool import RowPool, pack_bits, row_starts, unpack_bits, unpack_rows
+from . import LayerShape
 
 __all__ = ["logits", "name", "prepare", "run", "unavailable"]
 
@@ -74,7 +75,7 @@ WIDE = 8192  # output features from which fewer, larger programs fill a GPU
 AT_ONCE = 1 << 24  # weights that `prepare` holds dense
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> str | None:
     """Why this kernel cannot run on `device` for `dtype`; None if it can.
 
     With TRITON_INTERPRET=1 it runs on the CPU, in Triton's interpreter: slow, made for tests.

@@ -64,7 +64,14 @@ class WexpandLinearMethod(LinearMethodBase):
         # vLLM's layers make their bias after this call, with the loader found here
         layer.weight_loader = parts.loader("bias")
         layer.wexpand_parts = parts
-        kernel, sentence = kernels.choose(layer.weight.device, params_dtype)
+        entries = [self.config.linears[n] for n in self.names if n in self.config.linears]
+        shape = kernels.LayerShape(
+            input_size_per_partition,
+            sum(output_partition_sizes),
+            max(entry.experts for entry in entries),
+            1 - sum(e.nnz for e in entries) / sum(e.versions * e.in_features for e in entries),
+        )
+        kernel, sentence = kernels.choose(layer.weight.device, params_dtype, shape)
         layer.wexpand_kernel = kernel.name
         layer.wexpand_dtype = params_dtype
         layer.wexpand_out = sum(output_partition_sizes)
