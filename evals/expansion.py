@@ -201,7 +201,7 @@ def expand_network(
 def install(network: nn.Module, linear: ExpandedLinear, pool: RowPool) -> RoutedLinear:
     """Put `pool` in the place of `linear`, unpacked and in float32 for speed."""
     module = RoutedLinear.from_pool(pool.to(dtype=torch.float32), linear.router, linear.bias)
-    module.unpack()
+    module.materialise()
     network.set_submodule(linear.name, module)
     return module
 
@@ -237,6 +237,6 @@ def sizes(expanded: Sequence[ExpandedLinear], pools: Sequence[RowPool]) -> Sizes
         stored += sum(pool.stored_bytes().values()) + routers
         one = pool.bytes_per_token(linear.tokens)
         read += one + (routers if linear.group not in groups else 0)
-        weights += one - (pool.row_map.shape[1] * 4 if pool.experts > 1 else 0)
+        weights += one - (pool.out_features if pool.experts > 1 else 0)
         groups.add(linear.group)
     return Sizes(stored / dense, read / dense, weights / dense)

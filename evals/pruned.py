@@ -180,9 +180,9 @@ def equal_tensors(a: Path, b: Path) -> bool:
     """Whether two model directories hold the same tensors (0.0 and -0.0 are the same here)."""
     import torch
 
-    from wexpand_plugin.format.checkpoint import tensor_files, tensors_of
+    from wexpand_plugin.format.model_dir import ModelDir
 
-    first, second = (dict(tensors_of(tensor_files(directory))) for directory in (a, b))
+    first, second = (dict(ModelDir(directory).tensors()) for directory in (a, b))
     return first.keys() == second.keys() and all(
         tensor.dtype == second[name].dtype and torch.equal(tensor, second[name])
         for name, tensor in first.items()

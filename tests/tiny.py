@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from wexpand_plugin.format.router import Router, rounded
-from wexpand_plugin.format.rowpool import pack_experts
+from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.hf.linear import RoutedLinear
 
 __all__ = [
@@ -101,11 +101,12 @@ def expand(
             bias = torch.randn(experts, generator=generator) / 4
             routers[key] = rounded(Router(router, bias), torch.zeros(linear.in_features))
         routed = RoutedLinear.from_pool(
-            pack_experts(weight),
+            RowPool.pack_experts(weight),
             routers[key] if experts > 1 else None,
             linear.bias,
+            group="/".join(map(str, key)),
+            tokens=range(10, 10 + experts),
         )
-        routed.tokens = list(range(10, 10 + experts))
         model.set_submodule(name, routed)
     return model
 

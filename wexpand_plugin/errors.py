@@ -8,4 +8,12 @@ __all__ = ["WexpandError"]
 
 
 class WexpandError(ValueError):
-    """An input that cannot be used: a recipe value, a model, a calibration set or a checkpoint."""
+    """An input that cannot be used: a recipe value, a model, a calibration set or a checkpoint.
+
+    :param problem: one sentence; where it is about a tensor, it begins with the tensor's name
+    :param tensor: that name in full, for those who know in which file it lies
+    """
+
+    def __init__(self, problem: str, tensor: str | None = None):
+        super().__init__(problem)
+        self.tensor = tensor

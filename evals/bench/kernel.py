@@ -17,6 +17,7 @@ by medians and by the fastest repetitions (`best`); on a machine with other work
 import importlib.util
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from itertools import product
 from typing import Annotated, NamedTuple
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from evals.bench.timing import alternate, copies_beyond_cache, machine, read_bandwidth, write_json
 from wexpand_plugin import kernels
-from wexpand_plugin.format.rowpool import RowPool, pack_rows
+from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.kernels import cpu
 
 SHAPES = {  # out, in of the linears as vLLM fuses them
@@ -96,9 +97,10 @@ def random_mask(out: int, width: int, sparsity: str) -> Tensor:
 def random_pool(out: int, width: int, sparsity: str, experts: int, dtype: torch.dtype) -> RowPool:
     """`experts` full experts, each in memory of its own; their masks are equal copies."""
     keep = random_mask(out, width, sparsity)
-    one = pack_rows(torch.randn(out, width).to(dtype) * keep, torch.arange(out).unsqueeze(0), keep)
-    row_map = torch.arange(experts * out, dtype=torch.int32).view(experts, out)
-    return RowPool(one.values.repeat(experts), one.mask.repeat(experts, 1), row_map, width)
+    one = RowPool.pack(torch.randn(out, width).to(dtype) * keep, keep=keep)
+    versions = torch.arange(out).repeat_interleave(experts)
+    row_map = torch.arange(experts, dtype=torch.uint8).unsqueeze(1).repeat(1, out)
+    return replace(one.take(versions), row_map=row_map if experts > 1 else None)
 
 
 def measure(

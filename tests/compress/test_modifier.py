@@ -16,7 +16,7 @@ from tiny import VOCAB, tokenizer  # noqa: E402
 import wexpand_plugin  # noqa: E402, F401
 from wexpand_plugin.compress.modifier import SparseExpansionModifier  # noqa: E402
 from wexpand_plugin.errors import WexpandError  # noqa: E402
-from wexpand_plugin.format.checkpoint import read_config, read_linear, tensor_files  # noqa: E402
+from wexpand_plugin.format.model_dir import ModelDir  # noqa: E402
 from wexpand_plugin.hf.linear import RoutedLinear  # noqa: E402
 
 
@@ -85,7 +85,7 @@ def test_compresses_saves_and_reloads_equal(kind, tmp_path):
     for module in routed.values():
         assert module.experts == 4 and sum(module.tokens) == 24 * 48
     expected = logits(model)
-    config = read_config(tmp_path / "out")
+    config = ModelDir(tmp_path / "out").config
     assert set(config.linears) == set(routed)
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(reloaded), expected)
@@ -133,7 +133,7 @@ def test_one_expert_is_llmcompressors_sparsegpt(tmp_path):
     for name in ("gate_proj", "up_proj", "down_proj"):
         module = ours.get_submodule(f"model.layers.0.mlp.{name}")
         weight = theirs.get_submodule(f"model.layers.0.mlp.{name}").weight
-        assert module.experts == 1 and not hasattr(module, "router_weight")
+        assert module.experts == 1 and module.router_weight is None
         assert 0.5 <= (weight == 0).float().mean() < 0.52
         assert torch.equal(module.pool.expert(0) == 0, weight == 0)
         torch.testing.assert_close(module.pool.expert(0), weight.data, atol=1e-5, rtol=0)
@@ -172,10 +172,10 @@ def test_size_budget_is_met(scope, share, tmp_path):
         path, tmp_path / "out", sparsity=0.8, size_budget=2.0, budget_scope=scope,
         share_versions=share, targets=["re:.*mlp.*"], num_experts=3,
     )  # fmt: skip
-    config, files = read_config(tmp_path / "out"), tensor_files(tmp_path / "out")
+    saved = ModelDir(tmp_path / "out")
     total = dense = 0
-    for name in config.linears:
-        pool, router, _ = read_linear(files, name, config)
+    for name in saved.config.linears:
+        pool, router, _ = saved.linear(name)
         assert router.weight.dtype == torch.float16
         stored = sum(pool.stored_bytes().values()) + router.nbytes
         assert stored == model.get_submodule(name).stored_bytes()

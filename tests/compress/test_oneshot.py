@@ -95,7 +95,7 @@ def test_an_interrupted_run_leaves_nothing(inputs, tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wexpand_plugin.format.checkpoint.finalize", stop)
+    monkeypatch.setattr("wexpand_plugin.hf.saving.seal", stop)
     with pytest.raises(KeyboardInterrupt):
         compress(**inputs)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial*"))

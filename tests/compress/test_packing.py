@@ -12,7 +12,7 @@ from llmcompressor import oneshot  # noqa: E402
 import wexpand_plugin  # noqa: E402, F401
 from wexpand_plugin.compress.packing import PackModifier  # noqa: E402
 from wexpand_plugin.errors import WexpandError  # noqa: E402
-from wexpand_plugin.format.checkpoint import read_config  # noqa: E402
+from wexpand_plugin.format.model_dir import ModelDir  # noqa: E402
 from wexpand_plugin.hf.linear import RoutedLinear  # noqa: E402
 
 RECIPE = """
@@ -38,7 +38,7 @@ def test_prune_and_pack_in_one_recipe(name, structure, tmp_path):
         num_calibration_samples=24, output_dir=str(tmp_path / "out"),
     )  # fmt: skip
     routed = [m for m in model.modules() if isinstance(m, RoutedLinear)]
-    assert len(routed) == 14 == len(read_config(tmp_path / "out").linears)
+    assert len(routed) == 14 == len(ModelDir(tmp_path / "out").config.linears)
     for module in routed:
         assert module.experts == 1
         assert (module.pool.expert(0) == 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
@@ -56,7 +56,7 @@ def test_the_recipe_packs_all_linears_of_the_blocks(kind, recipes, tmp_path):
         recipe=str(recipes / "sparsegpt_packed.yaml"), max_seq_length=64,
         num_calibration_samples=24, output_dir=str(tmp_path / "out"),
     )  # fmt: skip
-    assert read_config(tmp_path / "out").linears.keys() == names
+    assert ModelDir(tmp_path / "out").config.linears.keys() == names
 
 
 def test_nothing_to_pack_is_said(tmp_path):

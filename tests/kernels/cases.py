@@ -2,24 +2,33 @@
 
 import torch
 
-from wexpand_plugin.format.rowpool import RowPool, pack_rows
+from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.kernels import reference
 
-__all__ = ["assert_logits_match", "assert_matches", "random_case"]
+__all__ = ["assert_logits_match", "assert_matches", "random_case", "random_pool"]
 
 
-def random_case(seed, experts, versions, out, width, density, tokens, dtype, device="cpu"):
-    """A pool with rows of mixed density (empty and full ones too), x, and the chosen experts."""
-    torch.manual_seed(seed)
+def random_pool(experts, out, width, density, dtype) -> RowPool:
+    """Rows of mixed density (empty and full ones too), shared by experts at random."""
+    row_map = torch.randint(experts, (experts, out))
+    # numbers without gaps within a neuron
+    row_map = torch.stack([column.unique(return_inverse=True)[1] for column in row_map.t()], dim=1)
+    versions = int((row_map.amax(dim=0) + 1).sum())
     share = torch.full((versions, 1), density)
     share[0::5] = 0.0
     share[1::5] = 1.0
     keep = torch.rand(versions, width) < share
     rows = torch.randn(versions, width).to(dtype) * keep
-    row_map = torch.randint(versions, (experts, out), dtype=torch.int32)
+    return RowPool.pack(rows, row_map, keep=keep)
+
+
+def random_case(seed, experts, out, width, density, tokens, dtype, device="cpu"):
+    """A random pool, x, and the chosen experts."""
+    torch.manual_seed(seed)
+    pool = random_pool(experts, out, width, density, dtype)
     x = torch.randn(tokens, width).to(dtype).to(device)
     chosen = torch.randint(experts, (tokens,)).to(device) if experts > 1 else None
-    return pack_rows(rows, row_map, keep).to(device), x, chosen
+    return pool.to(device), x, chosen
 
 
 def assert_matches(y, pool, x, chosen, tolerance):
@@ -27,8 +36,11 @@ def assert_matches(y, pool, x, chosen, tolerance):
 
     `tolerance` of each dtype is relative to the largest output.
     """
-    exact = RowPool(pool.values.double(), pool.mask, pool.row_map, pool.in_features)
-    expected = reference.run(x.double(), chosen, reference.prepare(exact), pool.out_features)
+
+    def weight_of(expert):
+        return pool.expert(expert).double()
+
+    expected = reference.multiply(x.double(), chosen, weight_of, pool.experts, pool.out_features)
     assert y.shape == expected.shape and y.dtype == x.dtype
     if y.numel():
         scale = expected.abs().max().clamp_min(1e-30)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from wexpand_plugin.format.router import ROUTER_DTYPES
-from wexpand_plugin.format.rowpool import RowPool, pack_rows
+from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.kernels import LayerShape
 from wexpand_plugin.kernels import triton as kernel
 
@@ -50,7 +50,7 @@ def test_is_available():
     ],
 )
 def test_matches_the_reference(experts, tokens, out, width, dtype):
-    pool, x, chosen = random_case(tokens + width, experts, 11, out, width, 0.3, tokens, dtype)
+    pool, x, chosen = random_case(tokens + width, experts, out, width, 0.3, tokens, dtype)
     assert_matches(run(pool, x, chosen), pool, x, chosen)
 
 
@@ -66,46 +66,46 @@ def test_router_logits(experts, width, tokens, dtype, weight_dtype):
 @pytest.mark.parametrize(("tokens", "block"), [(33, 64), (130, 128)])
 def test_larger_blocks(tokens, block):
     assert kernel.tile(tokens, 1, 3, torch.bfloat16)[1] == block
-    pool, x, _ = random_case(tokens, 1, 9, 3, 70, 0.3, tokens, torch.bfloat16)
+    pool, x, _ = random_case(tokens, 1, 3, 70, 0.3, tokens, torch.bfloat16)
     assert_matches(run(pool, x, None), pool, x, None)
 
 
 def test_larger_programs(monkeypatch):
     monkeypatch.setattr(kernel, "WIDE", 8)
     for tokens in (1, 7):
-        pool, x, chosen = random_case(tokens, 2, 9, 35, 40, 0.3, tokens, torch.bfloat16)
+        pool, x, chosen = random_case(tokens, 2, 35, 40, 0.3, tokens, torch.bfloat16)
         assert_matches(run(pool, x, chosen), pool, x, chosen)
 
 
 @pytest.mark.parametrize("tokens", [2, 10, 40])
 def test_all_tokens_of_one_expert(tokens):
-    pool, x, _ = random_case(1, 4, 12, 9, 64, 0.3, tokens, torch.float32)
+    pool, x, _ = random_case(1, 4, 9, 64, 0.3, tokens, torch.float32)
     chosen = torch.full((tokens,), 2, device=DEVICE)
     assert_matches(run(pool, x, chosen), pool, x, chosen)
 
 
 def test_grid_holds_the_worst_split_of_tokens():
     """34 tokens in blocks of 32 need three of them when they split 33 to 1."""
-    pool, x, _ = random_case(4, 2, 9, 3, 40, 0.3, 34, torch.float32)
+    pool, x, _ = random_case(4, 2, 3, 40, 0.3, 34, torch.float32)
     chosen = torch.tensor([0] * 33 + [1], device=DEVICE)
     assert_matches(run(pool, x, chosen), pool, x, chosen)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_nothing_kept(tokens):
-    pool = pack_rows(torch.zeros(4, 50), torch.arange(4).unsqueeze(0)).to(DEVICE)
+    pool = RowPool.pack(torch.zeros(4, 50)).to(DEVICE)
     assert not run(pool, torch.ones(tokens, 50, device=DEVICE), None).any()
 
 
 @pytest.mark.parametrize("experts", [1, 3])
 def test_no_tokens(experts):
-    pool, x, chosen = random_case(2, experts, 6, 5, 40, 0.3, 0, torch.bfloat16)
+    pool, x, chosen = random_case(2, experts, 5, 40, 0.3, 0, torch.bfloat16)
     y = run(pool, x, chosen)
     assert y.shape == (0, 5) and y.dtype == torch.bfloat16
 
 
 def test_strided_x_is_accepted():
-    pool, x, _ = random_case(6, 1, 6, 5, 32, 0.5, 8, torch.float32)
+    pool, x, _ = random_case(6, 1, 5, 32, 0.5, 8, torch.float32)
     layout = kernel.prepare(pool)
     expected = kernel.run(x, None, layout, 5)
     assert torch.equal(kernel.run(torch.cat([x, x], dim=1)[:, :32], None, layout, 5), expected)
@@ -115,7 +115,7 @@ def test_strided_x_is_accepted():
 def test_wide_row_starts_give_the_same():
     """Row starts are int64 from 2**31 kept weights on."""
     for tokens in (2, 20):
-        pool, x, chosen = random_case(7, 3, 12, 9, 64, 0.3, tokens, torch.float32)
+        pool, x, chosen = random_case(7, 3, 9, 64, 0.3, tokens, torch.float32)
         values, mask, starts, row_map = kernel.prepare(pool)
         assert starts.dtype == torch.int32
         expected = kernel.run(x, chosen, [values, mask, starts, row_map], 9)
@@ -139,10 +139,10 @@ def test_sort_is_a_stable_counting_sort(tokens):
 def test_layout_is_as_documented(monkeypatch):
     """Group q of a span is columns q, 64+q, 128+q, 192+q, and keeps its values in that order."""
     monkeypatch.setattr(kernel, "AT_ONCE", 2 * 512)  # two rows at a time
-    pool, _, _ = random_case(8, 2, 7, 5, 300, 0.4, 1, torch.float32)
+    pool, _, _ = random_case(8, 2, 5, 300, 0.4, 1, torch.float32)
     values, mask, starts, row_map = (t.cpu() for t in kernel.prepare(pool))
-    assert torch.equal(row_map, pool.row_map.cpu())
-    rows = torch.zeros(7, 512)
+    assert torch.equal(row_map, pool.version_map().cpu())
+    rows = torch.zeros(pool.versions, 512)
     for version, words in enumerate(mask.tolist()):
         place = int(starts[version])
         for q in range(128):
@@ -150,8 +150,7 @@ def test_layout_is_as_documented(monkeypatch):
                 if words[q // 8] >> (4 * (q % 8) + bit) & 1:
                     rows[version, q // 64 * 256 + bit * 64 + q % 64] = values[place]
                     place += 1
-    everyone = RowPool(pool.values, pool.mask, torch.arange(7).unsqueeze(0), 300)
-    assert torch.equal(rows[:, :300], everyone.to("cpu").expert(0))
+    assert torch.equal(rows[:, :300], pool.to("cpu").rows())
     assert not rows[:, 300:].any()
 
 
@@ -159,7 +158,7 @@ def test_layout_is_as_documented(monkeypatch):
 def test_layout_adds_less_than_five_percent(density):
     torch.manual_seed(0)
     keep = torch.rand(400, 2048 + 128) < density
-    pool = pack_rows(keep.bfloat16(), torch.arange(400).view(2, 200), keep)
+    pool = RowPool.pack(keep.bfloat16(), torch.arange(2).unsqueeze(1).repeat(1, 200), keep=keep)
     packed = sum(pool.stored_bytes().values())
     held = sum(t.numel() * t.element_size() for t in kernel.prepare(pool))
     assert packed <= held < 1.05 * packed
@@ -169,7 +168,7 @@ def test_layout_adds_less_than_five_percent(density):
 @pytest.mark.parametrize("tokens", [1, 4, 16, 100])
 def test_replays_in_a_cuda_graph(tokens):
     """Captured with one set of inputs and experts, right for another: nothing was decided early."""
-    pool, x, chosen = random_case(9, 4, 90, 70, 300, 0.3, tokens, torch.bfloat16)
+    pool, x, chosen = random_case(9, 4, 70, 300, 0.3, tokens, torch.bfloat16)
     layout = kernel.prepare(pool)
     kernel.run(x, chosen, layout, 70)
     torch.cuda.synchronize()

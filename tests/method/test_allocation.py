@@ -128,6 +128,8 @@ def test_storage_order_and_row_map():
     p = problem(4, 30)
     choice = choose_versions(p, 0.1)
     order, row_map = stored_versions(choice)
-    assert len(order) == int(choice.granted.sum()) and row_map.dtype == torch.int32
+    assert len(order) == int(choice.granted.sum()) and row_map.dtype == torch.uint8
+    # versions of a neuron lie together, in the order of neurons, and are numbered within it
+    first = torch.cumsum(choice.granted.sum(dim=0), 0) - choice.granted.sum(dim=0)
     rows = torch.arange(30).expand(4, 30)
-    assert torch.equal(order[row_map.long()], choice.use * 30 + rows)
+    assert torch.equal(order[first + row_map], choice.use * 30 + rows)

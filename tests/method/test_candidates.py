@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("llmcompressor")
 from wexpand_plugin.format.router import Router  # noqa: E402
-from wexpand_plugin.format.rowpool import pack_rows  # noqa: E402
+from wexpand_plugin.format.rowpool import RowPool  # noqa: E402
 from wexpand_plugin.method.allocation import Choice, Problem, choose_versions, merge_tree  # noqa: E402
 from wexpand_plugin.method.candidates import (  # noqa: E402
     SCORES,
@@ -32,7 +32,7 @@ def candidates(
     problem = Problem(tree, errors, torch.ones(tree.nodes, rows, dtype=torch.bool),
                       torch.ones(tree.nodes, rows))  # fmt: skip
     place = torch.arange(tree.nodes * rows)
-    return Candidates(pack_rows(versions.flatten(0, 1), place[None]), place, problem, 1.0), versions
+    return Candidates(RowPool.pack(versions.flatten(0, 1)), place, problem, 1.0), versions
 
 
 @pytest.mark.parametrize("price", [0.0, 0.05, 0.2, 10.0])
@@ -109,8 +109,7 @@ def test_errors_are_the_closed_form():
     proposal = propose([weight], [None], found, rows, settings)[0]
     tree = proposal.problem.tree
     for node in range(tree.nodes):
-        version = proposal.pool.expert(node) if proposal.pool.experts > 1 else None
-        assert version is not None
+        version = proposal.pool.rows(torch.arange(node * 10, node * 10 + 10))
         for expert in tree.members[node].nonzero().flatten().tolist():
             change = version - weight
             expected = ((change @ found.sums[expert]) * change).sum(dim=1)

@@ -38,9 +38,9 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
 )
+from wexpand_plugin.format.checkpoint import LinearEntry, checksum
 
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.format.checkpoint import LinearEntry, checksum
 from wexpand_plugin.serve.config import WexpandServeConfig
 
 WIDTH, EXPERTS = 20, 3

@@ -111,10 +111,13 @@ def expand_group(
         group.names, group.linears, biases, pools, meanwhile or [None] * len(pools), strict=True
     ):
         dense = nn.functional.linear(rows, linear.weight, bias).float()
-        module = replace_linear(model, name, linear, pool, router, bias)
+        module = replace_linear(model, name, linear, pool, router, bias, group.names[0])
         module.tokens = statistics.tokens.tolist()
         # until the block has been propagated and its other groups have been replayed
-        module.unpack(other)
+        if other is None:
+            module.materialise()
+        else:
+            module.materialise(torch.stack([other.expert(e) for e in range(other.experts)]))
         change = module(rows).float() - dense
         errors.append(float(change.norm() / dense.norm().clamp(min=1e-12)))
         modules.append(module)
@@ -144,9 +147,10 @@ def replace_linear(
     pool: RowPool,
     router: Router | None,
     bias: Tensor | None,
+    group: str = "",
 ) -> RoutedLinear:
     """Put a routed linear in the place of `old`, offloaded like it."""
-    module = RoutedLinear.from_pool(pool, router, bias)
+    module = RoutedLinear.from_pool(pool, router, bias, group=group)
     if isinstance(old._parameters, OffloadCache):
         offload_module(module, **get_cache_init_kwargs(old))
     model.set_submodule(name, module)

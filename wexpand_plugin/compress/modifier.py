@@ -15,7 +15,6 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import WexpandError
-from ..format.router import Router
 from ..hf.linear import RoutedLinear
 from ..hf.saving import wrap_save_pretrained
 from ..method.candidates import (
@@ -244,7 +243,7 @@ class SparseExpansionModifier(Modifier):
     def on_sequential_epoch_end(self, state: State, event: Event, modules=None, **kwargs):
         """Expand the linears of the blocks that have just been calibrated."""
         for module in self._expanded.values():
-            module.repack()  # its block has been propagated
+            module.dematerialise()  # its block has been propagated
         ready = [n for n, replay in self._replays.items() if len(replay)]
         if modules is not None:
             ready = [n for n in ready if any(m is self._blocks[n] for m in modules)]
@@ -257,7 +256,7 @@ class SparseExpansionModifier(Modifier):
         """Drop hooks; settle what the whole model competes for."""
         self.remove_hooks()
         for module in self._expanded.values():
-            module.repack()
+            module.dematerialise()
         if self._candidates:
             self._allocate_model(state.model)
         stored = sum(module.stored_bytes() for module in self._expanded.values())
@@ -324,9 +323,9 @@ class SparseExpansionModifier(Modifier):
         choices = allocate_model(list(self._candidates.values()), reach, budget)
         for (name, candidates), choice in zip(self._candidates.items(), choices, strict=True):
             old = self._expanded[name]
-            router = Router(old.router_weight.data, old.router_bias.data)
+            router = old.router
             bias = None if old.bias is None else old.bias.data
             pool = candidates.select(choice).to(old.weight.device)
-            module = replace_linear(model, name, old, pool, router, bias)
+            module = replace_linear(model, name, old, pool, router, bias, old.group)
             module.tokens = old.tokens
             self._expanded[name] = module

@@ -8,7 +8,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from ..errors import WexpandError
-from ..format.rowpool import pack_experts
+from ..format.rowpool import RowPool
 from ..hf.saving import wrap_save_pretrained
 from ..method.candidates import dense_bytes
 from . import registered
@@ -64,7 +64,7 @@ class PackModifier(Modifier):
         for name, linear in tqdm(linears.items(), "Packing", leave=False):
             weight = linear.weight.detach()
             # a pruned weight may be -0.0: multiplication by a mask leaves the sign
-            pool = pack_experts(torch.where(weight == 0, 0, weight).unsqueeze(0))
+            pool = RowPool.pack(weight, keep=weight != 0)
             stored = sum(pool.stored_bytes().values())
             size = dense_bytes(weight)
             if stored >= size:

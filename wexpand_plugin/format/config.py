@@ -1,16 +1,16 @@
 """config.json of a checkpoint: what `quantization_config` holds, and reading it with distrust.
 
-Every size of every expanded linear is here, so a reader can build a model before it reads a tensor,
-and compare afterwards. `digest` finds an edited config, `checksums` a damaged tensor; neither is a
-signature.
+It lists the input groups, that is the linears that read the same tensor and share a router, with
+every size of every linear: a reader can build a model before it reads a tensor, and compare
+afterwards. `digest` finds an edited config; it is no signature. Checksums of tensors stand in a
+file of their own (`checksums`).
 """
 
 import hashlib
 import json
-import os
 import reprlib
 from collections.abc import Mapping
-from pathlib import Path
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,175 +25,239 @@ from pydantic import (
 
 from ..errors import WexpandError
 from .router import ROUTER_DTYPES
-from .rowpool import FLOATS, RowPool
+from .rowpool import MAX_EXPERTS, RowPool
+from .values import FLOATS, ValueCodec, codec
 
 __all__ = [
     "FORMAT_VERSION",
+    "KINDS",
     "QUANT_METHOD",
+    "CheckpointConfig",
+    "GroupEntry",
     "LinearEntry",
-    "WexpandConfig",
-    "model_digest",
+    "digest_of",
     "parse_config",
-    "read_config",
-    "read_json",
-    "write_json",
 ]
 
 QUANT_METHOD = "wexpand"
 FORMAT_VERSION = 1
+KINDS = ("weight", "weight_mask", "weight_scale", "row_map", "router_weight", "router_bias", "bias")
+"""the tensors that a linear may have"""
 
-
-# the row map is int32, and no dimension of a model comes near its limit
+# no dimension of a model comes near
 Size = Annotated[int, Field(gt=0, lt=2**31)]
+Experts = Annotated[int, Field(gt=0, le=MAX_EXPERTS)]
+Shapes = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
 
 
 class LinearEntry(BaseModel):
-    """The sizes of one expanded linear."""
+    """The sizes of one linear of ours."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    in_features: Size
+    # of its input group, which writes them once for all of its linears
+    in_features: Size = Field(exclude=True)
+    experts: Experts = Field(exclude=True)
+
     out_features: Size
-    experts: Size
     versions: Size
-    """rows in the pool, at most experts * out_features"""
+    """rows in the pool, at least out_features and at most experts * out_features"""
     nnz: NonNegativeInt
-    """kept weights in the pool, at most versions * in_features"""
+    """kept weights in the pool, at most versions * in_features; if equal, there is no mask"""
+    elements: NonNegativeInt
+    """of the tensor `weight`: nnz, but for codecs that put several weights into one"""
     bias: bool = False
-    tokens: list[NonNegativeInt] = Field(default_factory=list)
-    """calibration tokens that the router sent to each expert; empty where not counted"""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """of the dense weight that this linear stands for"""
+    values: Literal["float32", "bfloat16", "float16", "int8", "int4"]
+    """how kept weights are stored"""
+    value_group: NonNegativeInt = 0
+    """columns that share a scale; 0 for floats"""
 
     @model_validator(mode="after")
     def _possible(self) -> "LinearEntry":
-        if self.versions > self.experts * self.out_features:
-            raise ValueError(
-                f"versions {self.versions} exceeds experts * out_features = "
-                f"{self.experts * self.out_features}"
-            )
+        low, high = self.out_features, self.experts * self.out_features
+        if not low <= self.versions <= high:
+            raise ValueError(f"versions {self.versions} should be {low} to {high}")
         if self.nnz > self.versions * self.in_features:
             raise ValueError(
                 f"nnz {self.nnz} exceeds versions * in_features = "
                 f"{self.versions * self.in_features}"
             )
-        if len(self.tokens) not in (0, self.experts):
-            raise ValueError(f"tokens has {len(self.tokens)} counts for {self.experts} experts")
+        if (self.values in FLOATS) != (self.value_group == 0):
+            raise ValueError(f"value_group {self.value_group} does not go with {self.values}")
+        per_element = self.codec.storage.itemsize * 8 // self.codec.bits
+        low = -(-self.nnz // per_element)
+        high = self.nnz if per_element == 1 else low + self.versions
+        if not low <= self.elements <= high:
+            raise ValueError(f"elements {self.elements} should be {low} to {high}")
         return self
 
     @classmethod
-    def of(cls, pool: RowPool, bias: bool, tokens: list[int] | None = None) -> "LinearEntry":
-        """The entry that describes `pool`."""
+    def of(cls, pool: RowPool, bias: bool, dtype: torch.dtype) -> "LinearEntry":
+        """The entry that describes `pool`, which stands for a dense weight of this dtype."""
         return cls(
-            in_features=pool.in_features, out_features=pool.out_features, experts=pool.experts,
-            versions=pool.versions, nnz=pool.nnz, bias=bias, tokens=tokens or [],
-        )  # fmt: skip
+            in_features=pool.in_features,
+            experts=pool.experts,
+            out_features=pool.out_features,
+            versions=pool.versions,
+            nnz=pool.nnz,
+            elements=pool.values.numel(),
+            bias=bias,
+            dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            values=pool.codec.name,  # type: ignore[arg-type]
+            value_group=pool.codec.group,
+        )
 
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-        """Tensor -> the shape that it must have in the checkpoint, and the dtypes it may have."""
-        expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-            "weight": ((self.nnz,), FLOATS),
-            "weight_mask": ((self.versions, (self.in_features + 7) // 8), (torch.uint8,)),
-            "row_map": ((self.experts, self.out_features), (torch.int32,)),
-        }
+    @property
+    def codec(self) -> ValueCodec:
+        """How kept weights are stored."""
+        return codec(self.values, self.value_group)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense weight that this linear stands for, without its bias."""
+        return self.in_features * self.out_features * FLOATS[self.dtype].itemsize
+
+    def shapes(self) -> Shapes:
+        """Tensor kind -> the shape that it must have in the checkpoint, and dtypes it may have."""
+        expected: Shapes = {"weight": ((self.elements,), (self.codec.storage,))}
+        if self.nnz < self.versions * self.in_features:
+            expected["weight_mask"] = (
+                (self.versions, (self.in_features + 7) // 8),
+                (torch.uint8,),
+            )
+        if self.codec.scaled:
+            scales = self.codec.scales(self.in_features)
+            expected["weight_scale"] = ((self.versions, scales), (torch.float16,))
         if self.experts > 1:
+            expected["row_map"] = ((self.experts, self.out_features), (torch.uint8,))
             expected["router_weight"] = ((self.experts, self.in_features), ROUTER_DTYPES)
             expected["router_bias"] = ((self.experts,), (torch.float32,))
         if self.bias:
-            expected["bias"] = ((self.out_features,), FLOATS)
+            expected["bias"] = ((self.out_features,), tuple(FLOATS.values()))
         return expected
 
 
-class WexpandConfig(BaseModel):
+class GroupEntry(BaseModel):
+    """One input group: linears that read the same tensor and, with experts, share a router."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    in_features: Size
+    experts: Experts = 1
+    tokens: list[NonNegativeInt] = Field(default_factory=list)
+    """calibration tokens that the router sent to each expert; empty where not counted"""
+    linears: Annotated[dict[str, LinearEntry], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hand_down(cls, values: Any) -> Any:
+        """Give each linear the sizes that its group has for all."""
+        linears = values.get("linears") if isinstance(values, Mapping) else None
+        if not isinstance(linears, Mapping):
+            return values
+        shared = {key: values[key] for key in ("in_features", "experts") if key in values}
+        shared.setdefault("experts", 1)
+        known = {}
+        for name, entry in linears.items():
+            if isinstance(entry, Mapping):
+                if twice := sorted(shared.keys() & entry.keys()):
+                    raise ValueError(f"{name}: {twice[0]} should stand in its group alone")
+                entry = {**entry, **shared}
+            known[name] = entry
+        return {**values, "linears": known}
+
+    @model_validator(mode="after")
+    def _possible(self) -> "GroupEntry":
+        if len(self.tokens) not in (0, self.experts):
+            raise ValueError(f"tokens has {len(self.tokens)} counts for {self.experts} experts")
+        for name, entry in self.linears.items():
+            if (entry.in_features, entry.experts) != (self.in_features, self.experts):
+                raise ValueError(f"{name}: in_features or experts are not those of its group")
+        return self
+
+
+class CheckpointConfig(BaseModel):
     """`quantization_config` of config.json."""
 
     model_config = ConfigDict(extra="forbid")
 
     quant_method: Literal["wexpand"] = "wexpand"
     format_version: Literal[1] = 1
-    linears: dict[str, LinearEntry]
+    groups: list[GroupEntry]
+    """in the order in which the model runs them, where that is known"""
     made_by: dict[str, Any] = Field(default_factory=dict)
     """what made the checkpoint (versions, recipe values); informative"""
-    checksums: dict[str, str] = Field(default_factory=dict)
-    """tensor of the model -> crc32 of its bytes, 8 hexadecimal digits"""
-    model_digest: str = ""
-    """sha256 of the rest of config.json, see `model_digest`; `wexpand verify` reports another one,
-    vLLM logs it: settings such as the context length may be edited on purpose"""
     digest: str = ""
     """sha256 of everything above, see `seal`"""
 
-    def seal(self) -> "WexpandConfig":
+    @model_validator(mode="after")
+    def _once(self) -> "CheckpointConfig":
+        names = [name for group in self.groups for name in group.linears]
+        if len(names) != len(set(names)):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twice} stands in two groups")
+        return self
+
+    @cached_property
+    def linears(self) -> dict[str, LinearEntry]:
+        """The linears of all groups by name."""
+        return {name: entry for group in self.groups for name, entry in group.linears.items()}
+
+    @cached_property
+    def _groups(self) -> dict[str, GroupEntry]:
+        return {name: group for group in self.groups for name in group.linears}
+
+    def group_of(self, linear: str) -> GroupEntry:
+        """The input group that a linear belongs to; KeyError for one that is not ours."""
+        return self._groups[linear]
+
+    def tensors_of(self, linear: str) -> list[str]:
+        """The checkpoint's tensors of a linear of ours."""
+        return [f"{linear}.{kind}" for kind in self.linears[linear].shapes()]
+
+    def seal(self) -> "CheckpointConfig":
         """A copy whose digest is right."""
-        values = self.model_dump(mode="json")
-        return self.model_copy(update={"digest": _digest_without("digest", values)})
+        return self.model_copy(update={"digest": digest_of(self.model_dump(mode="json"), "digest")})
 
 
-def model_digest(values: Mapping[str, Any]) -> str:
-    """sha256 of config.json's `values` without quantization_config, as sorted JSON."""
-    return _digest_without("quantization_config", values)
-
-
-def _digest_without(key: str, values: Mapping[str, Any]) -> str:
-    rest = {k: value for k, value in values.items() if k != key}
+def digest_of(values: Mapping[str, Any], without: str) -> str:
+    """sha256 of `values` but for the key `without`, as sorted JSON."""
+    rest = {key: value for key, value in values.items() if key != without}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def parse_config(values: Mapping[str, Any], where: str = "config.json") -> WexpandConfig:
+def parse_config(values: Mapping[str, Any], where: str = "config.json") -> CheckpointConfig:
     """Validate a `quantization_config`. Errors name the key, its value and what would be right.
 
     :param values: as they stand in the file: `digest` is that of the keys that are there, so that
         a writer may leave out those that have a default
     """
-    version = values.get("format_version")
-    if values.get("quant_method") == QUANT_METHOD and version != FORMAT_VERSION:
-        raise WexpandError(
-            f"{where}: format_version {version!r} is not {FORMAT_VERSION}, the one this version of "
-            "wexpand-plugin reads"
-        )
+    if values.get("quant_method") == QUANT_METHOD:
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise WexpandError(
+                f"{where}: format_version {version!r} is not {FORMAT_VERSION}, the one this "
+                "version of wexpand-plugin reads"
+            )
+        if "groups" not in values and "linears" in values:
+            raise WexpandError(
+                f"{where}: quantization_config lists linears without input groups, a layout from "
+                "before the first release that is not read any more; compress or pack the dense "
+                "model again"
+            )
     try:
-        config = WexpandConfig.model_validate(dict(values))
+        config = CheckpointConfig.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         value = reprlib.repr(first.get("input"))
         raise WexpandError(f"{where}: quantization_config.{key}: {value}: {first['msg']}") from None
-    found = _digest_without("digest", values)
+    found = digest_of(values, "digest")
     if config.digest != found:
         raise WexpandError(
             f"{where}: quantization_config was changed after it was written (its digest is "
             f"{config.digest[:12]}..., its content gives {found[:12]}...)"
         )
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model directory. Raises WexpandError naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise WexpandError(f"{path}: there is no such file; a model directory has one") from None
-    except (ValueError, RecursionError) as error:
-        raise WexpandError(f"{path}: not JSON ({error})") from None
-    except OSError as error:
-        raise WexpandError(f"{path}: cannot be read ({error.strerror})") from None
-    if not isinstance(values, dict):
-        raise WexpandError(f"{path}: holds a {type(values).__name__}, not an object")
-    return values
-
-
-def read_config(directory: str | Path) -> WexpandConfig:
-    """The `quantization_config` of a model directory of ours."""
-    path = Path(directory) / "config.json"
-    quantization = read_json(path).get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        found = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise WexpandError(
-            f"{path}: quantization_config.quant_method is {found!r}, not {QUANT_METHOD!r}: "
-            "this is not a model that wexpand wrote"
-        )
-    return parse_config(quantization, str(path))
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON so that readers see the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf8")
-    os.replace(partial, path)

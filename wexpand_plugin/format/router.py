@@ -31,6 +31,7 @@ from ..errors import WexpandError
 __all__ = [
     "ROUTER_DTYPES",
     "Router",
+    "StoredRouter",
     "fit_router",
     "fold",
     "narrowest",
@@ -43,7 +44,7 @@ ROUTER_DTYPES = (torch.float16, torch.float32)
 """that a checkpoint's router weight may have"""
 
 
-class Router(NamedTuple):
+class StoredRouter(NamedTuple):
     """One affine map of an input group: a token goes to the expert with the largest logit."""
 
     weight: Tensor
@@ -55,6 +56,14 @@ class Router(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of both."""
         return self.weight.nbytes + self.bias.nbytes
+
+    def route(self, x: Tensor) -> Tensor:
+        """Expert of each token: `x` [tokens, in] -> int64 [tokens]; logits in the bias's dtype."""
+        weight, bias = self
+        return torch.addmm(bias, x.to(bias.dtype), weight.to(bias.dtype).t()).argmax(dim=1)
+
+
+Router = StoredRouter
 
 
 def router_bytes(experts: int, in_features: int) -> int:

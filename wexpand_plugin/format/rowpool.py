@@ -2,147 +2,345 @@
 
 A linear expanded into experts needs, for each (expert, neuron) pair, one sparse row of weights.
 Many pairs share a row (all those without an own version use the base version), so the rows are
-kept in a pool and a map points into it:
+kept in a pool, neuron by neuron, and a map points into it:
 
-    values   [nnz]                          the kept weights, row version after row version,
-                                            columns ascending
-    mask     uint8 [versions, ceil(in/8)]   bit b of byte j set: column 8j+b is kept
-    row_map  int32 [experts, out]           the row version that expert e uses for neuron r
+    values   [elements]                     the kept weights, row version after row version,
+                                            columns ascending, as the codec stores them
+    mask     uint8 [versions, ceil(in/8)]   bit b of byte j set: column 8j+b is kept;
+                                            none where every row is full
+    scale    float16 [versions, groups]     of integer codecs only
+    row_map  uint8 [experts, out]           which of neuron r's versions expert e uses; none
+                                            with one expert, whose neurons have one version each
 
-Cost: one value per kept weight and one bit per weight, so 2(1-s) + 1/8 bytes per weight in
-bfloat16 at sparsity s (1.125 at 50%, 0.525 at 80%), against 2 dense. Where a row starts inside
-`values` is not stored: it is the running sum of the mask's bit counts (`row_starts`).
+Neuron r owns as many versions as its column of the row map needs, its largest entry plus 1, so
+where they begin is a running sum and not stored. The same goes for where a row begins inside
+`values`: it is the running sum of the mask's bit counts.
+
+`sizes.row_bytes` says what a row version costs.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import WexpandError
+from .bits import bit_counts, pack_bits, ranges, running, unpack_bits
+from .sizes import row_bytes
+from .values import ValueCodec, codec_of
 
-__all__ = [
-    "FLOATS",
-    "RowPool",
-    "bit_counts",
-    "concat_pools",
-    "finite",
-    "kept",
-    "pack_bits",
-    "pack_experts",
-    "pack_rows",
-    "row_starts",
-    "unpack_bits",
-    "unpack_rows",
-]
+__all__ = ["MAX_EXPERTS", "RowPool", "finite", "kept"]
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""the dtypes that values may have"""
+MAX_EXPERTS = 256
+"""an entry of the row map is one byte"""
+_CHUNK = 1 << 24
+"""weights that are dense at once where a whole pool is worked through"""
 
 
 @dataclass(frozen=True)
 class RowPool:
     """The packed rows of one linear; `in_features` is the width that the mask's bytes round up."""
 
-    values: Tensor
-    mask: Tensor
-    row_map: Tensor
+    codec: ValueCodec
     in_features: int
+    values: Tensor
+    mask: Tensor | None = None
+    row_map: Tensor | None = None
+    scale: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        rows: Tensor,
+        row_map: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+        codec: ValueCodec | None = None,
+        scale: Tensor | None = None,
+    ) -> "RowPool":
+        """Pack dense row versions [versions, in], those of a neuron one after another.
+
+        :param row_map: uint8 [experts, out], see the module; none for one expert
+        :param keep: which weights are stored, booleans like `rows`, by default all but +0.0; what
+            is not kept must be zero in `rows`, it reads back as zero
+        :param codec: by default the one that stores the dtype of `rows` as it is
+        :param scale: of an integer codec [versions, groups]; by default the largest weight's
+        """
+        codec = codec or codec_of(rows.dtype)
+        keep = kept(rows) if keep is None else keep
+        if codec.scaled:
+            scale = codec.scale_of(rows) if scale is None else scale
+            rows = codec.quantise(rows, scale)
+        return cls(
+            codec,
+            rows.shape[1],
+            codec.pack(rows, keep),
+            None if bool(keep.all()) else pack_bits(keep),
+            None if row_map is None or len(row_map) == 1 else row_map.to(torch.uint8).contiguous(),
+            scale if codec.scaled else None,
+        )
+
+    @classmethod
+    def pack_experts(cls, weight: Tensor) -> "RowPool":
+        """Pack full experts [experts, out, in]; equal rows of one neuron are stored once."""
+        experts, out_features, _ = weight.shape
+        # the first expert with the same row, then the number of that row among the neuron's own
+        same = torch.arange(experts, device=weight.device).unsqueeze(1).repeat(1, out_features)
+        for expert in range(1, experts):
+            for earlier in range(expert):
+                equal = (weight[expert] == weight[earlier]).all(dim=1)
+                same[expert] = torch.where((same[expert] == expert) & equal, earlier, same[expert])
+        own = same == torch.arange(experts, device=weight.device).unsqueeze(1)
+        number = torch.cumsum(own, dim=0) - 1
+        return cls.pack(weight.transpose(0, 1)[own.t()], number.gather(0, same))
 
     @property
     def versions(self) -> int:
         """Row versions stored, for all neurons together."""
-        return self.mask.shape[0]
+        if self.mask is not None:
+            return self.mask.shape[0]
+        if self.scale is not None:
+            return self.scale.shape[0]
+        return self.values.numel() // self.in_features
 
     @property
     def experts(self) -> int:
         """Rows of the row map; 1 is plain sparse."""
-        return self.row_map.shape[0]
+        return 1 if self.row_map is None else self.row_map.shape[0]
 
     @property
     def out_features(self) -> int:
         """Neurons."""
-        return self.row_map.shape[1]
+        return self.versions if self.row_map is None else self.row_map.shape[1]
 
     @property
     def nnz(self) -> int:
         """Weights kept, over all row versions; a kept one may be zero."""
-        return self.values.numel()
+        return int(self.kept().sum())
+
+    def kept(self) -> Tensor:
+        """Weights that each row version keeps: int64 [versions]."""
+        if self.mask is None:
+            return self.values.new_full((self.versions,), self.in_features, dtype=torch.int64)
+        return bit_counts(self.mask)
+
+    def starts(self) -> Tensor:
+        """Where each row version begins in `values`, and where the last ends: int64 [versions+1]"""
+        return running(self.codec.elements(self.kept()))
+
+    def first_versions(self) -> Tensor:
+        """The first version of each neuron, and the number of all: int64 [out + 1]."""
+        if self.row_map is None:
+            return torch.arange(self.versions + 1, device=self.values.device)
+        return running(self.row_map.amax(dim=0).long() + 1)
+
+    def version_map(self) -> Tensor:
+        """The row version that each expert uses for each neuron: int32 [experts, out]."""
+        first = self.first_versions()[:-1]
+        if self.row_map is None:
+            return first.to(torch.int32).unsqueeze(0)
+        return (first + self.row_map).to(torch.int32)
+
+    def row_bytes(self) -> Tensor:
+        """Bytes on disk of each row version: int64 [versions]."""
+        masked = self.mask is not None
+        return row_bytes(self.codec, self.kept(), self.in_features, masked=masked)
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes on disk by kind: `values`, `mask`, `row_map`."""
+        """Bytes on disk by kind: `values`, `mask`, `scale`, `row_map`."""
+        parts = {"values": self.values, "mask": self.mask, "scale": self.scale}
         return {
-            "values": self.values.numel() * self.values.element_size(),
-            "mask": self.mask.numel(),
-            "row_map": self.row_map.numel() * self.row_map.element_size(),
+            kind: 0 if part is None else part.nbytes
+            for kind, part in (parts | {"row_map": self.row_map}).items()
         }
 
     def bytes_per_token(self, tokens_per_expert: Tensor | None = None) -> float:
-        """Bytes of values, mask and row map that one token reads: its own expert's rows only.
+        """Bytes of values, mask, scales and row map that one token reads: its expert's rows only.
 
         `tokens_per_expert` [experts] weights the mean over experts; without it every expert counts
         the same.
         """
-        row_bytes = bit_counts(self.mask) * self.values.element_size() + self.mask.shape[1]
-        map_bytes = self.row_map.shape[1] * self.row_map.element_size() if self.experts > 1 else 0
-        per_expert = row_bytes[self.row_map.long()].sum(dim=1).double() + map_bytes
+        per_expert = self.row_bytes()[self.version_map().long()].sum(dim=1).double()
+        if self.row_map is not None:
+            per_expert += self.row_map.shape[1]
         if tokens_per_expert is None or not tokens_per_expert.sum():
             return per_expert.mean().item()
         share = tokens_per_expert.double() / tokens_per_expert.sum()
         return (per_expert * share.to(per_expert.device)).sum().item()
 
+    def rows(self, versions: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Dense rows [n, in] of these row versions (any order, repeats too), or of all.
+
+        :param dtype: by default that of a float codec, float32 for an integer codec
+        """
+        some = self if versions is None else self._gather(versions.long())
+        stored = some.codec.unpack(some.values, some.kept())
+        if some.mask is None:
+            dense = stored.view(-1, some.in_features)
+        else:
+            keep = unpack_bits(some.mask, some.in_features)
+            dense = torch.zeros(keep.shape, dtype=stored.dtype, device=stored.device)
+            dense[keep] = stored
+        if some.scale is not None:
+            dense = some.codec.decode(dense, some.scale)
+        return dense if dtype is None else dense.to(dtype)
+
+    def __getitem__(self, versions: Tensor) -> Tensor:
+        return self.rows(versions)
+
     def expert(self, index: int) -> Tensor:
         """The dense weight [out, in] of expert `index`, zeros where pruned."""
-        return unpack_rows(self, self.row_map[index])
+        return self.rows(self.version_map()[index])
 
-    def to(self, *args, **kwargs) -> "RowPool":
-        """The same pool on another device (a dtype, if given, applies to the values)."""
-        values = self.values.to(*args, **kwargs)
+    def _gather(self, versions: Tensor) -> "RowPool":
+        """These row versions (int64 [n]) as a pool of their own with one expert."""
+        starts = self.starts()
+        places = ranges(starts[versions], starts[versions + 1])
         return RowPool(
-            values, self.mask.to(values.device), self.row_map.to(values.device), self.in_features
+            self.codec,
+            self.in_features,
+            self.values[places],
+            None if self.mask is None else self.mask[versions],
+            None,
+            None if self.scale is None else self.scale[versions],
+        )
+
+    def take(
+        self, neurons: Tensor | None = None, columns: tuple[int, int] | None = None
+    ) -> "RowPool":
+        """The pool of these neurons (any order) and columns (from, to) only.
+
+        Weights that were kept stay kept, zero or not. Where the first column begins inside a group
+        of scales, the groups become as narrow as that needs.
+        """
+        pool = self
+        if neurons is not None:
+            first = self.first_versions()
+            pool = self._gather(ranges(first[neurons], first[neurons + 1]))
+            if self.row_map is not None:
+                pool = replace(pool, row_map=self.row_map[:, neurons].contiguous())
+        return pool if columns is None else pool._cut(*columns)
+
+    def _cut(self, start: int, stop: int) -> "RowPool":
+        """Columns `start` to `stop` - 1."""
+        codec, scale = self.codec, None
+        if self.scale is not None:
+            codec = replace(codec, group=math.gcd(start, codec.group))
+            fine = self.scale.repeat_interleave(self.codec.group // codec.group, dim=1)
+            first = start // codec.group
+            scale = fine[:, first : first + codec.scales(stop - start)].contiguous()
+        values, masks = [], []
+        for part in self._chunks():
+            q = part.codec.unpack(part.values, part.kept())
+            keep = q.new_ones(part.versions, self.in_features, dtype=torch.bool)
+            if part.mask is not None:
+                keep = unpack_bits(part.mask, self.in_features)
+            dense = torch.zeros(keep.shape, dtype=q.dtype, device=q.device)
+            dense[keep] = q
+            values.append(codec.pack(dense[:, start:stop], keep[:, start:stop]))
+            masks.append(pack_bits(keep[:, start:stop]))
+        mask = None if self.mask is None else torch.cat(masks)
+        return RowPool(codec, stop - start, torch.cat(values), mask, self.row_map, scale)
+
+    def _chunks(self) -> Iterator["RowPool"]:
+        """The row versions in runs of about _CHUNK weights, so that little is dense at once."""
+        step = max(1, _CHUNK // self.in_features)
+        starts = self.starts()
+        for first in range(0, self.versions, step):
+            last = min(first + step, self.versions)
+            yield RowPool(
+                self.codec,
+                self.in_features,
+                self.values[int(starts[first]) : int(starts[last])],
+                None if self.mask is None else self.mask[first:last],
+                None,
+                None if self.scale is None else self.scale[first:last],
+            )
+
+    @classmethod
+    def concat(cls, pools: list["RowPool"]) -> "RowPool":
+        """One pool for linears that share input and router, their neurons one after another.
+
+        A pool with one expert joins by giving every expert its rows; pools of different codecs by
+        decoding all to the widest float among them.
+        """
+        experts, first = max(pool.experts for pool in pools), pools[0]
+        if any(p.experts not in (1, experts) or p.in_features != first.in_features for p in pools):
+            raise WexpandError(
+                f"row pools with {[pool.experts for pool in pools]} experts and "
+                f"{[pool.in_features for pool in pools]} input columns cannot be joined"
+            )
+        if any(pool.codec != first.codec for pool in pools):
+            wide = max((p.codec for p in pools), key=lambda codec: codec.bits).storage
+            wide = wide if wide.is_floating_point else torch.float32
+            pools = [pool.decoded(wide) for pool in pools]
+        if any(pool.mask is None for pool in pools) != all(pool.mask is None for pool in pools):
+            pools = [pool.masked() for pool in pools]
+        maps = [
+            torch.zeros(experts, p.out_features, dtype=torch.uint8, device=p.values.device)
+            if p.row_map is None
+            else p.row_map
+            for p in pools
+        ]
+        masks = [pool.mask for pool in pools if pool.mask is not None]
+        scales = [pool.scale for pool in pools if pool.scale is not None]
+        return cls(
+            pools[0].codec,
+            first.in_features,
+            torch.cat([pool.values for pool in pools]),
+            torch.cat(masks) if masks else None,
+            torch.cat(maps, dim=1) if experts > 1 else None,
+            torch.cat(scales) if scales else None,
+        )
+
+    def masked(self) -> "RowPool":
+        """The same rows with a mask, be it of ones."""
+        if self.mask is not None:
+            return self
+        ones = torch.ones(1, self.in_features, dtype=torch.bool, device=self.values.device)
+        return replace(self, mask=pack_bits(ones).repeat(self.versions, 1))
+
+    def decoded(self, dtype: torch.dtype) -> "RowPool":
+        """The same rows in a float codec."""
+        if not self.codec.scaled:
+            return self.to(dtype=dtype)
+        parts = []
+        for part in self._chunks():
+            keep = slice(None) if part.mask is None else unpack_bits(part.mask, self.in_features)
+            parts.append(part.rows(dtype=dtype)[keep].flatten())
+        values = torch.cat(parts) if parts else self.values.new_empty(0, dtype=dtype)
+        return RowPool(codec_of(dtype), self.in_features, values, self.mask, self.row_map)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "RowPool":
+        """The same pool on another device; a dtype applies to the values of a float codec."""
+        codec = self.codec
+        if dtype is None or codec.scaled:
+            dtype = codec.storage
+        else:
+            codec = codec_of(dtype)
+
+        def move(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.to(device or part.device)
+
+        values = self.values.to(device or self.values.device, dtype)
+        return RowPool(
+            codec, self.in_features, values, move(self.mask), move(self.row_map), move(self.scale)
         )
 
     def validate(self, name: str = "row pool") -> "RowPool":
         """Check every rule of the format; return self.
 
-        Raises WexpandError naming `name`.weight, .weight_mask or .row_map, the value found and the
-        value expected.
+        Raises WexpandError naming `name`.weight, .weight_mask, .weight_scale or .row_map, the value
+        found and the value expected.
         """
+        # here, as most who use a pool never check one
+        from .checks import check_pool
 
-        def refuse(tensor: str, problem: str) -> None:
-            raise WexpandError(f"{name}.{tensor}: {problem}")
-
-        if self.values.dim() != 1:
-            refuse("weight", f"shape {list(self.values.shape)} should have one dimension, [nnz]")
-        if self.values.dtype not in FLOATS:
-            refuse("weight", f"dtype {self.values.dtype} should be float32, bfloat16 or float16")
-        if self.mask.dtype != torch.uint8:
-            refuse("weight_mask", f"dtype {self.mask.dtype} should be uint8")
-        width = (self.in_features + 7) // 8
-        if self.mask.dim() != 2 or self.mask.shape[1] != width:
-            refuse(
-                "weight_mask",
-                f"shape {list(self.mask.shape)} should be [versions, {width}] "
-                f"for {self.in_features} input columns",
-            )
-        if self.row_map.dtype != torch.int32:
-            refuse("row_map", f"dtype {self.row_map.dtype} should be int32")
-        if self.row_map.dim() != 2 or self.row_map.numel() == 0:
-            refuse("row_map", f"shape {list(self.row_map.shape)} should be [experts, out]")
-        low, high = (int(v) for v in self.row_map.aminmax())
-        if low < 0 or high >= self.versions:
-            refuse(
-                "row_map",
-                f"holds row version {low if low < 0 else high}, outside 0 to {self.versions - 1}",
-            )
-        spare = width * 8 - self.in_features
-        if spare and bool((self.mask[:, -1] >> (8 - spare)).any()):
-            refuse("weight_mask", f"sets a bit past column {self.in_features - 1}, the last one")
-        kept = int(bit_counts(self.mask).sum())
-        if kept != self.nnz:
-            refuse("weight_mask", f"keeps {kept} weights but {name}.weight holds {self.nnz}")
-        if not finite(self.values):
-            refuse("weight", "holds NaN or infinite values")
+        check_pool(self, name)
         return self
 
 
@@ -151,115 +349,6 @@ def finite(values: Tensor) -> bool:
     return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
-def pack_bits(keep: Tensor) -> Tensor:
-    """Booleans [rows, in] -> uint8 [rows, ceil(in/8)], little-endian bits, spare bits zero."""
-    rows, columns = keep.shape
-    width = (columns + 7) // 8
-    padded = torch.zeros(rows, width * 8, dtype=torch.uint8, device=keep.device)
-    padded[:, :columns] = keep
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=keep.device)
-    return (padded.view(rows, width, 8) * places).sum(dim=-1, dtype=torch.uint8)
-
-
-def unpack_bits(mask: Tensor, in_features: int) -> Tensor:
-    """uint8 [rows, ceil(in/8)] -> booleans [rows, in]."""
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    bits = (mask.unsqueeze(-1) >> places) & 1
-    return bits.view(mask.shape[0], mask.shape[1] * 8)[:, :in_features].bool()
-
-
-def bit_counts(mask: Tensor) -> Tensor:
-    """Set bits of each row: uint8 [rows, bytes] -> int64 [rows]."""
-    pairs = mask - ((mask >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(dim=1, dtype=torch.int64)
-
-
-def row_starts(mask: Tensor) -> Tensor:
-    """Where each row version begins inside `values`: int64 [versions + 1], first 0, last nnz."""
-    starts = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
-    torch.cumsum(bit_counts(mask), dim=0, out=starts[1:])
-    return starts
-
-
 def kept(weight: Tensor) -> Tensor:
     """Which weights to store: all but +0.0, so that unpacking restores every bit, -0.0 too."""
     return (weight != 0) | torch.signbit(weight)
-
-
-def pack_rows(rows: Tensor, row_map: Tensor, keep: Tensor | None = None) -> RowPool:
-    """Pack row versions [versions, in] that `row_map` [experts, out] points to.
-
-    `keep` (booleans, like `rows`) says which weights are stored; by default all non-zero ones. A
-    weight that is not kept must be zero in `rows`, it reads back as zero.
-    """
-    if keep is None:
-        keep = kept(rows)
-    return RowPool(
-        rows[keep].contiguous(),
-        pack_bits(keep),
-        row_map.to(torch.int32).contiguous(),
-        rows.shape[1],
-    )
-
-
-def pack_experts(weight: Tensor) -> RowPool:
-    """Pack full experts [experts, out, in]; equal rows of one neuron are stored once."""
-    experts, out_features, _ = weight.shape
-    numbers = torch.arange(experts, device=weight.device).unsqueeze(1)
-    same = numbers.expand(experts, out_features).clone()
-    for expert in range(1, experts):
-        for earlier in range(expert):
-            same[expert] = torch.where(
-                (same[expert] == expert) & (weight[expert] == weight[earlier]).all(dim=1),
-                earlier,
-                same[expert],
-            )
-    own = same == numbers
-    index = torch.cumsum(own.flatten(), dim=0).view(experts, out_features) - 1
-    return pack_rows(weight[own], index.gather(0, same))
-
-
-def unpack_rows(pool: RowPool, versions: Tensor | None = None) -> Tensor:
-    """Dense rows [len(versions), in] of these row versions (any order, repeats too), or of all."""
-    if versions is None:
-        keep, values = unpack_bits(pool.mask, pool.in_features), pool.values
-    else:
-        versions = versions.long()
-        mask, starts = pool.mask[versions], row_starts(pool.mask)
-        keep = unpack_bits(mask, pool.in_features)
-        counts = bit_counts(mask)
-        first = torch.repeat_interleave(
-            starts[versions] - (torch.cumsum(counts, 0) - counts), counts
-        )
-        values = pool.values[first + torch.arange(first.numel(), device=first.device)]
-    dense = torch.zeros(keep.shape, dtype=pool.values.dtype, device=pool.values.device)
-    dense[keep] = values
-    return dense
-
-
-def concat_pools(pools: list[RowPool]) -> RowPool:
-    """One pool for linears that share input and router, their neurons one after another.
-
-    A pool with one expert (plain sparse, or a dense linear packed as full rows) joins by giving
-    every expert its rows.
-    """
-    experts = max(pool.experts for pool in pools)
-    if any(
-        pool.experts not in (1, experts) or pool.in_features != pools[0].in_features
-        for pool in pools
-    ):
-        raise WexpandError(
-            f"row pools with {[pool.experts for pool in pools]} experts and "
-            f"{[pool.in_features for pool in pools]} input columns cannot be joined"
-        )
-    maps, first = [], 0
-    for pool in pools:
-        maps.append(pool.row_map.expand(experts, -1) + first)
-        first += pool.versions
-    return RowPool(
-        torch.cat([pool.values for pool in pools]),
-        torch.cat([pool.mask for pool in pools]),
-        torch.cat(maps, dim=1),
-        pools[0].in_features,
-    )

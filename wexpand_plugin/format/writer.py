@@ -1,37 +1,116 @@
-"""Writing many tensors as the safetensors files of one model, in bounded memory."""
+"""Writing checkpoints: whole or not at all, in bounded memory.
 
+`atomic` writes one file, `partial_directory` a directory of them: whatever interrupts a writer, no
+file and no directory is left that looks complete but is not. `TensorWriter` turns a stream of
+tensors into the safetensors files of one model, and `seal` makes a directory that holds a model's
+tensors and config.json a checkpoint of ours.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
-from . import checkpoint
+from ..errors import WexpandError
+from .checks import check_linear
+from .config import CheckpointConfig, GroupEntry, digest_of
+from .model_dir import CHECKSUMS, CONFIG, INDEX, ModelDir, checksum
+from .router import StoredRouter
+from .rowpool import RowPool
 
-__all__ = ["SHARD_BYTES", "Shards"]
+__all__ = [
+    "SHARD_BYTES",
+    "TensorWriter",
+    "atomic",
+    "copy_others",
+    "partial_directory",
+    "require_empty",
+    "seal",
+    "write_json",
+]
 
 SHARD_BYTES = 1 << 29
 """default size of one file; larger tensors have a file of their own"""
 
+_WEIGHTS = tuple(
+    ".safetensors .index.json .bin .pt .pth .ckpt .npz .gguf .h5 .msgpack .onnx .onnx_data".split()
+)
+# what runs when it is loaded: our own output holds none, whatever the source is
+_CODE = (".py", ".pkl", ".pickle")
 
-class Shards:
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends without an error.
+
+    Readers see the old file or the whole new one; on an error nothing is left.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an object as JSON, atomically."""
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf8")
+
+
+class TensorWriter:
     """Writes tensors to model.safetensors, or to several files and their index.
 
     A file is written when the next tensor would make it larger than `limit` bytes.
     """
 
-    def __init__(self, directory: Path, limit: int):
+    def __init__(self, directory: Path, limit: int = SHARD_BYTES):
         self.directory, self.limit = directory, limit
+        self.checksums: dict[str, str] = {}
+        """of every tensor that was added"""
         self._pending: dict[str, Tensor] = {}
         self._written: list[list[str]] = []
         self._bytes = 0
-        self.total = 0
+        self._total = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Put `tensor` into the current file, or write that and begin the next."""
         if self._pending and self._bytes + tensor.nbytes > self.limit:
             self._flush()
-        self._pending[name] = tensor.contiguous()
+        self._pending[name] = tensor = tensor.contiguous()
+        self.checksums[name] = checksum(tensor)
         self._bytes += tensor.nbytes
-        self.total += tensor.nbytes
+        self._total += tensor.nbytes
+
+    def add_pool(
+        self,
+        linear: str,
+        pool: RowPool,
+        router: StoredRouter | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Add the tensors of a linear of ours, under the names that a checkpoint gives them."""
+        tensors = {
+            "weight": pool.values,
+            "weight_mask": pool.mask,
+            "weight_scale": pool.scale,
+            "row_map": pool.row_map,
+            "bias": bias,
+        }
+        if router is not None:
+            tensors |= {"router_weight": router.weight, "router_bias": router.bias}
+        for kind, tensor in tensors.items():
+            if tensor is not None:
+                self.add(f"{linear}.{kind}", tensor)
 
     def _flush(self) -> None:
         from safetensors.torch import save_file
@@ -48,13 +127,164 @@ class Shards:
         count = len(self._written)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._written):
-            file = (
-                f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-                if count > 1
-                else "model.safetensors"
-            )
+            file = "model.safetensors"
+            if count > 1:
+                file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             (self.directory / f"shard-{number}.safetensors").rename(self.directory / file)
             weight_map |= dict.fromkeys(names, file)
         if count > 1:
-            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-            checkpoint.write_json(self.directory / checkpoint.INDEX, index)
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            write_json(self.directory / INDEX, index)
+
+
+def seal(
+    directory: str | Path,
+    groups: Sequence[GroupEntry],
+    made_by: Mapping[str, Any],
+    *,
+    checksums: Mapping[str, str] | None = None,
+    quiet: bool = True,
+) -> CheckpointConfig:
+    """Make a directory that holds a model's tensors and its config.json a checkpoint of ours.
+
+    :param checksums: of all tensors, from the `TensorWriter` that wrote and thereby knows them; if
+        none are given every tensor is read once, and those of our linears are checked
+    :param quiet: no progress bar
+    """
+    directory = Path(directory)
+    config = CheckpointConfig(groups=list(groups), made_by=dict(made_by)).seal()
+    model = ModelDir(directory, directory.glob("*.safetensors"), config)
+    values = {k: v for k, v in model.config_json.items() if k != "sparsity_config"}
+    if checksums is None:
+        checksums = _read_all(model, quiet)
+    values["quantization_config"] = config.model_dump(mode="json")
+    sums = {
+        "digest": config.digest,
+        "model_digest": digest_of(values, "quantization_config"),
+        "tensors": dict(sorted(checksums.items())),
+    }
+    write_json(directory / CHECKSUMS, sums)
+    write_json(directory / CONFIG, values)
+    return config
+
+
+def _read_all(model: ModelDir, quiet: bool) -> dict[str, str]:
+    found, others, linears = {}, model.others(), model.config.linears
+    with tqdm(total=len(linears) + len(others), unit="", disable=quiet, desc="checksums") as bar:
+        for tensor, value in model.tensors(others):
+            found[tensor] = checksum(value)
+            bar.update()
+        for name, entry in linears.items():
+            tensors = model.kinds(name)
+            with model.locating_errors():
+                check_linear(name, entry, tensors)
+            found |= {f"{name}.{kind}": checksum(value) for kind, value in tensors.items()}
+            bar.update()
+    return found
+
+
+def require_empty(output: str | Path) -> None:
+    """Refuse an output that exists, unless it is an empty directory. Raises WexpandError."""
+    path = Path(output)
+    if path.is_dir() and any(path.iterdir()):
+        raise WexpandError(f"{output}: is not empty; name a directory that does not exist")
+    if path.exists() and not path.is_dir():
+        raise WexpandError(f"{output}: is a file; name a directory that does not exist")
+
+
+def copy_others(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer and all other files but weights, code and what a writer of ours makes itself.
+
+    Files that `target` has already stay as they are.
+
+    :return: the files of code, pickles among them, that were left out
+    """
+    left_out = []
+    for file in sorted(source.rglob("*")):
+        inside = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or not file.is_file() or file.name.endswith(_WEIGHTS):
+            continue
+        if str(inside) in (CONFIG, CHECKSUMS) or (target / inside).exists():
+            continue
+        if file.name.endswith(_CODE):
+            left_out.append(str(inside))
+            continue
+        (target / inside).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / inside)
+    return left_out
+
+
+@contextmanager
+def partial_directory(target: str | Path) -> Iterator[Path]:
+    """An empty directory whose files become `target`'s when the block ends without an error.
+
+    A new `target` appears by one rename. In an existing one, the old config.json goes first and the
+    new one comes last, model weights that the new files do not replace are removed, and all other
+    files stay. On an error the partial directory is removed and `target` is as it was. What a
+    process that was killed left there is removed by the next one with the same target.
+    """
+    target = Path(target).resolve()
+    if target.exists():
+        if not target.is_dir():
+            raise WexpandError(f"{target}: is a file; a model is saved to a directory")
+        foreign = [f.name for f in target.glob("*.safetensors") if not _model_weights(f.name)]
+        if foreign:
+            raise WexpandError(
+                f"{target}: holds {foreign[0]}, which would be read as a part of the model; save "
+                "to another directory"
+            )
+        # inside, as the directory may be the only writable one of its file system
+        stem, parent = ".partial", target
+    else:
+        stem, parent = f".{target.name}.partial", target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(parent, stem)
+    partial = parent / f"{stem}-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if target.exists():
+            _move_into(partial, target)
+        else:
+            os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path, stem: str) -> None:
+    """Remove the partial directories of processes of this machine that do not run any more."""
+    for left in parent.glob(f"{stem}-*"):
+        number = left.name.removeprefix(f"{stem}-")
+        if number.isdigit() and left.is_dir() and not _alive(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
+
+
+def _model_weights(name: str) -> bool:
+    """Whether transformers reads a file of this name as the model's weights, or their index."""
+    return bool(re.fullmatch(r"model(-\d+-of-\d+)?(\..+)?\.safetensors(\.index\.json)?", name))
+
+
+def _move_into(partial: Path, target: Path) -> None:
+    files = sorted(
+        (file.relative_to(partial) for file in partial.rglob("*") if not file.is_dir()),
+        key=lambda file: str(file) == CONFIG,
+    )
+    (target / CONFIG).unlink(missing_ok=True)
+    for old in target.iterdir():
+        if old.is_file() and _model_weights(old.name) and Path(old.name) not in files:
+            old.unlink()
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / file, target / file)

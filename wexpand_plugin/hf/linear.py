@@ -5,116 +5,157 @@ names of the checkpoint's tensors, so a state dict is a checkpoint. A weight tha
 mistaken for an ordinary linear's.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from ..format.router import Router, narrowest, route
+from ..format.config import KINDS, LinearEntry
+from ..format.router import StoredRouter, narrowest
 from ..format.rowpool import RowPool
+from ..format.values import codec_of
 from ..kernels import reference
 
 __all__ = ["RoutedLinear"]
+
+# loaded in float32, which every device computes with, whatever they are stored in
+WIDENED = ("router_weight", "router_bias", "weight_scale")
 
 
 class RoutedLinear(nn.Module):
     """y = W_e x + b, e being the expert that the router gives x; one expert needs no router.
 
-    :param in_features, out_features: as in nn.Linear
-    :param experts: number of experts
-    :param versions: rows in the pool
-    :param nnz: kept weights in the pool
-    :param bias: whether there is one
+    :param entry: its sizes; the tensors are empty
+    :param group: name of its input group, any that the linears of the group share; "" for none
+    :param tokens: calibration tokens per expert, where known
+    :param dtype: of float weights and bias, by default the entry's
     """
+
+    weight: Tensor
+    weight_mask: Tensor | None
+    weight_scale: Tensor | None
+    row_map: Tensor | None
+    router_weight: Tensor | None
+    router_bias: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        experts: int,
-        versions: int,
-        nnz: int,
-        bias: bool,
+        entry: LinearEntry,
+        group: str = "",
+        tokens: Sequence[int] = (),
+        *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        self.in_features, self.out_features, self.experts = in_features, out_features, experts
-
-        def parameter(*shape, of=dtype):
-            return nn.Parameter(torch.empty(*shape, dtype=of, device=device), requires_grad=False)
-
-        self.weight = parameter(nnz)
-        width = (in_features + 7) // 8
-        self.weight_mask: Tensor
-        self.row_map: Tensor
-        self.register_buffer(
-            "weight_mask", torch.empty(versions, width, dtype=torch.uint8, device=device)
-        )
-        self.register_buffer(
-            "row_map", torch.empty(experts, out_features, dtype=torch.int32, device=device)
-        )
-        if experts > 1:
-            # loaded in float32, which every device computes with, whatever it is stored in
-            self.router_weight = parameter(experts, in_features, of=torch.float32)
-            self.router_bias = parameter(experts, of=torch.float32)
-        self.bias = parameter(out_features) if bias else None
-        self.tokens: list[int] = []
-        """calibration tokens per expert, where known"""
+        self.entry, self.group, self.tokens = entry, group, list(tokens)
+        self.in_features, self.out_features = entry.in_features, entry.out_features
+        self.experts = entry.experts
+        for kind in KINDS:
+            self._set(kind, None)
         self._dense: Tensor | None = None
+        for kind, (shape, dtypes) in entry.shapes().items():
+            of = dtypes[0]
+            if kind in WIDENED:
+                of = torch.float32
+            elif of.is_floating_point:
+                of = dtype or getattr(torch, entry.dtype)
+            self._set(kind, torch.empty(shape, dtype=of, device=device))
+
+    def _set(self, kind: str, tensor: Tensor | None) -> None:
+        """Give a tensor its place: bit patterns are buffers, the rest parameters."""
+        if kind in ("weight_mask", "row_map"):
+            self.register_buffer(kind, tensor)
+        else:
+            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(kind, parameter)
 
     @classmethod
     def from_pool(
-        cls, pool: RowPool, router: Router | None = None, bias: Tensor | None = None
+        cls,
+        pool: RowPool,
+        router: StoredRouter | None = None,
+        bias: Tensor | None = None,
+        *,
+        group: str = "",
+        tokens: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
     ) -> "RoutedLinear":
-        """A module holding these tensors; `router` is needed for more than one expert."""
-        module = cls(
-            pool.in_features, pool.out_features, pool.experts, pool.versions, pool.nnz,
-            bias is not None, device="meta",
-        )  # fmt: skip
-        module.weight = nn.Parameter(pool.values, requires_grad=False)
-        module.weight_mask, module.row_map = pool.mask, pool.row_map
-        if router is not None:
+        """A module holding these tensors; `router` is needed for more than one expert.
+
+        :param dtype: of the dense weight, by default that of a float pool's values
+        """
+        dtype = dtype or (torch.float32 if pool.codec.scaled else pool.codec.storage)
+        entry = LinearEntry.of(pool, bias is not None, dtype)
+        module = cls(entry, group, tokens, device="meta")
+        tensors = {"weight": pool.values, "weight_mask": pool.mask, "row_map": pool.row_map}
+        tensors |= {"weight_scale": pool.scale, "bias": None if bias is None else bias.detach()}
+        if router is not None and pool.experts > 1:
             # a copy for each linear of the group: transformers refuses to save shared tensors
-            weight, bias_ = narrowest(router.weight.detach()), router.bias.detach().float()
-            module.router_weight = nn.Parameter(weight.clone(), requires_grad=False)
-            module.router_bias = nn.Parameter(bias_.clone(), requires_grad=False)
-        if bias is not None:
-            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            tensors["router_weight"] = narrowest(router.weight.detach()).clone()
+            tensors["router_bias"] = router.bias.detach().float().clone()
+        for kind, tensor in tensors.items():
+            module._set(kind, tensor)
         return module
 
     @property
     def pool(self) -> RowPool:
         """The row pool of this linear; shares its tensors."""
-        return RowPool(self.weight.data, self.weight_mask, self.row_map, self.in_features)
+        codec = self.entry.codec
+        return RowPool(
+            codec if codec.scaled else codec_of(self.weight.dtype),
+            self.in_features,
+            self.weight.data,
+            self.weight_mask,
+            self.row_map,
+            None if self.weight_scale is None else self.weight_scale.data.half(),
+        )
+
+    @property
+    def router(self) -> StoredRouter | None:
+        """The router, in whatever dtype it is held; shares its tensors."""
+        if self.router_weight is None or self.router_bias is None:
+            return None
+        return StoredRouter(self.router_weight.data, self.router_bias.data)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense weight that this linear stands for."""
+        floats = self.weight.is_floating_point()
+        return self.weight.dtype if floats else getattr(torch, self.entry.dtype)
 
     def stored_bytes(self) -> int:
         """Bytes of the pool and the router in a checkpoint; the bias is not counted."""
-        router = 0
-        if self.experts > 1:
-            router = narrowest(self.router_weight).nbytes + self.router_bias.nbytes
-        return sum(self.pool.stored_bytes().values()) + router
+        router = self.router
+        size = 0
+        if router is not None:
+            size = StoredRouter(narrowest(router.weight), router.bias).nbytes
+        return sum(self.pool.stored_bytes().values()) + size
 
     def dense_bytes(self) -> int:
         """Bytes of the dense weight that this linear stands for."""
-        return self.in_features * self.out_features * self.weight.element_size()
+        return self.in_features * self.out_features * self.dtype.itemsize
 
-    def unpack(self, instead: RowPool | None = None) -> None:
+    def materialise(self, weights: Tensor | None = None) -> None:
         """Keep dense experts [experts, out, in] at hand: fast, at `experts` times the memory.
 
-        :param instead: compute with these experts, not with those that are stored, until `repack`
+        :param weights: to compute with, instead of those that are stored, until `dematerialise`
         """
-        pool = instead or self.pool
-        self._dense = torch.stack([pool.expert(e) for e in range(self.experts)])
+        if weights is None:
+            pool = self.pool
+            weights = torch.stack([pool.expert(e) for e in range(self.experts)])
+        self._dense = weights
 
-    def repack(self) -> None:
-        """Undo `unpack`."""
+    def dematerialise(self) -> None:
+        """Undo `materialise`."""
         self._dense = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         rows = x.reshape(-1, self.in_features)
-        experts = None
-        if self.experts > 1:
-            experts = route(rows, self.router_weight, self.router_bias)
+        router = self.router
+        experts = None if router is None else router.route(rows)
         weight_of = self.pool.expert if self._dense is None else self._dense.__getitem__
         y = reference.multiply(rows, experts, weight_of, self.experts, self.out_features)
         if self.bias is not None:
@@ -124,6 +165,6 @@ class RoutedLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"experts={self.experts}, versions={self.weight_mask.shape[0]}, "
-            f"nnz={self.weight.numel()}, bias={self.bias is not None}"
+            f"experts={self.experts}, versions={self.entry.versions}, nnz={self.entry.nnz}, "
+            f"values={self.entry.values}, bias={self.bias is not None}"
         )

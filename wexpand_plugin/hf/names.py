@@ -12,7 +12,7 @@ Nothing of transformers is imported with this module: it may be imported while t
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +20,16 @@ import torch
 from torch import nn
 
 from ..errors import WexpandError
-from ..format.checkpoint import LinearEntry
+from ..format.config import CheckpointConfig
+from ..format.model_dir import ModelDir
 from .linear import RoutedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "check_tensors",
+    "check_fit",
+    "check_headers",
     "install_linears",
     "linear_tensors",
     "module_tensor_names",
@@ -61,63 +63,69 @@ def _renamed(model: "PreTrainedModel", names: Iterable[str]) -> Iterator[tuple[s
                 break
 
 
-def install_linears(model: "PreTrainedModel", linears: Mapping[str, LinearEntry]) -> None:
-    """Replace each of these linears of a model on the meta device by an empty RoutedLinear.
+def install_linears(model: "PreTrainedModel", config: CheckpointConfig) -> None:
+    """Replace each linear of ours in a model on the meta device by an empty RoutedLinear.
 
     Raises WexpandError for a name that is no linear of the model, or one of another size.
     """
-    renamed = module_tensor_names(model, [f"{name}.weight" for name in linears])
-    for name, entry in linears.items():
-        target = renamed.get(f"{name}.weight", "").removesuffix(".weight")
-        old = model.get_submodule(target) if target else None
-        if not isinstance(old, nn.Linear):
-            found = f"a {type(old).__name__}" if old is not None else "nothing"
-            raise WexpandError(
-                f"config.json: quantization_config.linears: {name} should be a linear of "
-                f"{type(model).__name__}, which has {found} by that name"
-            )
-        sizes = (old.in_features, old.out_features, old.bias is not None)
-        if sizes != (entry.in_features, entry.out_features, entry.bias):
-            raise WexpandError(
-                f"config.json: quantization_config.linears.{name}: in_features, out_features and "
-                f"bias {(entry.in_features, entry.out_features, entry.bias)} should be {sizes}, "
-                f"as in {type(model).__name__}"
-            )
-        new = RoutedLinear(
-            entry.in_features, entry.out_features, entry.experts, entry.versions, entry.nnz,
-            entry.bias, dtype=old.weight.dtype, device="meta",
-        )  # fmt: skip
-        new.tokens = list(entry.tokens)
-        new.train(old.training)
-        model.set_submodule(target, new)
+    renamed = module_tensor_names(model, [f"{name}.weight" for name in config.linears])
+    for group in config.groups:
+        key = next(iter(group.linears))
+        for name, entry in group.linears.items():
+            target = renamed.get(f"{name}.weight", "").removesuffix(".weight")
+            old = model.get_submodule(target) if target else None
+            if not isinstance(old, nn.Linear):
+                found = f"a {type(old).__name__}" if old is not None else "nothing"
+                raise WexpandError(
+                    f"config.json: quantization_config.groups: {name} should be a linear of "
+                    f"{type(model).__name__}, which has {found} by that name"
+                )
+            sizes = (old.in_features, old.out_features, old.bias is not None)
+            if sizes != (entry.in_features, entry.out_features, entry.bias):
+                raise WexpandError(
+                    f"config.json: quantization_config.groups: {name}: in_features, out_features "
+                    f"and bias {(entry.in_features, entry.out_features, entry.bias)} should be "
+                    f"{sizes}, as in {type(model).__name__}"
+                )
+            new = RoutedLinear(entry, key, group.tokens, dtype=old.weight.dtype, device="meta")
+            new.train(old.training)
+            model.set_submodule(target, new)
 
 
-def check_tensors(model: "PreTrainedModel", files: Mapping[str, Path]) -> None:
-    """Compare the tensors in `files` with those of `model`; raises WexpandError.
+def check_headers(model: "PreTrainedModel", directory: ModelDir) -> None:
+    """Compare the headers of a directory's tensors with those of `model`; raises WexpandError.
 
     Shapes must be equal. A tensor that only the model has would start with random values: that is
     refused for the class that config.json names, others may add a head of their own.
     """
-    from safetensors import safe_open
-
-    names, known = module_tensor_names(model, files), model.state_dict()
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as tensors:
-            for name in (n for n in names if files[n] == file):
-                shape, right = tensors.get_slice(name).get_shape(), known[names[name]].shape
-                if tuple(shape) != tuple(right):
-                    raise WexpandError(
-                        f"{file}: {name}: shape {list(shape)} should be {list(right)}, as "
-                        f"{type(model).__name__} has it by config.json"
-                    )
+    headers = directory.headers
+    names, known = module_tensor_names(model, headers), model.state_dict()
+    for name, target in names.items():
+        right = tuple(known[target].shape)
+        if headers[name].shape != right:
+            raise WexpandError(
+                f"{headers[name].file}: {name}: shape {list(headers[name].shape)} should be "
+                f"{list(right)}, as {type(model).__name__} has it by config.json",
+                name,
+            )
     if type(model).__name__ not in (model.config.architectures or ()):
         return
-    found = {target for _, target, _ in _renamed(model, files)}
+    found = {target for _, target, _ in _renamed(model, headers)}
     found |= {t for t, source in model.all_tied_weights_keys.items() if source in found}
     optional = model._keys_to_ignore_on_load_missing or ()
     for name in known:
         if name not in found and not any(re.search(pattern, name) for pattern in optional):
-            raise WexpandError(f"{name}: missing; {type(model).__name__} has it by config.json")
+            raise WexpandError(
+                f"{name}: missing; {type(model).__name__} has it by config.json", name
+            )
+
+
+def check_fit(directory: ModelDir) -> None:
+    """Raise WexpandError unless a checkpoint of ours has exactly the tensors of the model class
+    that its config.json names."""
+    model = skeleton(directory.path)
+    install_linears(model, directory.config)
+    check_headers(model, directory)
 
 
 def skeleton(directory: str | Path) -> "PreTrainedModel":

@@ -1,22 +1,30 @@
 """What transformers calls when it loads a checkpoint of ours; registered by `hf.register`.
 
 transformers hands a model whose config.json names a quantization method to the quantizer
-registered under that name. Ours replaces the linears that the checkpoint expanded by
-`RoutedLinear`, while the model is still without memory (on the meta device), and leaves the loading
-to transformers: a RoutedLinear's state dict has the checkpoint's tensor names. With a quantizer,
-transformers no longer compares shapes and only warns of missing tensors, so everything is checked
-here first, from the files.
+registered under that name. Ours replaces the linears that are ours by `RoutedLinear`, while the
+model is still without memory (on the meta device), and leaves the loading to transformers: a
+RoutedLinear's state dict has the checkpoint's tensor names. With a quantizer, transformers no
+longer compares shapes and only warns of missing tensors, so the files' headers are checked before,
+and what was loaded into a RoutedLinear after. Every tensor is read once; `WEXPAND_VERIFY=1` makes
+`wexpand verify` of it first, checksums and all.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 # not from transformers.quantizers, which may be half imported when this is
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..format import checkpoint
-from .linear import RoutedLinear
-from .names import check_tensors, install_linears
+from ..errors import WexpandError
+from ..format.checks import check_pool
+from ..format.config import CheckpointConfig, parse_config
+from ..format.model_dir import ModelDir
+from ..format.problems import problems
+from ..format.rowpool import finite
+from .linear import WIDENED, RoutedLinear
+from .names import check_headers, install_linears
 from .saving import wrap_save_pretrained
 
 __all__ = ["WexpandQuantizationConfig", "WexpandQuantizer"]
@@ -26,12 +34,11 @@ class WexpandQuantizationConfig(QuantizationConfigMixin):
     """config.json's `quantization_config`, checked when made. Raises WexpandError."""
 
     def __init__(self, **values: Any):
-        parsed = checkpoint.parse_config(values)
-        self.__dict__.update(parsed.model_dump(mode="json"))
+        self.__dict__.update(parse_config(values).model_dump(mode="json"))
 
-    def parsed(self) -> checkpoint.WexpandConfig:
-        """The same as the checkpoint module's own type."""
-        return checkpoint.WexpandConfig.model_validate(self.to_dict())
+    def parsed(self) -> CheckpointConfig:
+        """The same as the format's own type."""
+        return CheckpointConfig.model_validate(self.to_dict())
 
 
 class WexpandQuantizer(HfQuantizer):
@@ -41,22 +48,27 @@ class WexpandQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config.parsed()
-        files = checkpoint.tensor_files(checkpoint_files) if checkpoint_files else {}
-        if files:
-            for problem in checkpoint.problems(files, config):
-                raise problem
-        install_linears(model, config.linears)
-        if files:
-            check_tensors(model, files)
-        # routing must not depend on the dtype that the model is loaded in
+        install_linears(model, config)
+        if checkpoint_files:
+            directory = ModelDir(Path(checkpoint_files[0]).parent, checkpoint_files, config)
+            for name, entry in config.linears.items():
+                for kind in entry.shapes():
+                    directory.header(name, kind)
+            check_headers(model, directory)
+            if os.environ.get("WEXPAND_VERIFY") == "1":
+                for problem in problems(directory):
+                    raise problem
+        # routing and scales must not depend on the dtype that the model is loaded in
         kept = set(model._keep_in_fp32_modules_strict or ())
-        model._keep_in_fp32_modules_strict = kept | {"router_weight", "router_bias"}
+        model._keep_in_fp32_modules_strict = kept | set(WIDENED)
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, RoutedLinear):
                 module.requires_grad_(False)
+                if not any(tensor.is_meta for tensor in module.state_dict().values()):
+                    _check(name, module)
         wrap_save_pretrained(model, self.quantization_config.made_by)
         return model
 
@@ -68,3 +80,11 @@ class WexpandQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """No: kept weights and masks have no gradient."""
         return False
+
+
+def _check(name: str, module: RoutedLinear) -> None:
+    """The content of what was loaded; shapes and dtypes were those of the headers."""
+    check_pool(module.pool, name)
+    for kind, tensor in module.named_parameters(recurse=False):
+        if tensor.is_floating_point() and not finite(tensor):
+            raise WexpandError(f"{name}.{kind}: holds NaN or infinite values", f"{name}.{kind}")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import WexpandError
 from ..format.router import ROUTER_DTYPES
-from ..format.rowpool import RowPool, row_starts
+from ..format.rowpool import RowPool
 from . import LayerShape
 from .build import DEFAULT_FLAGS, BuildError, build
 
@@ -105,10 +105,12 @@ def prepare(pool: RowPool) -> list[Tensor]:
         raise WexpandError(f"row pool: {pool.nnz} kept weights in one linear should be below 2**32")
     values = pool.values.new_zeros(pool.nnz + _padding(pool.values))
     values[: pool.nnz] = pool.values
-    mask = pool.mask.new_zeros(pool.mask.numel() + MASK_PADDING)
-    mask[: pool.mask.numel()] = pool.mask.flatten()
-    starts = row_starts(pool.mask)[:-1].to(torch.int32)  # past 2**31 the sign bit is the 32nd bit
-    return [values, mask, starts, pool.row_map.clone()]
+    bits = pool.masked().mask
+    assert bits is not None
+    mask = bits.new_zeros(bits.numel() + MASK_PADDING)
+    mask[: bits.numel()] = bits.flatten()
+    starts = pool.starts()[:-1].to(torch.int32)  # past 2**31 the sign bit is the 32nd bit
+    return [values, mask, starts, pool.version_map()]
 
 
 def _padding(values: Tensor) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..format.rowpool import RowPool
+from ..format.values import codec, codec_of
 from . import LayerShape
 
 __all__ = ["logits", "multiply", "name", "prepare", "run", "unavailable"]
@@ -25,15 +26,25 @@ def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> 
 
 
 def prepare(pool: RowPool) -> list[Tensor]:
-    """The checkpoint's own tensors, and an empty one whose width is `in_features`."""
-    width = torch.empty(0, pool.in_features, device=pool.values.device)
-    return [pool.values, pool.mask, pool.row_map, width]
+    """The checkpoint's own tensors (values, mask, row map, scales, where there are any), and two
+    empty ones whose widths are `in_features` and the codec's group.
+    """
+    device = pool.values.device
+    sizes = [torch.empty(0, size, device=device) for size in (pool.in_features, pool.codec.group)]
+    none = torch.empty(0, device=device)
+    parts = (pool.values, pool.mask, pool.row_map, pool.scale)
+    return [none if part is None else part for part in parts] + sizes
 
 
 def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int) -> Tensor:
     """y [tokens, out] = x [tokens, in] times each token's own expert, transposed."""
-    values, mask, row_map, width = layout
-    pool = RowPool(values, mask, row_map, width.shape[1])
+    values, *parts, width, group = layout
+    mask, row_map, scale = (part if part.numel() else None for part in parts)
+    if values.is_floating_point():
+        how = codec_of(values.dtype)
+    else:
+        how = codec("int8" if values.dtype == torch.int8 else "int4", group.shape[1])
+    pool = RowPool(how, width.shape[1], values, mask, row_map, scale)
     return multiply(x, experts, pool.expert, pool.experts, out_features)
 
 

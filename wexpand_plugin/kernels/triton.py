@@ -59,7 +59,8 @@ best half its speed on an H200.
 import torch
 from torch import Tensor
 
-from ..format.rowpool import RowPool, pack_bits, row_starts, unpack_bits, unpack_rows
+from ..format.bits import pack_bits, unpack_bits
+from ..format.rowpool import RowPool
 from . import LayerShape
 
 __all__ = ["logits", "name", "prepare", "run", "unavailable"]
@@ -103,9 +104,10 @@ def prepare(pool: RowPool) -> list[Tensor]:
     """
     spans = -(-pool.in_features // SPAN)
     width = spans * SPAN
-    starts = row_starts(pool.mask)
+    starts, bits = pool.starts(), pool.masked().mask
+    assert bits is not None
     values = pool.values.new_zeros(pool.nnz + PAD)
-    mask = torch.empty(pool.versions, spans * 8, dtype=torch.int32, device=pool.mask.device)
+    mask = torch.empty(pool.versions, spans * 8, dtype=torch.int32, device=bits.device)
 
     def regroup(rows: Tensor) -> Tensor:
         """[rows, in] -> [rows, width], every span's 4 x 64 columns transposed."""
@@ -114,15 +116,14 @@ def prepare(pool: RowPool) -> list[Tensor]:
 
     step = max(1, AT_ONCE // width)
     for first in range(0, pool.versions, step):
-        bits = pool.mask[first : first + step]
-        begin, end = int(starts[first]), int(starts[first + len(bits)])
-        part = RowPool(pool.values[begin:end], bits, pool.row_map, pool.in_features)
-        keep = regroup(unpack_bits(bits, pool.in_features))
-        values[begin:end] = regroup(unpack_rows(part))[keep]
+        some = torch.arange(first, min(first + step, pool.versions), device=bits.device)
+        begin, end = int(starts[first]), int(starts[first + len(some)])
+        keep = regroup(unpack_bits(bits[some], pool.in_features))
+        values[begin:end] = regroup(pool.rows(some))[keep]
         mask[first : first + step] = pack_bits(keep).view(torch.int32)
     small = pool.nnz < 1 << 31
     starts = starts[:-1].to(torch.int32 if small else torch.int64)
-    return [values, mask, starts, pool.row_map.clone()]
+    return [values, mask, starts, pool.version_map()]
 
 
 def tile(tokens: int, experts: int, out_features: int, dtype: torch.dtype) -> tuple[int, int, int]:

@@ -196,13 +196,12 @@ def stored_versions(choice: Choice) -> tuple[Tensor, Tensor]:
     """Number the granted versions neuron by neuron: flat index [versions], row map [experts, rows].
 
     :return: positions into a [nodes * rows] stack of candidate rows, in storage order, and the
-        int32 row map that points into that order
+        uint8 row map of numbers within each neuron
     """
     use, granted = choice
-    number = torch.full(granted.shape, -1, dtype=torch.int64, device=granted.device)
     rows = granted.shape[1]
     by_row = granted.t().flatten()
     order = by_row.nonzero().squeeze(1)
     node, row = order % granted.shape[0], order // granted.shape[0]
-    number[node, row] = torch.arange(len(order), device=granted.device)
-    return node * rows + row, number.gather(0, use).to(torch.int32)
+    number = torch.cumsum(granted, dim=0) - 1
+    return node * rows + row, number.gather(0, use).to(torch.uint8)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import WexpandError
-from ..format.router import Router, route, router_bytes
-from ..format.rowpool import RowPool, bit_counts, pack_experts, pack_rows, unpack_rows
+from ..format.router import route
+from ..format.rowpool import RowPool
+from ..format.sizes import StoredBytes
+from ..format.values import codec_of
 from .allocation import Choice, Problem, Tree, allocate, merge_tree, stored_versions
 from .neurons import neuron_scores
 from .solvers.sparsegpt import MaskStructure, chunk_size, solve
@@ -96,8 +98,8 @@ class Candidates:
     def select(self, choice: Choice) -> RowPool:
         """The pool that holds the granted versions only."""
         order, row_map = stored_versions(choice)
-        rows = unpack_rows(self.pool, self.place[order].to(self.pool.mask.device))
-        return pack_rows(rows, row_map.to(rows.device))
+        rows = self.pool.rows(self.place[order].to(self.pool.values.device))
+        return RowPool.pack(rows, row_map.to(rows.device))
 
     def full(self) -> RowPool:
         """Full expansion: each expert with the version that was solved for it alone."""
@@ -127,7 +129,9 @@ def dense_bytes(weight: Tensor) -> int:
 
 def fixed_bytes(out_features: int, in_features: int, experts: int) -> int:
     """Bytes that do not depend on the versions: row map and router."""
-    return 4 * experts * out_features + router_bytes(experts, in_features)
+    return StoredBytes(codec_of(torch.bfloat16), torch.bfloat16).fixed(
+        out_features, in_features, experts
+    )
 
 
 def _shrunk(sums: Tensor, tokens: Tensor, total: Tensor, shrinkage: float) -> Tensor:
@@ -152,7 +156,7 @@ def expand(weights: list[Tensor], statistics: GroupStatistics, settings: Setting
                 statistics.sums[some], statistics.solved_tokens[some], total, settings.shrinkage
             )
             solved[some] = settings.solve(weight, hessians, linears)
-    return [pack_experts(part) for part in solved.split(linears, dim=1)]
+    return [RowPool.pack_experts(part) for part in solved.split(linears, dim=1)]
 
 
 def propose(
@@ -183,9 +187,8 @@ def propose(
         )  # fmt: skip
     ):
         place = torch.arange(versions.shape[0] * versions.shape[1])
-        identity = place.view(versions.shape[:2]).to(versions.device)
-        pool = pack_rows(versions.flatten(0, 1), identity)
-        cost = bit_counts(pool.mask) * pool.values.element_size() + pool.mask.shape[1]
+        pool = RowPool.pack(versions.flatten(0, 1))
+        cost = pool.row_bytes()
         values = score_values(settings.score, rows, weights[i], biases[i], settings.seed)
         weighted = weigh(error, settings.score, values)
         problem = Problem(tree, weighted.cpu(), may.cpu(), cost.view(len(versions), -1).cpu())
@@ -251,7 +254,7 @@ def _held_errors(weight: Tensor, statistics: GroupStatistics) -> Callable[[Tenso
         raise WexpandError(
             "size_budget: no calibration rows could be held back; use sequences of 8 or more tokens"
         )
-    assert isinstance(statistics.router, Router)
+    assert statistics.router is not None
     experts = route(held, *statistics.router)
 
     def error(change: Tensor, expert: int) -> Tensor:

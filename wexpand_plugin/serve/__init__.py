@@ -4,10 +4,9 @@ vLLM calls `register` in every process it starts, for every model it serves, so 
 never raises. The rest is imported when a checkpoint of ours is loaded:
 
     config.py    which linears of the model are expanded, and what is refused
-    files.py     the files as a whole, and the tensors that vLLM loads by itself, checked
     linear.py    one layer: its parameters, its tensors put together, its forward
-    parts.py     the tensors of a layer as they arrive from the files, checked
-    shards.py    the rows or columns that a tensor-parallel rank holds
+    params.py    the tensors of a layer as they arrive from the files, checked
+    tensor_parallel.py the rows or columns that a tensor-parallel rank holds
     ops.py       the one custom op that a forward calls
 """
 
@@ -33,7 +32,7 @@ def register() -> None:
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from ..format.checkpoint import QUANT_METHOD
+        from ..format.config import QUANT_METHOD
         from .config import WexpandServeConfig
 
         register_quantization_config(QUANT_METHOD)(WexpandServeConfig)

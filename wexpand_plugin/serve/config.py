@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from ..errors import WexpandError
-from ..format.checkpoint import QUANT_METHOD, parse_config
+from ..format.config import QUANT_METHOD, parse_config
 
 __all__ = ["WexpandServeConfig"]
 
@@ -64,15 +64,10 @@ class WexpandServeConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Ours for a linear with an expanded member, vLLM's own for other layers.
 
-        The first call checks the model's files, before vLLM loads any weight.
-
-        :raises WexpandError: damaged files, or a layer that cannot be served expanded
+        :raises WexpandError: a layer that cannot be served expanded
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-        from .files import check_engine
-
-        check_engine(self.checkpoint)
         if not isinstance(layer, LinearBase):
             self.refuse_inside(layer, prefix)
             return None

@@ -18,16 +18,17 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from .. import kernels
 from ..errors import WexpandError
-from ..format.checkpoint import WexpandConfig
+from ..format.config import KINDS
+from ..format.config import CheckpointConfig as WexpandConfig
 from ..format.router import Router
-from ..format.rowpool import RowPool, concat_pools
+from ..format.rowpool import RowPool
 from . import logger, ops
 from . import tensor_parallel as shards
 from .params import Member, Parts
 
 __all__ = ["WexpandLinearMethod"]
 
-_KINDS = ("weight", "weight_mask", "row_map", "router_weight", "router_bias")
+_KINDS = tuple(kind for kind in KINDS if kind != "bias")
 _said: set[str] = set()
 
 
@@ -129,17 +130,17 @@ class WexpandLinearMethod(LinearMethodBase):
                             f"runs them as one layer, {self.prefix}, which has room for one"
                         )
             rows = shards.rows_of(mine)
-            pools.append(shards.take(member.pool, rows, columns))
+            pools.append(member.pool.take(rows, columns))
             bias = member.bias
             if bias is None:
-                bias = member.pool.values.new_zeros(member.pool.out_features)
+                bias = torch.zeros(member.pool.out_features, dtype=layer.wexpand_dtype)
             biases.append((bias if rows is None else bias[rows]).to(layer.wexpand_dtype))
         if layer.bias is not None:
             # older vLLMs make it with requires_grad, and our op has no gradient
             layer.bias.requires_grad_(False).copy_(torch.cat(biases))
         elif any(member.bias is not None for member in members):
             raise WexpandError(f"{self.prefix}: the checkpoint has a bias, vLLM's layer has none")
-        pool = pools[0] if len(pools) == 1 else concat_pools(pools)
+        pool = pools[0] if len(pools) == 1 else RowPool.concat(pools)
         return pool, router_of and router_of.router
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

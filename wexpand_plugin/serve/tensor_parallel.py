@@ -18,9 +18,8 @@ from vllm.model_executor.layers.linear import (
 )
 
 from ..errors import WexpandError
-from ..format.rowpool import RowPool, bit_counts, pack_bits, row_starts, unpack_bits
 
-__all__ = ["Shard", "columns_of", "rows_of", "shards_of", "take"]
+__all__ = ["Shard", "columns_of", "rows_of", "shards_of"]
 
 _KNOWN = (
     ColumnParallelLinear,
@@ -29,8 +28,6 @@ _KNOWN = (
     ReplicatedLinear,
     RowParallelLinear,
 )
-_CHUNK = 4096
-"""row versions cut at once, so that what is unpacked on the way stays small"""
 
 
 class Shard(NamedTuple):
@@ -85,33 +82,3 @@ def rows_of(shards: list[Shard]) -> Tensor | None:
         rows.append(torch.arange(first + shard.start, first + shard.stop))
         first += shard.size
     return torch.cat(rows)
-
-
-def take(
-    pool: RowPool, rows: Tensor | None = None, columns: tuple[int, int] | None = None
-) -> RowPool:
-    """The pool of these neurons (any order) and columns (from, to) only.
-
-    Row versions that no neuron uses any more are left out. Weights that were kept stay kept, zero
-    or not.
-    """
-    if rows is None and columns is None:
-        return pool
-    row_map = pool.row_map if rows is None else pool.row_map[:, rows]
-    used, row_map = torch.unique(row_map.long(), return_inverse=True)
-    start, stop = columns or (0, pool.in_features)
-    starts = row_starts(pool.mask)
-    masks, values = [], []
-    for versions in used.split(_CHUNK):
-        keep = unpack_bits(pool.mask[versions], pool.in_features)
-        counts = bit_counts(pool.mask[versions])
-        shift = starts[versions] - (torch.cumsum(counts, 0) - counts)
-        place = torch.repeat_interleave(shift, counts)
-        place += torch.arange(place.numel(), device=place.device)
-        inside = torch.zeros_like(keep)
-        inside[:, start:stop] = True
-        values.append(pool.values[place[inside[keep]]])
-        masks.append(pack_bits(keep[:, start:stop]))
-    return RowPool(
-        torch.cat(values), torch.cat(masks), row_map.to(torch.int32).contiguous(), stop - start
-    )

@@ -118,13 +118,10 @@ def compress(
         text_column=text_column, dtype=dtype, seed=seed,
     )  # fmt: skip
     if not quiet:
-        from ..errors import WexpandError
-        from ..format.checkpoint import read_config
+        from ..format.model_dir import ModelDir
 
-        try:
-            read_config(output)
-            further = f"wexpand inspect {output}, vllm serve {output}"
-        except WexpandError:  # a recipe without a modifier of ours that packs
+        further = f"wexpand inspect {output}, vllm serve {output}"
+        if not ModelDir(output).ours:  # a recipe without a modifier of ours that packs
             further = f"wexpand pack {output} PACKED if it is pruned"
         typer.echo(f"wrote {output}; next: {further}")
 
@@ -133,11 +130,12 @@ def compress(
 def pack(
     model: Model,
     out: Out,
-    drop_negative_zeros: Annotated[
+    keep_negative_zeros: Annotated[
         bool,
         typer.Option(
-            help="Treat -0.0, which pruning by multiplication leaves, as zero. Otherwise it is "
-            "stored like a weight, so that unpack gives back every bit."
+            "--keep-negative-zeros",
+            help="Store -0.0, which pruning by multiplication leaves, like a weight, so that "
+            "unpack gives back every bit. Otherwise it counts as zero.",
         ),
     ] = False,
     quiet: Quiet = False,
@@ -159,7 +157,7 @@ def pack(
     from .inspect_table import readable_bytes
     from .pack import pack
 
-    done = pack(model, out, drop_negative_zeros=drop_negative_zeros, quiet=quiet or as_json)
+    done = pack(model, out, keep_negative_zeros=keep_negative_zeros, quiet=quiet or as_json)
     if as_json:
         typer.echo(json.dumps(asdict(done), indent=2))
     elif not quiet:

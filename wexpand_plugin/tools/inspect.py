@@ -6,7 +6,7 @@ are read.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ import torch
 from tqdm import tqdm
 
 from ..errors import WexpandError
-from ..format import checkpoint
-from ..format.checkpoint import LinearEntry, WexpandConfig
+from ..format.config import GroupEntry, LinearEntry
+from ..format.model_dir import ModelDir
 from ..format.rowpool import RowPool, kept
 
 __all__ = ["Inspection", "LinearInspection", "inspect"]
 
-KINDS = ("values", "mask", "row_map", "router", "bias")
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+KINDS = ("values", "mask", "scale", "row_map", "router", "bias")
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,12 @@ class LinearInspection:
     """weights stored"""
     sparsity: float
     """share of weights not stored, over all row versions"""
+    values: str
+    """how kept weights are stored: bfloat16, int4, ..."""
     bytes: dict[str, int]
-    """by kind: values, mask, row_map, router, bias"""
+    """by kind: values, mask, scale, row_map, router, bias"""
     dense_bytes: int
-    """of this linear as one dense weight in the same dtype, with its bias"""
+    """of the dense weight that this linear stands for, with its bias"""
     bytes_per_token: float
     """that one token reads, a mean over experts (by their tokens where recorded)"""
     tokens: list[int] = field(default_factory=list)
@@ -97,7 +98,7 @@ class Inspection:
         return 1 - sum(linear.nnz for linear in self.linears) / weights if weights else 0.0
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """`stored_bytes` of all `linears`, split into values, mask, row_map, router and bias."""
+        """`stored_bytes` of all `linears`, split by kind."""
         return {kind: sum(linear.bytes[kind] for linear in self.linears) for kind in KINDS}
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,113 +126,95 @@ def inspect(directory: str | Path, linears: Collection[str] | None = None) -> In
     :param linears: only these; by default all that are expanded, or all of a dense model's blocks
     :raises WexpandError: not a model directory, or tensors that contradict config.json
     """
-    directory = Path(directory)
-    values = checkpoint.read_json(directory / "config.json")
-    found = values.get("quantization_config")
-    ours = isinstance(found, dict) and found.get("quant_method") == checkpoint.QUANT_METHOD
-    made_by: dict[str, Any] = {}
-    if ours:
-        config = checkpoint.read_config(directory)
-        made_by = config.made_by
-        files = checkpoint.tensor_files(directory)
-        all_linears = _expanded(files, config, linears)
-    elif found:
-        method = found.get("quant_method") if isinstance(found, dict) else found
+    model = ModelDir(directory)
+    if model.ours:
+        found = [
+            linear
+            for group in model.config.groups
+            for linear in _group(model, group)
+            if linears is None or linear.name in linears
+        ]
+    elif model.quant_method:
+        method = model.quant_method
         raise WexpandError(f"{directory}: is quantised by {method!r}; wexpand cannot inspect it")
     else:
-        files = checkpoint.tensor_files(checkpoint.weight_files(directory) or directory)
-        all_linears = _dense(directory, files, linears)
-    if missing := set(linears or ()) - {linear.name for linear in all_linears}:
+        found = _dense(model, linears)
+    if missing := set(linears or ()) - {linear.name for linear in found}:
         raise WexpandError(f"{directory}: has no linear {sorted(missing)[0]}")
-    disk = sum(file.stat().st_size for file in set(files.values()))
-    return Inspection(str(directory), ours, all_linears, disk, made_by)
+    made_by = model.config.made_by if model.ours else {}
+    return Inspection(str(directory), model.ours, found, model.disk_bytes, made_by)
 
 
-def _expanded(
-    files: dict[str, Path], config: WexpandConfig, only: Collection[str] | None
-) -> list[LinearInspection]:
-    found, routers = [], set()
-    for name, entry in config.linears.items():
-        if only is not None and name not in only:
-            continue
-        pool, router = _header_pool(files, name, entry)
-        size = pool.values.element_size()
-        bias = entry.out_features * size if entry.bias else 0
-        tokens = torch.tensor(entry.tokens) if entry.tokens else None
-        # equal routers are one router: that of an input group
-        key = config.checksums.get(f"{name}.router_weight")
-        read = pool.bytes_per_token(tokens) + bias + (router if key not in routers else 0)
-        routers.add(key)
-        found.append(
-            LinearInspection(
-                name=name,
-                in_features=entry.in_features,
-                out_features=entry.out_features,
-                experts=entry.experts,
-                versions=entry.versions,
-                nnz=entry.nnz,
-                sparsity=1 - entry.nnz / (entry.versions * entry.in_features),
-                bytes=pool.stored_bytes() | {"router": router, "bias": bias},
-                dense_bytes=entry.in_features * entry.out_features * size + bias,
-                bytes_per_token=read,
-                tokens=list(entry.tokens),
-            )
+def _group(model: ModelDir, group: GroupEntry) -> Iterator[LinearInspection]:
+    """The linears of an input group; its router is stored with each, and read once per token."""
+    for number, (name, entry) in enumerate(group.linears.items()):
+        headers = {kind: model.header(name, kind) for kind in entry.shapes()}
+        pool = _header_pool(model, name, entry)
+        router = sum(headers[kind].nbytes for kind in headers if kind.startswith("router"))
+        bias = headers["bias"].nbytes if entry.bias else 0
+        tokens = torch.tensor(group.tokens) if group.tokens else None
+        yield LinearInspection(
+            name=name,
+            in_features=entry.in_features,
+            out_features=entry.out_features,
+            experts=entry.experts,
+            versions=entry.versions,
+            nnz=entry.nnz,
+            sparsity=1 - entry.nnz / (entry.versions * entry.in_features),
+            values=str(entry.codec),
+            bytes=pool.stored_bytes() | {"router": router, "bias": bias},
+            dense_bytes=entry.dense_bytes + bias,
+            bytes_per_token=pool.bytes_per_token(tokens) + bias + (router if number == 0 else 0),
+            tokens=list(group.tokens),
         )
-    return found
 
 
-def _header_pool(files: dict[str, Path], name: str, entry: LinearEntry) -> tuple[RowPool, int]:
-    """The pool of a linear without its values: mask and row map, and values of the right size;
-    and the bytes of its router."""
-    from safetensors import safe_open
+def _header_pool(model: ModelDir, name: str, entry: LinearEntry) -> RowPool:
+    """The pool of a linear without its values and scales, which stay on the meta device."""
 
-    tensors = {}
-    for kind, (shape, _) in entry.shapes().items():
-        tensor = f"{name}.{kind}"
-        if tensor not in files:
-            raise WexpandError(f"{tensor}: missing; config.json promises {list(shape)}")
-        with safe_open(files[tensor], framework="pt") as handle:
-            header = handle.get_slice(tensor)
-            if tuple(header.get_shape()) != shape:
-                raise WexpandError(
-                    f"{files[tensor]}: {tensor}: shape {header.get_shape()} should be "
-                    f"{list(shape)} by config.json"
-                )
-            if kind in ("weight_mask", "row_map"):
-                tensors[kind] = handle.get_tensor(tensor)
-            else:
-                dtype = _DTYPES.get(header.get_dtype(), torch.float32)
-                tensors[kind] = torch.empty(shape, dtype=dtype, device="meta")
-    row_map = tensors["row_map"]
-    if row_map.min() < 0 or row_map.max() >= entry.versions:
+    def tensor(kind: str) -> torch.Tensor | None:
+        if kind not in entry.shapes():
+            return None
+        if kind in ("weight_mask", "row_map"):
+            return model.read(f"{name}.{kind}")
+        header = model.header(name, kind)
+        return torch.empty(header.shape, dtype=header.dtype, device="meta")
+
+    values = tensor("weight")
+    assert values is not None
+    pool = RowPool(
+        entry.codec,
+        entry.in_features,
+        values,
+        tensor("weight_mask"),
+        tensor("row_map"),
+        tensor("weight_scale"),
+    )
+    if pool.row_map is not None and (found := int(pool.first_versions()[-1])) != entry.versions:
         raise WexpandError(
-            f"{files[f'{name}.row_map']}: {name}.row_map: holds row versions outside 0 to "
-            f"{entry.versions - 1}"
+            f"{model.headers[f'{name}.row_map'].file}: {name}.row_map: has {found} row versions, "
+            f"config.json promises {entry.versions}"
         )
-    pool = RowPool(tensors["weight"], tensors["weight_mask"], row_map, entry.in_features)
-    routers = (tensors[kind].nbytes for kind in ("router_weight", "router_bias") if kind in tensors)
-    return pool, sum(routers)
+    return pool
 
 
-def _dense(
-    directory: Path, files: dict[str, Path], only: Collection[str] | None
-) -> list[LinearInspection]:
+def _dense(model: ModelDir, only: Collection[str] | None) -> list[LinearInspection]:
     from ..hf.names import linear_tensors, skeleton
 
+    headers = model.headers
     wanted = {
         tensor: name
-        for tensor, name in linear_tensors(skeleton(directory), files).items()
+        for tensor, name in linear_tensors(skeleton(model.path), headers).items()
         if only is None or name in only
     }
-    biases = {tensor: files[tensor] for n in wanted.values() if (tensor := f"{n}.bias") in files}
-    bias_bytes = {name: tensor.nbytes for name, tensor in checkpoint.tensors_of(biases)}
     found = []
-    weights = checkpoint.tensors_of({t: files[t] for t in wanted})
+    weights = model.tensors(wanted)
     # only on a terminal: scripts read what is printed
     for tensor, weight in tqdm(weights, "inspect", len(wanted), leave=False, disable=None):
         name, nnz = wanted[tensor], int(kept(weight).sum())
         sizes = dict.fromkeys(KINDS, 0)
-        sizes |= {"values": weight.nbytes, "bias": bias_bytes.get(f"{name}.bias", 0)}
+        bias = headers.get(f"{name}.bias")
+        sizes |= {"values": weight.nbytes, "bias": bias.nbytes if bias else 0}
         found.append(
             LinearInspection(
                 name=name,
@@ -241,6 +224,7 @@ def _dense(
                 versions=weight.shape[0],
                 nnz=nnz,
                 sparsity=1 - nnz / weight.numel(),
+                values=str(weight.dtype).removeprefix("torch."),
                 bytes=sizes,
                 dense_bytes=sum(sizes.values()),
                 bytes_per_token=sum(sizes.values()),

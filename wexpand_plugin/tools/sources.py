@@ -1,22 +1,14 @@
-"""A dense model as input: where it is, and what earlier tools left beside its weights."""
+"""A dense model as input: where it is, and what earlier tools left in its config.json."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import WexpandError
-from ..format import checkpoint
+from ..format.config import QUANT_METHOD
 
-__all__ = ["copy_others", "drop_leftovers", "require_empty", "resolve"]
-
-_WEIGHTS = tuple(
-    ".safetensors .index.json .bin .pt .pth .ckpt .npz .gguf .h5 .msgpack .onnx .onnx_data".split()
-)
-# what runs when it is loaded: our own output holds none, whatever the source is
-_CODE = (".py", ".pkl", ".pickle")
-
+__all__ = ["drop_leftovers", "resolve"]
 
 def resolve(model: str | Path) -> Path:
     """A local model directory: `model` itself, or the download of this id from the hub."""
@@ -62,7 +54,7 @@ def drop_leftovers(values: dict[str, Any], source: Path) -> list[str]:
 def _needed(found: Mapping[str, Any], key: str) -> str | None:
     """Why a config left by another tool cannot be dropped, or None if the weights are plain."""
     method = found.get("quant_method")
-    if method == checkpoint.QUANT_METHOD:
+    if method == QUANT_METHOD:
         return "this model is packed or expanded already"
     if method not in (None, "compressed-tensors", "sparseml"):
         return f"the model is quantised ({method}); only float weights can be packed"
@@ -77,33 +69,3 @@ def _needed(found: Mapping[str, Any], key: str) -> str | None:
             "the compressed-tensors release that wrote it) and pack that"
         )
     return None
-
-
-def require_empty(output: str | Path) -> None:
-    """Refuse an output that exists, unless it is an empty directory. Raises WexpandError."""
-    path = Path(output)
-    if path.is_dir() and any(path.iterdir()):
-        raise WexpandError(f"{output}: is not empty; name a directory that does not exist")
-    if path.exists() and not path.is_dir():
-        raise WexpandError(f"{output}: is a file; name a directory that does not exist")
-
-
-def copy_others(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer and all other files but weights, code and config.json.
-
-    :return: the files of code, pickles among them, that were left out
-    """
-    left_out = []
-    for file in sorted(source.rglob("*")):
-        inside = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or not file.is_file() or file.name.endswith(_WEIGHTS):
-            continue
-        if str(inside) == "config.json":
-            continue
-        if file.name.endswith(_CODE):
-            left_out.append(str(inside))
-            continue
-        (target / inside).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / inside)
-    return left_out

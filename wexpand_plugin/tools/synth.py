@@ -18,17 +18,16 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import WexpandError
-from ..format import checkpoint
-from ..format.checkpoint import LinearEntry
-from ..format.router import Router, rounded, router_bytes
-from ..format.rowpool import RowPool, pack_bits
-from ..format.writer import SHARD_BYTES, Shards
-from ..hf.saving import partial_directory
-from .sources import require_empty
+from ..format.bits import pack_bits
+from ..format.config import GroupEntry, LinearEntry
+from ..format.router import StoredRouter, narrowest
+from ..format.rowpool import MAX_EXPERTS, RowPool
+from ..format.sizes import StoredBytes
+from ..format.values import FLOATS, codec_of
+from ..format.writer import SHARD_BYTES, TensorWriter, partial_directory, require_empty, seal
 
 __all__ = ["Shape", "synth"]
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TARGETS = {"mlp": ("mlp.",), "all": ("mlp.", "self_attn.")}
 # linears that read the same tensor share a router
 GROUPS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -103,18 +102,18 @@ def synth(
     from ..hf.names import linear_tensors, skeleton
 
     require_empty(output)
-    if dtype not in DTYPES:
-        raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype not in FLOATS:
+        raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(FLOATS)}")
     if targets not in TARGETS:
         raise WexpandError(f"targets: {targets!r} is not one of {', '.join(TARGETS)}")
-    if experts < 1:
-        raise WexpandError(f"experts: {experts} should be at least 1")
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise WexpandError(f"experts: {experts} should be 1 to {MAX_EXPERTS}")
     if not 0 <= sparsity < 1:
         raise WexpandError(f"sparsity: {sparsity} should be at least 0 and below 1")
     shape = shape or Shape()
     generator = torch.Generator().manual_seed(seed)
-    entries: dict[str, LinearEntry] = {}
-    routers: dict[str, Router] = {}
+    groups: dict[str, dict[str, LinearEntry]] = {}
+    routers: dict[str, StoredRouter] = {}
     with partial_directory(output) as partial:
         shape.config(dtype).save_pretrained(partial)
         _tokenizer().save_pretrained(partial)
@@ -125,31 +124,38 @@ def synth(
             for tensor, name in linear_tensors(model, state).items()
             if not dense and any(part in name for part in TARGETS[targets])
         }
-        shards = Shards(partial, max_shard_bytes)
+        writer = TensorWriter(partial, max_shard_bytes)
         for name, like in tqdm(state.items(), disable=quiet, desc="tensors", unit=""):
             linear = linears.get(name)
             if linear is None:
-                shards.add(name, _dense(like, DTYPES[dtype], generator))
+                writer.add(name, _dense(like, FLOATS[dtype], generator))
                 continue
             rows, columns = like.shape
             kept = max(1, round((1 - sparsity) * columns))
-            row_map = _row_map(rows, columns, experts, kept, budget, DTYPES[dtype], generator)
-            pool = _pool(row_map, columns, kept, DTYPES[dtype], generator)
-            entries[linear] = LinearEntry.of(pool, bias=False)
-            shards.add(name, pool.values)
-            shards.add(f"{linear}.weight_mask", pool.mask)
-            shards.add(f"{linear}.row_map", pool.row_map)
+            sizes = StoredBytes(codec_of(FLOATS[dtype]), FLOATS[dtype])
+            row_map = _row_map(rows, columns, experts, kept, budget, sizes, generator)
+            pool = _pool(row_map, columns, kept, FLOATS[dtype], generator)
+            block, _, kind = linear.rpartition(".")
+            group = f"{block}.{GROUPS.get(kind, kind)}"
+            groups.setdefault(group, {})[linear] = LinearEntry.of(pool, False, FLOATS[dtype])
+            router = None
             if experts > 1:
-                block, _, kind = linear.rpartition(".")
-                group = f"{block}.{GROUPS.get(kind, kind)}"
                 if group not in routers:
                     routers = {group: _router(experts, columns, generator)}
-                shards.add(f"{linear}.router_weight", routers[group].weight.clone())
-                shards.add(f"{linear}.router_bias", routers[group].bias.clone())
-        shards.close()
+                router = StoredRouter(*(part.clone() for part in routers[group]))
+            writer.add_pool(linear, pool, router)
+        writer.close()
         if not dense:
             made_by = {"wexpand": __version__, "command": "synth", "seed": seed}
-            checkpoint.finalize(partial, entries, made_by, quiet=quiet)
+            entries = [
+                GroupEntry(
+                    in_features=next(iter(found.values())).in_features,
+                    experts=experts,
+                    linears=found,
+                )
+                for found in groups.values()
+            ]
+            seal(partial, entries, made_by, checksums=writer.checksums)
 
 
 def _dense(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -158,10 +164,10 @@ def _dense(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tens
     return torch.randn(like.shape, dtype=dtype, generator=generator) * like.shape[1] ** -0.5
 
 
-def _router(experts: int, columns: int, generator: torch.Generator) -> Router:
+def _router(experts: int, columns: int, generator: torch.Generator) -> StoredRouter:
     """Random directions of equal weight send random inputs to all experts about equally."""
-    weight = torch.randn(experts, columns, generator=generator)
-    return rounded(Router(weight, torch.zeros(experts)), torch.zeros(columns))
+    weight = torch.randn(experts, columns, generator=generator).half()
+    return StoredRouter(narrowest(weight), torch.zeros(experts))
 
 
 def _row_map(
@@ -170,28 +176,28 @@ def _row_map(
     experts: int,
     kept: int,
     budget: float | None,
-    dtype: torch.dtype,
+    sizes: StoredBytes,
     generator: torch.Generator,
 ) -> Tensor:
-    """[experts, rows]: a base version per row, and own versions for random pairs in the budget."""
-    every = torch.arange(experts * rows, dtype=torch.int32).view(experts, rows)
-    if budget is None:
-        return every
-    row_bytes = kept * dtype.itemsize + (columns + 7) // 8
-    fixed = experts * rows * 4 + router_bytes(experts, columns)
-    dense = rows * columns * dtype.itemsize
-    own = int((budget * dense - fixed) // row_bytes) - rows
-    if own < 0:
-        raise WexpandError(
-            f"budget: {budget} is below {(fixed + rows * row_bytes) / dense:.2f}, the size of the "
-            f"base versions alone for a {columns} x {rows} linear; raise the budget or the sparsity"
-        )
-    if own >= (experts - 1) * rows:
-        return every
-    row_map = every[:1].repeat(experts, 1)
-    pairs = torch.randperm(experts * rows, generator=generator)[:own]
-    row_map.view(-1)[pairs.sort().values] = torch.arange(rows, rows + own, dtype=torch.int32)
-    return row_map
+    """uint8 [experts, rows]: a base version per row, and own ones for random pairs."""
+    pairs = (experts - 1) * rows
+    own = pairs
+    if budget is not None:
+        row_bytes = int(sizes.row(torch.tensor([kept]), columns))
+        fixed = sizes.fixed(rows, columns, experts)
+        dense = sizes.dense(rows, columns)
+        own = min(pairs, int((budget * dense - fixed) // row_bytes) - rows)
+        if own < 0:
+            raise WexpandError(
+                f"budget: {budget} is below {(fixed + rows * row_bytes) / dense:.2f}, the size of "
+                f"the base versions alone for a {columns} x {rows} linear; raise the budget or "
+                "the sparsity"
+            )
+    granted = torch.zeros(experts - 1, rows, dtype=torch.uint8)
+    granted.view(-1)[torch.randperm(pairs, generator=generator)[:own]] = 1
+    base = torch.zeros(1, rows, dtype=torch.uint8)
+    # numbered within the neuron: the base version is 0
+    return torch.cat([base, torch.cumsum(granted, dim=0).to(torch.uint8) * granted])
 
 
 def _pool(
@@ -202,18 +208,21 @@ def _pool(
     Masks are a bank of random ones, each turned by a random number of bytes where rows are whole
     bytes: drawing every row afresh would take hours at the sizes this is for.
     """
-    versions, width = int(row_map.max()) + 1, (columns + 7) // 8
-    scores = torch.rand(256, columns, generator=generator)
-    keep = torch.zeros(scores.shape, dtype=torch.bool)
-    keep.scatter_(1, scores.topk(kept, dim=1).indices, True)
-    bank = pack_bits(keep)
-    which = torch.randint(len(bank), (versions,), generator=generator)
-    mask = bank[which]
-    if columns % 8 == 0:
-        turn = torch.randint(width, (versions, 1), generator=generator)
-        mask = mask.gather(1, (torch.arange(width) + turn) % width)
+    versions = int((row_map.amax(dim=0).long() + 1).sum())
+    mask = None
+    if kept < columns:
+        scores = torch.rand(256, columns, generator=generator)
+        keep = torch.zeros(scores.shape, dtype=torch.bool)
+        keep.scatter_(1, scores.topk(kept, dim=1).indices, True)
+        mask = pack_bits(keep)[torch.randint(len(keep), (versions,), generator=generator)]
+        if columns % 8 == 0:
+            width = columns // 8
+            turn = torch.randint(width, (versions, 1), generator=generator)
+            mask = mask.gather(1, (torch.arange(width) + turn) % width)
     values = torch.randn(versions * kept, dtype=dtype, generator=generator) * kept**-0.5
-    return RowPool(values, mask, row_map, columns)
+    return RowPool(
+        codec_of(dtype), columns, values, mask, row_map if len(row_map) > 1 else None
+    )
 
 
 def _tokenizer():

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import WexpandError
-from ...format import checkpoint
-from ...format.config import WexpandConfig
-from ...format.rowpool import RowPool, unpack_rows
+from ...format.model_dir import ModelDir
+from ...format.rowpool import RowPool
 from .data import common_versions
 
 __all__ = ["Baseline", "shared_base"]
@@ -23,30 +22,22 @@ class Baseline:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        found = checkpoint.read_json(self.directory / "config.json").get("quantization_config")
-        self.config: WexpandConfig | None = None
-        if found:
-            self.config = checkpoint.read_config(self.directory)
-            self.files = checkpoint.tensor_files(self.directory)
-        else:
-            self.files = checkpoint.tensor_files(checkpoint.weight_files(self.directory))
+        self.model = ModelDir(directory)
+        self.ours = self.model.config.linears if self.model.ours else {}
 
     def weight(self, name: str, shape: tuple[int, int]) -> Tensor:
         """Dense weight [out, in] of linear `name`; WexpandError if it is not there, not `shape`,
         not pruned, or has several experts."""
-        from safetensors import safe_open
-
-        if self.config is not None and name in self.config.linears:
-            pool, _, _ = checkpoint.read_linear(self.files, name, self.config)
+        if name in self.ours:
+            pool, _, _ = self.model.linear(name)
             if pool.experts > 1:
                 raise WexpandError(
                     f"baseline: {self.directory}: {name} has {pool.experts} experts; a baseline "
                     "has one sparse version of each neuron"
                 )
             weight = pool.expert(0)
-        elif f"{name}.weight" in self.files:
-            with safe_open(self.files[f"{name}.weight"], framework="pt") as tensors:
-                weight = tensors.get_tensor(f"{name}.weight")
+        elif f"{name}.weight" in self.model.headers:
+            weight = self.model.read(f"{name}.weight")
         else:
             raise WexpandError(f"baseline: {self.directory} has no linear {name}")
         if tuple(weight.shape) != shape:
@@ -65,8 +56,10 @@ def shared_base(pool: RowPool, tokens: list[int]) -> tuple[Tensor, Tensor] | Non
 
     None where hardly any neuron has: a fully expanded linear has no common version.
     """
+    if pool.row_map is None:
+        return None
     versions, count = common_versions(pool.row_map, tokens)
     shared = count > 1
-    if pool.experts == 1 or float(shared.float().mean()) < 0.1:
+    if float(shared.float().mean()) < 0.1:
         return None
-    return unpack_rows(pool, versions), shared.to(torch.bool)
+    return pool.rows(pool.first_versions()[:-1] + versions), shared.to(torch.bool)

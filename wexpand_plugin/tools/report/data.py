@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...format import checkpoint
+from ...format.model_dir import ModelDir
 from ..inspect import Inspection, LinearInspection, inspect
 
 __all__ = ["Group", "ReportData", "Sharing", "collect", "common_versions", "short_name", "users"]
@@ -84,29 +84,20 @@ class ReportData:
 
 def collect(directory: str | Path) -> ReportData:
     """Read a checkpoint; WexpandError if the directory holds none of ours, or a damaged one."""
-    from safetensors import safe_open
-
-    directory = Path(directory)
-    config = checkpoint.read_config(directory)
-    sizes = inspect(directory)
-    files = checkpoint.tensor_files(directory)
+    model = ModelDir(directory)
+    config = model.config
     sharing = {}
-    for name in config.linears:
-        with safe_open(files[f"{name}.row_map"], framework="pt") as tensors:
-            sharing[name] = Sharing.of(tensors.get_tensor(f"{name}.row_map"))
-    groups: dict[str, list[str]] = {}
     for name, entry in config.linears.items():
-        # equal routers are one router: that of an input group
-        router = config.checksums.get(f"{name}.router_weight", "") if entry.experts > 1 else ""
-        groups.setdefault(f"{router} {entry.tokens}" if router else name, []).append(name)
-    values = checkpoint.read_json(directory / "config.json")
-    values.pop("quantization_config")
+        row_map = torch.zeros(1, entry.out_features, dtype=torch.uint8)
+        if entry.experts > 1:
+            row_map = model.read(f"{name}.row_map")
+        sharing[name] = Sharing.of(row_map)
     return ReportData(
-        directory,
-        values,
-        sizes,
+        model.path,
+        {key: value for key, value in model.config_json.items() if key != "quantization_config"},
+        inspect(directory),
         sharing,
-        [Group(names, list(config.linears[names[0]].tokens)) for names in groups.values()],
+        [Group(list(group.linears), list(group.tokens)) for group in config.groups],
     )
 
 

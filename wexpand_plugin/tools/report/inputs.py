@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import WexpandError
-from ...format import checkpoint
+from ...format.model_dir import ModelDir
 from ...hf.names import module_tensor_names
 from ...method.neurons import MIN_TOKENS
 from ..sources import resolve
@@ -31,9 +31,7 @@ class DenseModel:
         from transformers import AutoModelForCausalLM
 
         self.directory = resolve(source)
-        found = checkpoint.read_json(self.directory / "config.json").get("quantization_config")
-        if found:
-            method = found.get("quant_method") if isinstance(found, dict) else found
+        if method := ModelDir(self.directory).quant_method:
             raise WexpandError(
                 f"dense: {source} is compressed ({method}); give the model as it was before"
             )
@@ -60,12 +58,11 @@ class DenseModel:
 
     def _compare(self, source: str | Path, data: ReportData) -> None:
         """Refuse a model whose norms or embeddings differ: compression leaves them alone."""
-        ours = checkpoint.tensor_files(data.directory)
-        theirs = checkpoint.tensor_files(checkpoint.weight_files(self.directory))
+        ours, theirs = ModelDir(data.directory), ModelDir(self.directory)
         expanded = tuple(f"{linear.name}." for linear in data.linears)
-        both = [name for name in ours if name in theirs and not name.startswith(expanded)]
-        for name in both:
-            a, b = (_first(files[name], name) for files in (ours, theirs))
+        both = [name for name in ours.headers if name in theirs.headers]
+        for name in (name for name in both if not name.startswith(expanded)):
+            a, b = (model.first_row(name) for model in (ours, theirs))
             # one of them may have been rounded to bfloat16
             if a.shape != b.shape or float((a - b).abs().max()) > 2**-7 * float(b.abs().max()):
                 raise WexpandError(
@@ -124,17 +121,6 @@ class DenseModel:
             used += size
         if batch:
             yield batch
-
-
-def _first(file: Path, name: str) -> Tensor:
-    """The first row of a tensor, all of a vector, in float32."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as tensors:
-        part = tensors.get_slice(name)
-        if not (shape := part.get_shape()):
-            return tensors.get_tensor(name).float()
-        return (part[:1] if len(shape) > 1 else part[:]).float()
 
 
 def token_rows(dataset: str, model: DenseModel, tokens: int, context: int) -> list[Tensor]:

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...format import checkpoint
-from ...format.router import route
-from ...format.rowpool import RowPool, unpack_rows
+from ...format.model_dir import ModelDir
+from ...format.rowpool import RowPool
 from ...kernels.reference import multiply
 from ...method.neurons import wasserstein_distance, wasserstein_neurons
 from .baseline import Baseline, shared_base
@@ -104,13 +103,13 @@ def measure(
     given = None if baseline is None else Baseline(baseline)
     model = DenseModel(dense, data)
     rows = token_rows(dataset, model, tokens, context)
-    config, files = checkpoint.read_config(data.directory), checkpoint.tensor_files(data.directory)
+    ours = ModelDir(data.directory)
     found: dict[str, Measured] = {}
     total = model.passes(data.groups, sum(len(row) for row in rows)) * len(rows)
     with tqdm(total=total + len(data.linears), desc="measuring", disable=not progress) as bar:
         for group, x in model.inputs(data.groups, rows, bar):
             for name in group.linears:
-                pool, router, _ = checkpoint.read_linear(files, name, config)
+                pool, router, _ = ours.linear(name)
                 module = model.modules[name]
                 base: tuple[Tensor, Tensor] | None
                 if given is not None:
@@ -120,7 +119,7 @@ def measure(
                     base = shared_base(pool, group.tokens)
                 experts = None
                 if router is not None:
-                    experts = route(x.float(), router.weight, router.bias)
+                    experts = router.route(x.float())
                 found[name] = _measure(name, x, module.weight, pool, experts, base)
                 bar.update()
     any_base = any(m.base is not None for m in found.values())
@@ -154,13 +153,14 @@ def _measure(
     """
     device, out = weight.device, pool.out_features
     x, pool = x.to(device, torch.float32), pool.to(device)
+    version_map = pool.version_map()
     experts = None if experts is None else experts.to(device)
     wd, std, expanded = (torch.empty(out, dtype=torch.float64) for _ in range(3))
     rmse = None if base is None else torch.full((out,), torch.nan, dtype=torch.float64)
 
     def outputs(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         def rows(expert: int) -> Tensor:
-            return unpack_rows(pool, pool.row_map[expert, part])
+            return pool.rows(version_map[expert, part])
 
         width = part.stop - part.start
         versions = multiply(x, experts, rows, pool.experts, width)

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
+from wexpand_plugin.format.checkpoint import LinearEntry, WexpandConfig, check_linear, parse_config
 
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format import checkpoint
-from wexpand_plugin.format.checkpoint import LinearEntry, WexpandConfig, check_linear, parse_config
 from wexpand_plugin.format.rowpool import pack_experts
 
 NAME = "layers.0.up"
