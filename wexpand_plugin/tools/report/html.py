@@ -1,10 +1,10 @@
-"""The page: sections of a plot and its words, put into `page.html.jinja`.
+"""The page: plots and numbers put into `page.html.jinja`, which holds the words.
 
 One HTML file that loads nothing, and the same plots as PNG files in a folder beside it. What
 cannot be shown says which option would show it.
 """
 
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +14,11 @@ if TYPE_CHECKING:
     from .data import ReportData
     from .measure import Measurement
 
-__all__ = ["Section", "write"]
+__all__ = ["write"]
 
 PERCENT = 3.0
 """the share of a linear's neurons that is called Wasserstein neurons, as in the paper"""
 FIGURES = ("sizes", "budget", "tokens", "wasserstein", "distributions", "improvement")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A plot, or a note why there is none."""
-
-    title: str
-    text: str
-    """What is seen and what it means; in a section without a plot, how to get one."""
-    name: str = ""
-    """of the PNG file, without .png"""
-    svg: str = ""
 
 
 def write(
@@ -56,10 +44,8 @@ def write(
     :param tokens, context: of the text, how much is used, in rows of what length
     :raises WexpandError: not a model of ours; a model, text or baseline that does not fit
     """
-    # before any work: what is not installed
-    import jinja2
-    import matplotlib  # noqa: F401
-
+    for library in ("jinja2", "matplotlib"):  # missing ones are said before any work
+        import_module(library)
     from .data import collect
 
     if tokens < 1 or context < 2:
@@ -82,10 +68,14 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
         (folder / f"{name}.png").unlink(missing_ok=True)
-    values = _values(data, measured, _sections(data, measured, wanted, folder))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf8")
-    page.write_text(environment.from_string(template).render(values), encoding="utf8")
+    values = {
+        "data": data,
+        "measured": measured,
+        "options": wanted,
+        "percent": PERCENT,
+        **_shown(data, measured, folder),
+    }
+    page.write_text(_render(values), encoding="utf8")
     return page
 
 
@@ -104,56 +94,45 @@ def _target(directory: Path, output: str | Path | None) -> Path:
     return path
 
 
-def _sections(
-    data: "ReportData", measured: "Measurement | None", wanted: str, folder: Path
-) -> list[Section]:
-    from . import neuron_plots, plots, words
+def _shown(data: "ReportData", measured: "Measurement | None", folder: Path) -> dict[str, Any]:
+    """The plots that can be drawn, by name, and the numbers that their sentences and tables hold.
+
+    PNG files are written to `folder`. Numbers without a meaning here are None.
+    """
+    from . import neuron_plots, numbers, plots
     from .style import save, styled
 
-    found: list[Section] = []
-
-    def add(name: str, title: str, text: str, figure: Any = None) -> None:
-        svg = "" if figure is None else save(figure, name, folder)
-        found.append(Section(title, text, name if svg else "", svg))
-
+    figures, routed = {"sizes": plots.sizes(data)}, data.experts > 1
+    counted = [group for group in data.groups if sum(group.tokens)] if routed else []
+    wd = _wasserstein(data, measured)
+    compared = routed and measured is not None and measured.base is not None
     with styled():
-        add("sizes", "What it weighs", words.sizes(data), plots.sizes(data))
-        if data.experts > 1:
-            add("budget", "Where the budget went", words.budget(data), plots.budget(data))
-            counted = [group for group in data.groups if sum(group.tokens)]
-            figure = plots.tokens(counted) if counted else None
-            add("tokens", "Tokens per expert", words.tokens(data, counted), figure)
-        else:
-            add("budget", "Where the budget went", words.ONE_EXPERT)
-        title = "Wasserstein neurons"
-        if scores := _scores(data, measured):
-            figure = neuron_plots.wasserstein(scores, PERCENT)
-            add("wasserstein", title, words.wasserstein(scores, measured, PERCENT), figure)
-        else:
-            add("wasserstein", title, words.pass_options(wanted, "the WD of every neuron"))
-        title = "What pruning does to a neuron"
-        if measured is None:
-            what = "the outputs of neurons before and after"
-            add("distributions", title, words.pass_options(wanted, what))
-        else:
-            blue = "experts" if data.experts > 1 else "sparse model"
-            figure = neuron_plots.distributions(measured, blue)
-            add("distributions", title, words.distributions(measured, blue), figure)
-        if data.experts == 1:
-            return found
-        title = "Who gains from experts"
-        if measured is None:
-            what = "which neurons gain the most"
-            add("improvement", title, words.pass_options(wanted, what))
-        elif measured.base is None:
-            add("improvement", title, words.NO_BASE)
-        else:
-            figure = neuron_plots.improvement(measured, PERCENT)
-            add("improvement", title, words.improvement(measured, PERCENT), figure)
-    return found
+        if routed:
+            figures["budget"] = plots.budget(data)
+        if counted:
+            figures["tokens"] = plots.tokens(counted)
+        if wd:
+            figures["wasserstein"] = neuron_plots.wasserstein(wd, PERCENT)
+        if measured is not None:
+            name = "experts" if routed else "sparse model"
+            figures["distributions"] = neuron_plots.distributions(measured, name)
+        if measured is not None and compared:
+            figures["improvement"] = neuron_plots.improvement(measured, PERCENT)
+        drawn = {name: save(figure, name, folder) for name, figure in figures.items()}
+    return {
+        "plots": drawn,
+        "panels": plots.PANELS,
+        "counted": counted,
+        "wd": wd,
+        "budget": numbers.budget(data),
+        "shares": numbers.shares(counted) if counted else None,
+        "spread": numbers.spread(wd) if wd else None,
+        "gain": numbers.gain(measured, PERCENT) if measured is not None and compared else None,
+        "rows": numbers.rows(data, measured, PERCENT),
+    }
 
 
-def _scores(data: "ReportData", measured: "Measurement | None") -> dict[str, Any]:
+def _wasserstein(data: "ReportData", measured: "Measurement | None") -> dict[str, Any]:
     """WD of the neurons of each linear: measured, or from the scores stored beside the model."""
     from ...compress.neuron_scores import FOLDER, load_scores
 
@@ -166,20 +145,21 @@ def _scores(data: "ReportData", measured: "Measurement | None") -> dict[str, Any
     return {name: scored[name].scores.wd for name in ours or scored}
 
 
-def _values(
-    data: "ReportData", measured: "Measurement | None", sections: list[Section]
-) -> dict[str, Any]:
-    """What the template asks for."""
-    from ... import __version__
-    from . import words
+def _render(values: dict[str, Any]) -> str:
+    import jinja2
 
-    return {
-        "name": data.directory.resolve().name,
-        "about": words.about(data),
-        "tiles": words.tiles(data),
-        "sections": sections,
-        "kinds": words.kind_rows(data),
-        "linears": words.linear_rows(data, measured, PERCENT),
-        "settings": words.settings(data),
-        "version": __version__,
+    from ... import __version__
+    from ..inspect_table import readable_bytes
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "bytes": readable_bytes,
+        "percent": "{:.0%}".format,
+        "percent1": "{:.1%}".format,
+        "two": "{:.2f}".format,
+        "three": "{:.3f}".format,
     }
+    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf8")
+    return environment.from_string(template).render(values, version=__version__)

@@ -11,7 +11,7 @@ from ...method.neurons import wasserstein_neurons
 from .data import short_name
 from .measure import Distribution, Measured, Measurement, r_squared
 from .plots import evenly, grid
-from .style import COLOURS, INK
+from .style import BASE, COMPRESSED, DENSE, HIGHLIGHT, INK, OTHERS
 
 __all__ = ["distributions", "improvement", "wasserstein"]
 
@@ -27,10 +27,10 @@ def wasserstein(wd: Mapping[str, Tensor], percent: float) -> Any:
         rest = np.delete(values, chosen)
         axes.hist(
             [rest, values[chosen]], edges, stacked=True, histtype="stepfilled",
-            color=[COLOURS["grey"], COLOURS["orange"]],
+            color=[OTHERS, HIGHLIGHT],
             label=["other neurons", f"Wasserstein neurons (top {percent:g}%)"],
         )  # fmt: skip
-        axes.axvline(values[chosen].min(), color=COLOURS["orange"], linewidth=0.8)
+        axes.axvline(values[chosen].min(), color=HIGHLIGHT, linewidth=0.8)
         # a linear scale would hide the few neurons of interest
         axes.set_yscale("symlog", linthresh=10, linscale=0.6)
         axes.set_yticks([0, 10, 100, 1000], ["0", "10", "100", "1000"])
@@ -43,16 +43,16 @@ def wasserstein(wd: Mapping[str, Tensor], percent: float) -> Any:
     return figure
 
 
-def distributions(measured: Measurement, blue: str, pairs: int = 4) -> Any:
+def distributions(measured: Measurement, compressed: str, pairs: int = 4) -> Any:
     """Outputs of the most entangled neurons of `pairs` linears, and of a median neuron of each.
 
-    `blue` is what the compressed outputs are called.
+    :param compressed: what the compressed outputs are called
     """
     chosen = [pair for _, pair in zip(range(pairs), measured.distributions, strict=False)]
     figure, panels = grid(2 * len(chosen), len(chosen), 2.1)
     for row in (0, 1):
         for axes, pair in zip(panels[row * len(chosen) :], chosen, strict=False):
-            _outputs(axes, pair[row], blue)
+            _outputs(axes, pair[row], compressed)
     for axes in panels[:: len(chosen)]:
         axes.set_ylabel("density")
     _legend(figure, max(panels, key=lambda axes: len(axes.get_legend_handles_labels()[0])))
@@ -60,7 +60,7 @@ def distributions(measured: Measurement, blue: str, pairs: int = 4) -> Any:
     return figure
 
 
-def _outputs(axes: Any, neuron: Distribution, blue: str) -> None:
+def _outputs(axes: Any, neuron: Distribution, compressed: str) -> None:
     low, high = np.quantile(neuron.dense.numpy(), (0.002, 0.998))
     low, high = min(low, -3.0), max(high, 3.0)
     edges = np.linspace(low, high, 50)
@@ -71,12 +71,12 @@ def _outputs(axes: Any, neuron: Distribution, blue: str) -> None:
 
     dense = density(neuron.dense)
     experts, highest = density(neuron.expanded), dense.max()
-    axes.stairs(dense, edges, fill=True, color=COLOURS["grey"], alpha=0.45, label="dense")
+    axes.stairs(dense, edges, fill=True, color=DENSE, alpha=0.45, label="dense")
     if neuron.base is not None:
         base = density(neuron.base)
         highest = max(highest, base.max())
-        axes.stairs(base, edges, color=COLOURS["orange"], linewidth=1.2, label="one version")
-    axes.stairs(experts, edges, color=COLOURS["blue"], linewidth=1.2, label=blue)
+        axes.stairs(base, edges, color=BASE, linewidth=1.2, label="one version")
+    axes.stairs(experts, edges, color=COMPRESSED, linewidth=1.2, label=compressed)
     gauss = np.exp(-(middle**2) / 2) / np.sqrt(2 * np.pi)
     axes.plot(middle, gauss, color=INK, linewidth=0.9, linestyle=":", label="Gaussian")
     # a spike may be cut: the rest would be flat
@@ -106,12 +106,12 @@ def improvement(measured: Measurement, percent: float) -> Any:
             marked.append(top[known])
         wd, ratios, tops = (torch.cat(parts) for parts in (x, y, marked))
         for chosen, colour, size, label in (
-            (~tops, "blue", 7, "other neurons"),
-            (tops, "orange", 14, f"Wasserstein neurons (top {percent:g}% of their linear)"),
+            (~tops, OTHERS, 7, "other neurons"),
+            (tops, HIGHLIGHT, 14, f"Wasserstein neurons (top {percent:g}% of their linear)"),
         ):
             axes.scatter(
                 wd[chosen], ratios[chosen], s=size, alpha=0.65, linewidths=0, rasterized=True,
-                color=COLOURS[colour], label=label,
+                color=colour, label=label,
             )  # fmt: skip
         axes.axhline(1, color=INK, linewidth=0.8, linestyle="--")
         axes.set_title(f"{kind}: {len(wd)} neurons, R² {_number(r_squared(wd, ratios))}")

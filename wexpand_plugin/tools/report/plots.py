@@ -9,19 +9,12 @@ from typing import Any
 import numpy as np
 
 from .data import Group, ReportData, short_name
-from .style import COLOURS, HEAT, SOFT
+from .style import COMPRESSED, DENSE, HEAT, KINDS, SOFT
 
 __all__ = ["PANELS", "budget", "evenly", "grid", "sizes", "tokens"]
 
 PANELS = 24
 """small plots of one figure at most; more linears are sampled evenly"""
-KINDS = {
-    "values": "blue",
-    "mask": "yellow",
-    "row_map": "green",
-    "router": "orange",
-    "bias": "grey",
-}
 NAMES = {"row_map": "row map"}
 
 
@@ -57,12 +50,12 @@ def sizes(data: ReportData) -> Any:
         if data.sizes.dense_bytes >= scale or scale == 1
     )
     dense = data.sizes.dense_bytes
-    axes.barh("dense", dense / scale, color=COLOURS["grey"], height=0.6)
+    axes.barh("dense", dense / scale, color=DENSE, height=0.6)
     left = 0.0
     for kind, count in data.sizes.bytes_by_kind().items():
         if count:
             axes.barh(
-                "stored", count / scale, left=left, height=0.6, color=COLOURS[KINDS[kind]],
+                "stored", count / scale, left=left, height=0.6, color=KINDS[kind],
                 label=NAMES.get(kind, kind),
             )  # fmt: skip
             left += count / scale
@@ -125,7 +118,7 @@ def tokens(groups: Sequence[Group]) -> Any:
     figure, panels = grid(len(shown))
     for axes, group in zip(panels, shown, strict=True):
         share = np.array(group.tokens) / sum(group.tokens) * 100
-        axes.bar(range(len(share)), share, color=COLOURS["blue"], width=0.8)
+        axes.bar(range(len(share)), share, color=COMPRESSED, width=0.8)
         axes.axhline(100 / len(share), color=SOFT, linewidth=1, linestyle="--")
         axes.set_title(group.label.replace("_proj", ""))
         axes.grid(axis="x", visible=False)

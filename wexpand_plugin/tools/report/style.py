@@ -1,31 +1,42 @@
 """How the plots look, and how a matplotlib figure gets into the page.
 
-The palette is Okabe and Ito's, which readers with colour-blindness can tell apart. In the page a
-figure is inline SVG whose colours are CSS variables, so that it follows the reader's light or dark
-theme; the PNG files have a white background.
+Colours come from Okabe and Ito's palette, which readers with colour-blindness can tell apart. A
+figure is dark on white wherever it stands: as a PNG file, and in the page, light or dark, as SVG in
+an `img`, so that nothing of one figure can reach another or the page.
 """
 
-import re
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLOURS", "HEAT", "INK", "SOFT", "save", "styled"]
+__all__ = [
+    "BASE",
+    "COMPRESSED",
+    "DENSE",
+    "HEAT",
+    "HIGHLIGHT",
+    "INK",
+    "KINDS",
+    "OTHERS",
+    "SOFT",
+    "save",
+    "styled",
+]
 
 INK, LINE, SOFT = "#1c2024", "#d3d8de", "#8a929c"
-COLOURS = {
-    "blue": "#0072b2",
-    "orange": "#d55e00",
-    "green": "#009e73",
-    "yellow": "#e69f00",
-    "grey": "#9aa2ac",
-}
-"""their names are those of the page's CSS variables, too"""
+BLUE, ORANGE, GREEN, YELLOW, GREY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#9aa2ac"
+
+DENSE, COMPRESSED, BASE = GREY, BLUE, ORANGE
+"""the model before, after, and with one sparse version of each neuron"""
+HIGHLIGHT, OTHERS = ORANGE, GREY
+"""Wasserstein neurons and the rest"""
+KINDS = {"values": BLUE, "mask": YELLOW, "row_map": GREEN, "router": ORANGE, "bias": GREY}
+"""what the bytes of a linear are"""
 HEAT = "cividis"
 
-_VARIABLES = {INK: "ink", LINE: "line", SOFT: "soft"} | {v: k for k, v in COLOURS.items()}
 _SETTINGS: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": SOFT,
@@ -38,6 +49,7 @@ _SETTINGS: Any = {
     "axes.titlelocation": "left",
     "axes.titlesize": 9,
     "figure.dpi": 100,
+    "figure.facecolor": "white",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "font.size": 9,
@@ -67,25 +79,9 @@ def styled() -> Iterator[None]:
 
 
 def save(figure: Any, name: str, folder: Path) -> str:
-    """Write `folder/name.png` and return the figure as SVG that can stand in an HTML page."""
-    figure.savefig(folder / f"{name}.png", facecolor="white")
-    buffer = StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", dpi=200, transparent=True, metadata=nothing)
-    return _inline(buffer.getvalue(), name)
-
-
-def _inline(svg: str, name: str) -> str:
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # in an HTML page the parser knows the namespaces of SVG
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href", "href")
-    # identifiers must differ between the figures of a page
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1
-    )
-    for colour, variable in _VARIABLES.items():
-        svg = re.sub(rf"{colour}\b", f"var(--{variable})", svg, flags=re.IGNORECASE)
-    return svg
+    """Write `folder/name.png` and return the figure as the address of an `img`."""
+    figure.savefig(folder / f"{name}.png")
+    svg = BytesIO()
+    # without the date, the same numbers give the same page
+    figure.savefig(svg, format="svg", dpi=200, metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{b64encode(svg.getvalue()).decode('ascii')}"
