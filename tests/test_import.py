@@ -46,6 +46,7 @@ def test_modifiers_are_known_after_importing_llmcompressor_in_either_order():
     [
         "from wexpand_plugin import NeuronScoringModifier, PackModifier, SparseExpansionModifier",
         "from wexpand_plugin.compress.modifier import SparseExpansionModifier",
+        "from wexpand_plugin.compress.targets import target_linears",
     ],
 )
 def test_python_recipes_import_modifiers_from_the_package(first):
@@ -61,7 +62,7 @@ def test_python_recipes_import_modifiers_from_the_package(first):
 
 def test_what_the_package_names_is_there():
     found = python(
-        "import wexpand_plugin, sys; print(wexpand_plugin.recipe.__name__, wexpand_plugin.__all__);"
-        "print('llmcompressor' in sys.modules, hasattr(wexpand_plugin, 'nonsense'))"
+        "import wexpand_plugin, sys; print(wexpand_plugin.__all__, hasattr(wexpand_plugin, 'x'), "
+        "'llmcompressor' in sys.modules, wexpand_plugin.recipe('sparsegpt'))"
     )
-    assert "recipe [" in found and "'PackModifier'" in found and "False False" in found
+    assert "'PackModifier'" in found and "] False False" in found and "sparsegpt.yaml" in found

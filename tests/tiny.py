@@ -127,8 +127,11 @@ def tokens(batch: int = 2, length: int = 17, seed: int = 0) -> torch.Tensor:
 
 def tokenizer():
     """One token per word t0, t1, ... of the vocabulary."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AddedToken, PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1")
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=AddedToken("t1", single_word=True)
+    )

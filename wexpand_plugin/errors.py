@@ -4,7 +4,7 @@ Its message names the thing, its value and what would be right. The command line
 sentence; everything else that escapes is a defect of ours and keeps its traceback.
 """
 
-__all__ = ["WexpandError"]
+__all__ = ["WexpandError", "reason"]
 
 
 class WexpandError(ValueError):
@@ -17,3 +17,8 @@ class WexpandError(ValueError):
     def __init__(self, problem: str, tensor: str | None = None):
         super().__init__(problem)
         self.tensor = tensor
+
+
+def reason(error: Exception) -> str:
+    """The first line of another library's error, to stand in one of our sentences."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

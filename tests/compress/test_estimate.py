@@ -3,10 +3,9 @@
 import pytest
 from torch import nn
 
-pytest.importorskip("llmcompressor")
-from wexpand_plugin.compress.estimate import working_bytes  # noqa: E402
-from wexpand_plugin.method.candidates import Settings  # noqa: E402
-from wexpand_plugin.method.solvers.sparsegpt import MaskStructure  # noqa: E402
+from wexpand_plugin.compress.estimate import working_bytes
+from wexpand_plugin.method.candidates import Settings
+from wexpand_plugin.method.solvers.sparsegpt import MaskStructure
 
 LINEARS = {
     "a.mlp.gate": nn.Linear(8, 10, bias=False),

@@ -8,10 +8,8 @@ import transformers
 from test_modifier import logits, tiny
 from tiny import tokenizer
 
-pytest.importorskip("llmcompressor")
-import wexpand_plugin  # noqa: E402, F401
-from wexpand_plugin.compress.oneshot import compress  # noqa: E402
-from wexpand_plugin.errors import WexpandError  # noqa: E402
+from wexpand_plugin.compress.oneshot import compress
+from wexpand_plugin.errors import WexpandError
 
 GOOD = (
     "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n"
@@ -47,6 +45,7 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     (tmp_path / "short.txt").write_text("t1 t2")
+    (tmp_path / "strange.jsonl").write_text('{"input_ids": [5, 96]}\n{"input_ids": [96]}\n')
     (tmp_path / "empty").mkdir()
     untold = tiny("Llama", tmp_path / "untold")
     for change, message in [
@@ -58,6 +57,7 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
         ({"model": str(tmp_path / "nowhere")}, "model: "),
         ({"model": str(untold)}, "model: .*untold' has no tokenizer"),
         ({"dataset": str(tmp_path / "empty")}, "a directory that holds no saved data set"),
+        ({"dataset": str(tmp_path / "strange.jsonl")}, "holds token id 96, outside the 96 of"),
         ({"dtype": "bf16"}, "dtype: 'bf16' is not one of auto, float32, bfloat16, float16"),
     ]:
         with pytest.raises(WexpandError, match=message):
@@ -74,7 +74,7 @@ def test_fewer_tokens_than_asked_for_are_said(inputs):
         compress(**inputs | {"samples": 1000})
     finally:
         logger.remove(sink)
-    assert any("864 tokens in 27 rows calibrate, fewer than 1000 rows of 32" in s for s in said)
+    assert any("3584 tokens in 112 rows calibrate, fewer than 1000 rows of 32" in s for s in said)
 
 
 def test_no_code_of_the_model_runs(inputs, tmp_path):

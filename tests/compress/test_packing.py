@@ -4,16 +4,13 @@ import pytest
 import tiny
 import torch
 import transformers
+from llmcompressor import oneshot
 from test_modifier import calibration, logits
 
-pytest.importorskip("llmcompressor")
-from llmcompressor import oneshot  # noqa: E402
-
-import wexpand_plugin  # noqa: E402, F401
-from wexpand_plugin.compress.packing import PackModifier  # noqa: E402
-from wexpand_plugin.errors import WexpandError  # noqa: E402
-from wexpand_plugin.format.model_dir import ModelDir  # noqa: E402
-from wexpand_plugin.hf.linear import RoutedLinear  # noqa: E402
+from wexpand_plugin.compress.packing import PackModifier
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.format.model_dir import ModelDir
+from wexpand_plugin.hf.linear import RoutedLinear
 
 RECIPE = """
 p_stage:

@@ -1,12 +1,9 @@
 """What evals.recipe runs is the recommended recipe and its two bounds, and is accepted as such."""
 
-import pytest
 import yaml
 
-pytest.importorskip("llmcompressor")
-
-from evals.recipe import RECIPE, variants  # noqa: E402
-from wexpand_plugin.compress.oneshot import check_recipe  # noqa: E402
+from evals.recipe import RECIPE, variants
+from wexpand_plugin.compress.recipes import check_recipe
 
 MODIFIER = ("expansion_stage", "expansion_modifiers", "SparseExpansionModifier")
 

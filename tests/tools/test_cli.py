@@ -8,22 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-pytest.importorskip("transformers")
+from wexpand_plugin import __version__
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.format import checkpoint
+from wexpand_plugin.tools.cli import app
+from wexpand_plugin.tools.inspect import inspect
+from wexpand_plugin.tools.synth import Shape, synth
+from wexpand_plugin.tools.verify import verify
 
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
-
-from wexpand_plugin import __version__  # noqa: E402
-from wexpand_plugin.errors import WexpandError  # noqa: E402
-from wexpand_plugin.format import checkpoint  # noqa: E402
-from wexpand_plugin.tools.cli import app  # noqa: E402
-from wexpand_plugin.tools.inspect import inspect  # noqa: E402
-from wexpand_plugin.tools.synth import Shape, synth  # noqa: E402
-from wexpand_plugin.tools.verify import verify  # noqa: E402
-
+RECIPE = (
+    "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n"
+    "      sparsity: 0.5\n      num_experts: 2\n      targets: ['re:.*mlp.*']\n"
+)
 COMMANDS = ("compress", "pack", "unpack", "inspect", "verify", "report", "synth")
 
 
@@ -45,6 +46,7 @@ def sentence(result) -> str:
 def pruned(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "pruned"
     tiny.prune(tiny.dense(dtype=torch.bfloat16)).save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
     return path
 
 
@@ -166,6 +168,39 @@ def test_as_a_program(pruned, tmp_path):
     assert process("verify").returncode == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [("size=64k", "No space left on device"), ("ro", "Read-only file system")],
+)
+@pytest.mark.parametrize("command", ["pack", "compress"])
+def test_a_disk_that_cannot_take_it(command, options, problem, pruned, tmp_path):
+    """One sentence, nothing left on it. A file system of our own, as root may write anywhere."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "t5 t6 t7 " * 400}))
+    arguments = {
+        "pack": ["pack", pruned, disk / "out", "-q"],
+        "compress": [
+            "compress", pruned, "-r", tmp_path / "recipe.yaml", "-d", tmp_path / "text.jsonl",
+            "-o", disk / "out", "--samples", "16", "--max-seq-length", "32", "-q",
+        ],
+    }[command]  # fmt: skip
+    script = f"mount -t tmpfs -o {options} none {disk} || exit 77"
+    script += f'; "$@"; echo "code $?"; ls -A {disk}'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-m",
+         "wexpand_plugin.tools.cli", *map(str, arguments)],
+        capture_output=True, text=True, env=os.environ | {"LLM_COMPRESSOR_LOG_DISABLED": "1"},
+    )  # fmt: skip
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("no file system can be mounted here")
+    assert done.stdout.splitlines()[-1] == "code 1", done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("wexpand: ") and problem in last and "Traceback" not in done.stderr
+
+
 # --- synth
 
 
@@ -242,7 +277,6 @@ def test_synth_refuses(tmp_path, shape, options, match):
 
 
 def test_compress_refuses_before_work(pruned, tmp_path):
-    pytest.importorskip("llmcompressor")
     recipe, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
     recipe.write_text("")
     text.write_text("some text")
@@ -253,14 +287,10 @@ def test_compress_refuses_before_work(pruned, tmp_path):
 
 def test_compress_then_verify(tmp_path):
     """From a dense model with its tokenizer to a checkpoint, in one command."""
-    pytest.importorskip("llmcompressor")
     shape = Shape(hidden=64, ffn=96, layers=1, heads=4, vocab=300)
     synth(tmp_path / "dense", shape, dense=True, dtype="float32", quiet=True)
     (tmp_path / "text.txt").write_text(Path(__file__).read_text())
-    (tmp_path / "recipe.yaml").write_text(
-        "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n"
-        "      sparsity: 0.5\n      num_experts: 2\n      targets: ['re:.*mlp.*']\n"
-    )
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
     run(
         "compress", tmp_path / "dense", "-r", tmp_path / "recipe.yaml", "-d",
         tmp_path / "text.txt", "-o", tmp_path / "out", "--samples", 16, "--max-seq-length", 64,

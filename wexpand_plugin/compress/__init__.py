@@ -4,28 +4,24 @@
 YAML recipe can name the modifiers.
 """
 
-import importlib
-from typing import TypeVar
+from importlib import import_module
+from importlib.util import find_spec
 
-__all__ = ["register", "registered"]
+__all__ = ["register"]
 
 
 def register() -> None:
-    """Make the modifiers known to llm-compressor's recipes; any number of times.
-
-    Each registers itself when its class is made. One of them may be what imports llm-compressor
-    and so calls this: it is not complete yet, and has no class to be registered here.
-    """
-    for module in ("modifier", "packing", "scoring"):
-        importlib.import_module(f".{module}", __name__)
-
-
-M = TypeVar("M", bound=type)
-
-
-def registered(modifier: M) -> M:
-    """Class decorator: let llm-compressor's recipes name `modifier`."""
+    """Make the modifiers known to llm-compressor's recipes; any number of times."""
     from llmcompressor.modifiers.factory import ModifierFactory
 
-    ModifierFactory.register(modifier.__name__, modifier)
-    return modifier
+    from .modifier import SparseExpansionModifier
+    from .packing import PackModifier
+    from .scoring import NeuronScoringModifier
+
+    for modifier in (SparseExpansionModifier, NeuronScoringModifier, PackModifier):
+        ModifierFactory.register(modifier.__name__, modifier)
+
+
+# Before any module of ours imports it: at its end it calls `register`, which needs them whole.
+if find_spec("llmcompressor"):
+    import_module("llmcompressor")

@@ -27,7 +27,6 @@ from ..method.candidates import (
 )
 from ..method.solvers.sparsegpt import MaskStructure
 from ..method.statistics import GroupStatistics
-from . import registered
 from .estimate import working_bytes
 from .group import expand_group, replace_linear, sum_hessians
 from .replay import BlockReplay
@@ -38,7 +37,6 @@ __all__ = ["SparseExpansionModifier"]
 TOKENS_PER_EXPERT = 64
 
 
-@registered
 class SparseExpansionModifier(Modifier):
     """
     Gives each targeted linear several sparse versions of its weights, one per cluster of its

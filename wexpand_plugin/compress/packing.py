@@ -11,14 +11,12 @@ from ..errors import WexpandError
 from ..format.rowpool import RowPool
 from ..hf.saving import wrap_save_pretrained
 from ..method.candidates import dense_bytes
-from . import registered
 from .group import replace_linear
 from .targets import HEADS, target_linears
 
 __all__ = ["PackModifier"]
 
 
-@registered
 class PackModifier(Modifier):
     """
     Packs the linears that earlier modifiers of the recipe pruned (SparseGPT, Wanda, magnitude,

@@ -22,14 +22,12 @@ from tqdm import tqdm
 from ..errors import WexpandError
 from ..method.neurons import MAX_BYTES, MIN_TOKENS, NeuronScores, neuron_scores
 from ..method.statistics import RowSample
-from . import registered
 from .neuron_scores import FOLDER, ModelScores, ScoredLinear, fingerprint, save_scores
 from .targets import HEADS, target_linears
 
 __all__ = ["NeuronScoringModifier"]
 
 
-@registered
 class NeuronScoringModifier(Modifier):
     """
     Scores the neurons of a model's linears by the Wasserstein distance and the mapping

@@ -81,7 +81,8 @@ def compress(
         typer.Option(
             "--dataset",
             "-d",
-            help="Calibration text: .txt, .jsonl, .csv or .parquet file, saved dataset, or hub id.",
+            help="Calibration text or chats: .txt, .jsonl, .csv or .parquet file, saved data set, "
+            "or hub id.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New directory.")],
@@ -91,7 +92,9 @@ def compress(
         str | None, typer.Option(help="Configuration of a hub data set.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    text_column: Annotated[
+        str, typer.Option(help="Column of texts, or of chats (lists of role and content).")
+    ] = "text",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto: as the model has it.")
     ] = "auto",

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import WexpandError
+from ..errors import WexpandError, reason
 
 __all__ = ["ErrorGroup", "sentence"]
 
@@ -46,8 +46,11 @@ def sentence(error: Exception) -> str | None:
         first = error.errors()[0]
         key = ".".join(str(part) for part in (error.title, *first["loc"]))
         return f"{key}: {first.get('input')!r}: {first['msg'].removeprefix('Value error, ')}"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    safetensors = sys.modules.get("safetensors")
+    if safetensors is not None and isinstance(error, safetensors.SafetensorError):
+        return f"safetensors: {reason(error)}"  # a full disk, for one
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
         extra = _EXTRAS[error.name]
         return f"{error.name} is not installed; pip install 'wexpand-plugin[{extra}]'"

@@ -134,10 +134,10 @@ def _shown(data: "ReportData", measured: "Measurement | None", folder: Path) -> 
 
 def _wasserstein(data: "ReportData", measured: "Measurement | None") -> dict[str, Any]:
     """WD of the neurons of each linear: measured, or from the scores stored beside the model."""
-    from ...compress.neuron_scores import FOLDER, load_scores
-
     if measured is not None:
         return {name: linear.wd for name, linear in measured.linears.items()}
+    from ...compress.neuron_scores import FOLDER, load_scores
+
     if not (data.directory / FOLDER).is_dir():
         return {}
     scored = load_scores(data.directory).linears

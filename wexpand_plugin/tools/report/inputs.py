@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import WexpandError
+from ...errors import WexpandError, reason
 from ...format.model_dir import ModelDir
 from ...hf.names import module_tensor_names
 from ...method.neurons import MIN_TOKENS
@@ -130,7 +130,7 @@ def token_rows(dataset: str, model: DenseModel, tokens: int, context: int) -> li
     """
     from transformers import AutoTokenizer
 
-    from ...compress.oneshot import calibration_rows, load_text
+    from ...compress.data import calibration_rows, load_text
 
     longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", context)
     length = max(2, min(context, longest or context, tokens))
@@ -139,8 +139,9 @@ def token_rows(dataset: str, model: DenseModel, tokens: int, context: int) -> li
         try:
             tokenizer = AutoTokenizer.from_pretrained(model.directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise WexpandError(f"dense: {model.directory} has no tokenizer ({reason})") from None
+            raise WexpandError(
+                f"dense: {model.directory} has no tokenizer ({reason(error)})"
+            ) from None
     data = calibration_rows(
         data, tokenizer, samples=max(1, tokens // length), length=length, column="text", seed=0
     )
