@@ -18,6 +18,8 @@ from wexpand_plugin.compress.neuron_scores import (
     save_scores,
 )
 from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.format.rowpool import RowPool
+from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.method.neurons import neuron_scores
 from wexpand_plugin.tools.report import inputs, measure, write
 from wexpand_plugin.tools.report.data import collect
@@ -211,7 +213,7 @@ def test_full_expansion_and_one_expert(made, tmp_path):
         if path != "two":
             model = tiny.expand(tiny.dense(), experts=experts)
             for name, module in list(model.named_modules()):
-                if path == "all" and hasattr(module, "row_map"):
+                if path == "all" and isinstance(module, RoutedLinear):
                     _unshare(model, name)
             _save(model, tmp_path / path)
         page = _Page(
@@ -225,16 +227,11 @@ def test_full_expansion_and_one_expert(made, tmp_path):
 
 def _unshare(model, name):
     """Give every expert a version of its own of every neuron."""
-    from wexpand_plugin.format.router import Router
-    from wexpand_plugin.format.rowpool import pack_rows
-    from wexpand_plugin.hf.linear import RoutedLinear
-
     old = model.get_submodule(name)
-    rows = torch.cat([old.pool.expert(e) for e in range(old.experts)])
-    pool = pack_rows(rows, torch.arange(len(rows)).view(old.experts, -1))
-    model.set_submodule(
-        name, RoutedLinear.from_pool(pool, Router(old.router_weight, old.router_bias))
-    )
+    rows = torch.stack([old.pool.expert(e) for e in range(old.experts)], dim=1).flatten(0, 1)
+    row_map = torch.arange(old.experts).repeat(old.out_features, 1).T
+    pool = RowPool.pack(rows, row_map.to(torch.uint8).contiguous())
+    model.set_submodule(name, RoutedLinear.from_pool(pool, old.router, group=old.group))
 
 
 def _save(model, path):

@@ -114,6 +114,8 @@ def improvement(measured: Measurement, percent: float) -> Any:
                 color=colour, label=label,
             )  # fmt: skip
         axes.axhline(1, color=INK, linewidth=0.8, linestyle="--")
+        # where nothing differs, rounding would be all that is seen
+        axes.set_ylim(min(float(ratios.min()), 1) - 0.05, max(float(ratios.max()), 1) + 0.05)
         axes.set_title(f"{kind}: {len(wd)} neurons, R² {_number(r_squared(wd, ratios))}")
         axes.set_xlabel("WD of the dense outputs")
     panels[0].set_ylabel("error of one version / error of experts")
