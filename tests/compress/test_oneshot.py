@@ -41,6 +41,19 @@ def test_from_files_to_a_directory(inputs, tmp_path):
         compress(**inputs | {"model": str(tmp_path / "out"), "output": tmp_path / "again"})
 
 
+def test_all_files_of_the_model_but_code_come_along(inputs, tmp_path):
+    """As with `wexpand pack`: processors, licence, card, and the tokenizer byte for byte."""
+    model = Path(inputs["model"])
+    names = ("LICENSE", "README.md", "preprocessor_config.json", "tokenizer.json")
+    for name in names[:3]:
+        (model / name).write_text(name)
+    (model / "own.py").write_text("")
+    compress(**inputs)
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes(), name
+    assert not (tmp_path / "out" / "own.py").exists()
+
+
 def test_mistakes_are_found_before_work(inputs, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
@@ -49,7 +62,7 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
     (tmp_path / "empty").mkdir()
     untold = tiny("Llama", tmp_path / "untold")
     for change, message in [
-        ({"output": tmp_path / "full"}, "output: .* is not empty"),
+        ({"output": tmp_path / "full"}, "is not empty; name a directory that does not exist"),
         ({"recipe": tmp_path / "no.yaml"}, "recipe: .*no.yaml' is neither a file nor one of"),
         ({"dataset": str(tmp_path / "short.txt")}, "do not fill one row of 32"),
         ({"dataset": str(tmp_path / "recipe.yaml")}, "ends in '.yaml'"),

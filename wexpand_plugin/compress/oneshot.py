@@ -8,6 +8,8 @@ statistics. Everything is written beside the output directory and moved there wh
 from pathlib import Path
 
 from ..errors import WexpandError, reason
+from ..format.writer import copy_others, partial_directory, require_empty
+from ..hf.hub import resolve
 from .data import calibration_rows, check_rows, load_text
 from .recipes import check_recipe
 from .recipes import recipe as find_recipe
@@ -50,13 +52,9 @@ def compress(
     from loguru import logger
     from transformers import AutoConfig, AutoTokenizer
 
-    from ..hf.saving import partial_directory
-
     if dtype not in DTYPES:
         raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise WexpandError(f"output: {output} exists and is not empty; choose a new directory")
+    require_empty(output)
     recipe = find_recipe(recipe)
     check_recipe(recipe)
     try:
@@ -74,6 +72,7 @@ def compress(
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         raise WexpandError(f"model: {model!r} has no tokenizer ({reason(error)})") from error
+    source = resolve(model, weights=False)
     longest = getattr(config, "max_position_embeddings", None) or max_seq_length
     length = min(max_seq_length, longest)
     data = calibration_rows(
@@ -91,10 +90,14 @@ def compress(
         )
     torch.manual_seed(seed)
     with partial_directory(output) as partial:
-        oneshot(
+        done = oneshot(
             model=model, tokenizer=tokenizer, dataset=data, recipe=recipe, precision=dtype,
             trust_remote_code_model=False,
             num_calibration_samples=len(data), max_seq_length=length,
-            output_dir=str(partial),
         )  # fmt: skip
-    return output
+        done.save_pretrained(str(partial))
+        if left_out := copy_others(source, partial):
+            for file in left_out:  # llm-compressor copies what lies beside config.json
+                (partial / file).unlink(missing_ok=True)
+            logger.warning(f"not copied, as loading them runs code: {', '.join(left_out)}")
+    return Path(output)

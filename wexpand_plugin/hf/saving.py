@@ -2,12 +2,14 @@
 
 `save_pretrained` of transformers, or of llm-compressor around it, writes the tensors and a
 config.json. Ours lets it write into a partial directory, adds what makes that a checkpoint (input
-groups, checksums, digest), and only then puts the files in place, config.json last.
+groups, checksums, digest), reads all of it back, and only then puts the files in place, config.json
+last.
 """
 
 import types
 from collections.abc import Iterable, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from torch import nn
 from ..errors import WexpandError
 from ..format.config import GroupEntry, LinearEntry
 from ..format.model_dir import ModelDir
+from ..format.problems import problems
 from ..format.router import narrowest
 from ..format.writer import partial_directory, seal
 from .linear import WIDENED, RoutedLinear
+from .names import check_fit, module_tensor_names
 
 __all__ = ["wrap_save_pretrained"]
 
@@ -58,11 +62,29 @@ def wrap_save_pretrained(model: Any, made_by: Mapping[str, Any]) -> None:
             result = save(self, str(partial), *args, **kwargs)
             names = ModelDir(partial, partial.glob("*.safetensors")).headers
             seal(partial, group_entries(self, names), self._wexpand_made_by)
+            _read_back(self, partial, save_directory)
         return result
 
     save_pretrained._wexpand = save_pretrained  # type: ignore[attr-defined]
     # a bound method, as llm-compressor expects to find when it wraps in its turn
     model.save_pretrained = types.MethodType(save_pretrained, model)
+
+
+def _read_back(model: Any, written: Path, target: str | Path) -> None:
+    """Refuse to call `target` done if `wexpand verify` would find a problem in what was written."""
+    import transformers
+
+    directory = ModelDir(written)
+    try:
+        for problem in problems(directory):
+            raise problem
+        # what a class that transformers does not have looks like, only its own code knows
+        if getattr(transformers, type(model).__name__, None) is type(model):
+            check_fit(directory)
+    except WexpandError as error:
+        raise WexpandError(
+            f"{target}: not saved, as it could not be loaded again: {error}", error.tensor
+        ) from None
 
 
 def group_entries(model: Any, tensors: Iterable[str]) -> list[GroupEntry]:
@@ -71,8 +93,6 @@ def group_entries(model: Any, tensors: Iterable[str]) -> list[GroupEntry]:
     routed = {n: m for n, m in model.named_modules() if isinstance(m, RoutedLinear)}
     saved = {name: name for name in routed}
     if not all(f"{name}.weight" in names for name in routed):
-        from .names import module_tensor_names
-
         weights = [name for name in names if name.endswith(".weight")]
         saved = {
             module.removesuffix(".weight"): name.removesuffix(".weight")

@@ -30,7 +30,8 @@ from ..format.writer import (
     seal,
     write_json,
 )
-from .sources import drop_leftovers, resolve
+from ..hf.hub import resolve
+from .sources import drop_leftovers
 
 __all__ = ["Packed", "break_even", "pack", "unpack"]
 

@@ -1,4 +1,4 @@
-"""A dense model as input: where it is, and what earlier tools left in its config.json."""
+"""What earlier tools left in the config.json of a dense model."""
 
 import json
 from collections.abc import Mapping
@@ -8,31 +8,7 @@ from typing import Any
 from ..errors import WexpandError
 from ..format.config import QUANT_METHOD
 
-__all__ = ["drop_leftovers", "resolve"]
-
-def resolve(model: str | Path) -> Path:
-    """A local model directory: `model` itself, or the download of this id from the hub."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise WexpandError(f"{model}: is a file; a model is a directory or an id on the hub")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(
-                str(model), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.onnx*"]
-            )
-        )
-    except HFValidationError:
-        raise WexpandError(f"{model}: is neither a directory nor the id of a model") from None
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WexpandError(
-            f"{model}: no such directory, and not found on the hub: {reason}"
-        ) from None
+__all__ = ["drop_leftovers"]
 
 
 def drop_leftovers(values: dict[str, Any], source: Path) -> list[str]:

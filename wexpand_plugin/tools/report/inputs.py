@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ...errors import WexpandError, reason
 from ...format.model_dir import ModelDir
+from ...hf.hub import resolve
 from ...hf.names import module_tensor_names
 from ...method.neurons import MIN_TOKENS
-from ..sources import resolve
 from .data import Group, ReportData
 
 __all__ = ["DenseModel", "token_rows"]
