@@ -205,10 +205,10 @@ def copy_others(source: Path, target: Path) -> list[str]:
         hidden = any(part.startswith(".") for part in inside.parts)
         if hidden or not file.is_file() or file.name.endswith(_WEIGHTS):
             continue
-        if str(inside) in (CONFIG, CHECKSUMS) or (target / inside).exists():
-            continue
         if file.name.endswith(_CODE):
             left_out.append(str(inside))
+            continue
+        if str(inside) in (CONFIG, CHECKSUMS) or (target / inside).exists():
             continue
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / inside)
