@@ -18,7 +18,7 @@ from wexpand_plugin.format.rowpool import RowPool, finite, kept
 from wexpand_plugin.format.values import codec
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-few = settings(max_examples=60, deadline=None)
+few = settings(deadline=None)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -99,7 +99,9 @@ def test_what_a_version_holds_and_weighs(sample):
 @few
 def test_integers_come_within_half_a_scale(how, keep, data):
     """Whatever the rows are; the scale is by default that of each group's largest weight."""
-    values = data.draw(arrays.arrays("float32", tuple(keep.shape), elements=st.floats(-9, 9, width=32)))
+    values = data.draw(
+        arrays.arrays("float32", tuple(keep.shape), elements=st.floats(-9, 9, width=32))
+    )
     rows = torch.where(keep, torch.from_numpy(values), 0)
     rows[rows.abs() < 1e-2] = 0  # scales of denormals have few bits
     rows = rows if how.scaled else rows.to(how.storage)
@@ -221,7 +223,9 @@ def test_concatenation_keeps_every_expert(many, one, reverse):
 def test_mixed_codecs_decode_to_the_widest_float(names, right):
     rows = torch.randn(3, 20)
     pools = [
-        RowPool.pack(rows if codec(name).scaled else rows.to(codec(name).storage), codec=codec(name))
+        RowPool.pack(
+            rows if codec(name).scaled else rows.to(codec(name).storage), codec=codec(name)
+        )
         for name in names
     ]
     assert RowPool.concat(pools).codec.name == right
@@ -290,9 +294,10 @@ def test_bytes():
 
 
 def test_bytes_of_integers_and_of_full_rows():
-    """int4: 10, 4 and 6 kept weights take 5, 2 and 3 bytes; 20 columns have 3 scales of groups of 8.
+    """int4: 10, 4 and 5 kept weights take 5, 2 and 3 bytes; 20 columns have 3 groups of 8.
 
-    A full row has no mask."""
+    Full rows have no mask.
+    """
     weight = torch.zeros(3, 20)
     weight[0, :10] = weight[1, :4] = weight[2, :5] = 1
     pool = RowPool.pack(weight, codec=codec("int4", 8))
@@ -337,12 +342,14 @@ REFUSALS = [
     ("weight: dtype torch.float16 should be torch.float32", pool(),
      dict(values=pool().values.half())),
     ("weight: holds NaN", pool(), dict(values=changed(pool().values, 3, float("nan")))),
-    ("weight: holds NaN or infinite", pool(), dict(values=changed(pool().values, 3, -float("inf")))),
+    ("weight: holds NaN or infinite", pool(),
+     dict(values=changed(pool().values, 3, -float("inf")))),
     ("weight_mask: rows keep 36 weights, which take 36 elements of NAME.weight, but it holds 35",
      pool(), dict(values=pool().values[1:])),
     ("weight: rows keep 12 weights, which take 12 elements of NAME.weight, but it holds 23",
      full(), dict(values=full().values[1:])),
-    ("weight_mask: dtype torch.int8 should be uint8", pool(), dict(mask=pool().mask.to(torch.int8))),
+    ("weight_mask: dtype torch.int8 should be uint8", pool(),
+     dict(mask=pool().mask.to(torch.int8))),
     ("weight_mask: shape [6, 1] should be [versions, 2]", pool(), dict(mask=pool().mask[:, :1])),
     ("weight_mask: shape [12] should", pool(), dict(mask=pool().mask.view(-1))),
     ("weight_mask: sets a bit past column 11", pool(), dict(mask=pool().mask | bits_of(16))),
@@ -380,7 +387,9 @@ REFUSALS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("message", "sound", "change"), REFUSALS, ids=[m[0][:50] for m in REFUSALS])
+@pytest.mark.parametrize(
+    ("message", "sound", "change"), REFUSALS, ids=[m[0][:50] for m in REFUSALS]
+)
 def test_validate_refuses(message, sound, change):
     sound.validate("NAME")
     with pytest.raises(WexpandError, match=re.escape(f"NAME.{message}")) as error:

@@ -40,7 +40,7 @@ def test_odd_widths_are_rounded_up():
 
 
 @given(pools())
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 def test_predicted_is_stored(sample):
     pool, sizes = sample.pool, StoredBytes(sample.pool.codec, torch.bfloat16)
     rows = sizes.row(sample.keep.sum(dim=1), pool.in_features)

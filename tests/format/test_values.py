@@ -28,7 +28,7 @@ def rows_in_bytes(rows: list[list[int]], bits: int) -> bytes:
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
 @given(masks(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 def test_integers_in_bytes(name, keep, data):
     """Two's complement; int4 low half first, every row from a byte on, also an odd or empty one."""
     how = codec(name)
@@ -62,7 +62,7 @@ def test_ranges(name, low, high):
 
 @pytest.mark.parametrize("how", INTEGERS, ids=str)
 def test_scale_of(how):
-    """Each group's largest weight over the largest number, in float16; the last group is shorter."""
+    """Each group's largest weight over the largest number, in float16; the last is shorter."""
     rows = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
     rows[1], rows[2, : how.group] = 0, 0
     scale = how.scale_of(rows)

@@ -8,18 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
 
-transformers = pytest.importorskip("transformers")
-
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from transformers import AutoModel, AutoModelForCausalLM  # noqa: E402
-
-import wexpand_plugin  # noqa: E402, F401
-from wexpand_plugin.errors import WexpandError  # noqa: E402
-from wexpand_plugin.format import checkpoint  # noqa: E402
-from wexpand_plugin.hf import saving  # noqa: E402
-from wexpand_plugin.hf.linear import RoutedLinear  # noqa: E402
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.format import model_dir, writer
+from wexpand_plugin.format.config import CheckpointConfig
+from wexpand_plugin.format.model_dir import CHECKSUMS, ModelDir
+from wexpand_plugin.format.problems import problems
+from wexpand_plugin.format.rowpool import RowPool
+from wexpand_plugin.format.values import codec
+from wexpand_plugin.hf import register, saving
+from wexpand_plugin.hf.linear import RoutedLinear
 
 
 def logits(model) -> torch.Tensor:
@@ -43,18 +46,29 @@ def same_tensors(a, b) -> bool:
     )
 
 
-def router_files(path: Path) -> dict[str, Path]:
-    files = checkpoint.tensor_files(path)
-    return {n: f for n, f in files.items() if n.endswith("router_weight")}
-
-
 def edit(path: Path, change) -> None:
     """Change the quantization_config with `change(dict)` and seal it again."""
     values = json.loads((path / "config.json").read_text())
     change(values["quantization_config"])
-    config = checkpoint.WexpandConfig.model_validate(values["quantization_config"]).seal()
+    config = CheckpointConfig.model_validate(values["quantization_config"]).seal()
     values["quantization_config"] = config.model_dump(mode="json")
     (path / "config.json").write_text(json.dumps(values))
+
+
+def quantise(model, how) -> None:
+    """Store the kept weights of the routed linears as integers."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, RoutedLinear):
+            old = module.pool
+            keep = old.decoded(torch.float32).rows() != 0
+            pool = RowPool.pack(old.rows().float(), old.row_map, keep=keep, codec=how)
+            model.set_submodule(
+                name,
+                RoutedLinear.from_pool(
+                    pool, module.router, module.bias, group=module.group, tokens=module.tokens,
+                    dtype=module.dtype,
+                ),
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("match", ["mlp", ""])
@@ -69,8 +83,9 @@ def test_round_trip(tmp_path, kind, match):
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
     again = load(tmp_path / "b")
     assert same_tensors(loaded, again)
-    a, b = (checkpoint.read_config(tmp_path / name) for name in "ab")
-    assert a == b
+    a, b = (ModelDir(tmp_path / name) for name in "ab")
+    assert a.config == b.config
+    assert not list(problems(a)) and not list(problems(b))
 
 
 @pytest.mark.parametrize("experts", [1, 3])
@@ -95,8 +110,102 @@ def test_dtypes_keep_the_router(tmp_path, dtype):
     assert torch.equal(linear.router_weight, router.float())
     loaded.save_pretrained(tmp_path / "b")
     assert same_tensors(loaded, load(tmp_path / "b"))
-    for _, tensor in checkpoint.tensors_of(router_files(tmp_path / "b")):
-        assert tensor.dtype == torch.float16
+    headers = ModelDir(tmp_path / "b").headers
+    routers = {header.dtype for name, header in headers.items() if name.endswith("router_weight")}
+    assert routers == {torch.float16}
+
+
+@pytest.mark.parametrize("how", [codec("int8", 8), codec("int4", 16), codec("int4")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_integers_and_their_scales_survive(tmp_path, kind, dtype, how):
+    """Values and scales to the bit, whatever dtype the model is made, loaded and saved in."""
+    model = tiny.expand(tiny.dense(kind, dtype), match="")
+    quantise(model, how)
+    saving.wrap_save_pretrained(model, {})
+    model.save_pretrained(tmp_path / "a")
+    found = ModelDir(tmp_path / "a")
+    assert not list(problems(found))
+    name = "model.layers.0.mlp.down_proj"
+    right = model.get_submodule(name).pool
+    for load_dtype in (torch.float32, torch.bfloat16):
+        loaded = load(tmp_path / "a", dtype=load_dtype)
+        module = loaded.get_submodule(name)
+        assert module.weight_scale.dtype == torch.float32, "exact, whatever the model is"
+        assert module.pool.codec == how and torch.equal(module.pool.values, right.values)
+        assert torch.equal(module.pool.scale, right.scale)
+        assert torch.equal(module.pool.rows(), right.rows())
+        y = module(torch.randn(5, module.in_features, dtype=load_dtype))
+        assert y.dtype == load_dtype
+        if load_dtype == dtype:
+            assert torch.equal(logits(loaded), logits(model))
+        loaded.save_pretrained(tmp_path / "b")
+        again = ModelDir(tmp_path / "b")
+        assert again.config.groups == found.config.groups
+        assert again.config.linears[name].dtype == str(dtype).removeprefix("torch.")
+        ours = [t for n in found.config.linears for t in found.config.tensors_of(n)]
+        for (one, a), (other, b) in zip(found.tensors(ours), again.tensors(ours), strict=True):
+            if not one.endswith(".bias"):
+                assert one == other and a.dtype == b.dtype and torch.equal(a, b)
+        assert again.headers[f"{name}.weight_scale"].dtype == torch.float16
+
+
+def test_full_rows_and_a_single_expert(tmp_path):
+    """No mask, no row map, no router: only what there is has a tensor."""
+    model = tiny.expand(tiny.dense(), experts=1, sparsity=0.0)
+    quantise(model, codec("int8", 8))
+    saving.wrap_save_pretrained(model, {})
+    model.save_pretrained(tmp_path / "a")
+    kinds = {n.rpartition(".")[2] for n in ModelDir(tmp_path / "a").headers if "mlp" in n}
+    assert kinds == {"weight", "weight_scale"}
+    assert torch.equal(logits(load(tmp_path / "a")), logits(model))
+
+
+def test_groups_survive_and_share_a_router(tmp_path):
+    model = tiny.expanded(tmp_path / "a", "qwen2", match="")
+    right = [
+        [f"model.layers.{layer}.{name}" for name in names]
+        for layer in range(2)
+        for names in (
+            [f"self_attn.{k}_proj" for k in "qkvo"], ["mlp.gate_proj", "mlp.up_proj"],
+            ["mlp.down_proj"],
+        )
+    ]  # fmt: skip
+    loaded = load(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    for path in (tmp_path / "a", tmp_path / "b"):
+        config = ModelDir(path).config
+        assert [list(group.linears) for group in config.groups] == right
+        assert {tuple(group.tokens) for group in config.groups} == {(10, 11, 12)}
+    for names in right:
+        modules = [m.get_submodule(name) for m in (model, loaded) for name in names]
+        assert len({module.group for module in modules[len(names) :]}) == 1
+        first = modules[0].router
+        for module in modules:
+            assert torch.equal(module.router.weight.float(), first.weight.float())
+            assert torch.equal(module.router.bias, first.bias)
+
+
+def test_linears_without_a_group_stand_alone(tmp_path):
+    model = tiny.expand(tiny.dense())
+    for module in model.modules():
+        if isinstance(module, RoutedLinear):
+            module.group = ""
+    saving.wrap_save_pretrained(model, {})
+    model.save_pretrained(tmp_path / "a")
+    assert [len(group.linears) for group in ModelDir(tmp_path / "a").config.groups] == [1] * 6
+
+
+def test_materialised_experts_compute_the_same():
+    module = tiny.expand(tiny.dense()).model.layers[0].mlp.down_proj
+    x = torch.randn(20, module.in_features)
+    right = module(x)
+    module.materialise()
+    assert torch.equal(module(x), right)
+    module.materialise(torch.zeros(3, module.out_features, module.in_features))
+    assert not module(x).any()
+    module.dematerialise()
+    assert torch.equal(module(x), right)
 
 
 def test_a_float32_router_that_float16_cannot_hold_stays_as_it_is(tmp_path):
@@ -141,10 +250,8 @@ def test_base_model_and_device_map(tmp_path):
 
 
 def test_registering_again_does_nothing():
-    from wexpand_plugin import hf
-
-    hf.register()
-    hf.register()
+    register()
+    register()
 
 
 def python(code, *arguments):
@@ -189,10 +296,10 @@ def test_importing_the_plugin_before_transformers(tmp_path):
 def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     model = tiny.expanded(tmp_path / "a")
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "finalize", interrupted)
+    monkeypatch.setattr(saving, "seal", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -212,7 +319,7 @@ def test_interrupted_while_moving_has_no_config(tmp_path, monkeypatch):
             raise OSError("disk full")
         real(source, target)
 
-    monkeypatch.setattr(saving.os, "replace", replace)
+    monkeypatch.setattr(writer.os, "replace", replace)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(tmp_path / "a")
     assert not (tmp_path / "a" / "config.json").exists()
@@ -225,7 +332,7 @@ def test_saving_over_an_older_model_replaces_its_shards(tmp_path):
     (tmp_path / "b" / "notes.txt").write_text("mine")
     model.save_pretrained(tmp_path / "b")
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "notes.txt",
+        "config.json", "generation_config.json", "model.safetensors", "notes.txt", CHECKSUMS,
     ]  # fmt: skip
     assert torch.equal(logits(load(tmp_path / "b")), logits(model))
 
@@ -255,7 +362,7 @@ def test_wrapping(tmp_path):
         other.model.norm.weight.fill_(3)
     other.save_pretrained(tmp_path / "b")
     assert load(tmp_path / "b").model.norm.weight.unique().tolist() == [3]
-    assert checkpoint.read_config(tmp_path / "b").made_by == {"made": "later"}
+    assert ModelDir(tmp_path / "b").config.made_by == {"made": "later"}
 
     plain = tiny.dense()
     saving.wrap_save_pretrained(plain, {})
@@ -284,7 +391,7 @@ def test_another_wrapper_outside(tmp_path):
     assert model.save_pretrained._overridden
     model.save_pretrained(tmp_path / "b", save_compressed=True)
     assert (tmp_path / "b" / "recipe.yaml").exists()
-    assert checkpoint.read_config(tmp_path / "b").made_by == {"made": "again"}
+    assert ModelDir(tmp_path / "b").config.made_by == {"made": "again"}
     assert torch.equal(logits(load(tmp_path / "b")), logits(model))
 
 
@@ -310,15 +417,19 @@ def test_refuses_names_and_sizes_that_do_not_fit(tmp_path):
     with pytest.raises(WexpandError, match="model.layers.1.mlp.*should be a linear"):
         load(tmp_path / "a")
     values["num_hidden_layers"] = 2
-    values["quantization_config"]["linears"][name]["nnz"] -= 1
+    group = values["quantization_config"]["groups"][0]
+    group["tokens"][0] += 1
     (tmp_path / "a" / "config.json").write_text(json.dumps(values))
     with pytest.raises(WexpandError, match="changed after it was written"):
         load(tmp_path / "a")
+    group["linears"][name]["nnz"] -= 1
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(WexpandError, match=r"elements \d+ should be"):
+        load(tmp_path / "a")
 
 
-def test_refuses_missing_and_damaged_tensors(tmp_path):
-    from safetensors.torch import load_file, save_file
-
+def test_refuses_missing_and_broken_tensors(tmp_path):
+    """By structure: what a reader cannot use. Checksums are compared where asked for."""
     tiny.expanded(tmp_path / "a")
     file = tmp_path / "a" / "model.safetensors"
     good = load_file(file)
@@ -328,27 +439,100 @@ def test_refuses_missing_and_damaged_tensors(tmp_path):
         with pytest.raises(WexpandError, match=match):
             load(tmp_path / "a")
 
-    mask, norm = "model.layers.1.mlp.up_proj.weight_mask", "model.norm.weight"
+    name, norm = "model.layers.1.mlp.up_proj", "model.norm.weight"
+    mask = f"{name}.weight_mask"
     attempt({n: t for n, t in good.items() if n != mask}, f"{mask}: missing")
     attempt({n: t for n, t in good.items() if n != norm}, f"{norm}: missing")
-    attempt(good | {norm: good[norm] + 1}, f"{norm}: damaged")
-    attempt(good | {mask: good[mask] ^ 1}, f"model.safetensors: {mask}: damaged")
-    attempt(good | {"extra": torch.zeros(1)}, "extra: unknown")
+    attempt(good | {mask: good[mask][1:]}, f"model.safetensors: {mask}: shape")
+    attempt(good | {mask: good[mask].int()}, f"model.safetensors: {mask}: dtype torch.int32")
+    attempt(good | {mask: good[mask] & 127}, f"{mask}: rows keep")
+    attempt(good | {f"{name}.row_map": good[f"{name}.row_map"] + 1}, f"{name}.row_map: its neurons")
+    attempt(good | {f"{name}.weight": good[f"{name}.weight"] / 0}, f"{name}.weight: holds NaN")
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(WexpandError, match="model.safetensors: not a complete safetensors file"):
         load(tmp_path / "a")
 
 
-def test_refuses_router_that_would_misroute(tmp_path):
-    """NaN that is sealed with a right checksum is still refused."""
-    from safetensors.torch import load_file, save_file
-
-    tiny.expanded(tmp_path / "a")
-    file, name = tmp_path / "a" / "model.safetensors", "model.layers.0.mlp.up_proj.router_bias"
+@pytest.mark.parametrize("kind", ["router_bias", "router_weight", "weight_scale"])
+def test_refuses_what_would_misroute_or_misscale(tmp_path, kind):
+    model = tiny.expand(tiny.dense())
+    quantise(model, codec("int8", 8))
+    saving.wrap_save_pretrained(model, {})
+    model.save_pretrained(tmp_path / "a")
+    file, name = tmp_path / "a" / "model.safetensors", f"model.layers.0.mlp.up_proj.{kind}"
     tensors = load_file(file)
-    tensors[name][1] = float("nan")
+    tensors[name].view(-1)[1] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
-    right = {name: checkpoint.checksum(tensors[name])}
-    edit(tmp_path / "a", lambda values: values["checksums"].update(right))
     with pytest.raises(WexpandError, match=f"{name}: holds NaN"):
         load(tmp_path / "a")
+
+
+def test_refuses_the_layout_before_the_first_release(tmp_path):
+    tiny.expanded(tmp_path / "a")
+    values = json.loads((tmp_path / "a" / "config.json").read_text())
+    groups = values["quantization_config"].pop("groups")
+    values["quantization_config"]["linears"] = groups[0]["linears"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(WexpandError, match="lists linears without input groups, a layout from"):
+        load(tmp_path / "a")
+
+
+# --- WEXPAND_VERIFY
+
+
+def flipped(path: Path, name: str) -> Path:
+    """Change the lowest bit of a tensor's first byte."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1).view(torch.uint8)[0] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_flipped_byte_is_found_where_it_is_asked_for(tmp_path, monkeypatch, name):
+    tiny.expanded(tmp_path / "a")
+    monkeypatch.setenv("WEXPAND_VERIFY", "1")
+    load(tmp_path / "a")
+    flipped(tmp_path / "a", name)
+    with pytest.raises(WexpandError, match=f"model.safetensors: {name}: damaged: its checksum"):
+        load(tmp_path / "a")
+    (tmp_path / "a" / CHECKSUMS).unlink()
+    with pytest.raises(WexpandError, match=f"{CHECKSUMS}: there is no such file"):
+        load(tmp_path / "a")
+    for value in ("0", ""):
+        monkeypatch.setenv("WEXPAND_VERIFY", value)
+        load(tmp_path / "a")
+    monkeypatch.delenv("WEXPAND_VERIFY")
+    load(tmp_path / "a")
+
+
+def test_every_tensor_is_read_once(tmp_path, monkeypatch):
+    """By transformers; ours reads headers, and the tensors only where checksums are asked for."""
+    tiny.expanded(tmp_path / "a")
+    read = []
+
+    class Counted:
+        def __init__(self, *args, **kwargs):
+            self.inner = safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            self.inner.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self.inner.__exit__(*args)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.inner.get_tensor(name)
+
+    monkeypatch.setattr(model_dir, "safe_open", Counted)
+    load(tmp_path / "a")
+    assert read == []
+    monkeypatch.setenv("WEXPAND_VERIFY", "1")
+    load(tmp_path / "a")
+    assert sorted(read) == sorted(ModelDir(tmp_path / "a").headers)

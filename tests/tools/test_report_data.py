@@ -9,8 +9,8 @@ from wexpand_plugin.tools.report.data import Group, Sharing, common_versions, sh
 
 
 def test_row_maps_by_hand():
-    #        neuron 0: all share; 1: all own; 2: experts 0 and 2 share
-    row_map = torch.tensor([[0, 1, 4], [0, 2, 5], [0, 3, 4]], dtype=torch.int32)
+    # neuron 0: all share; 1: all own; 2: experts 0 and 2 share; numbered within the neuron
+    row_map = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 2, 0]], dtype=torch.uint8)
     assert users(row_map).tolist() == [[3, 1, 2], [3, 1, 1], [3, 1, 2]]
     sharing = Sharing.of(row_map)
     third = 1 / 3
@@ -20,9 +20,9 @@ def test_row_maps_by_hand():
     torch.testing.assert_close(sharing.users, torch.tensor([4.0, 2.0, 3.0]) / 9)
     torch.testing.assert_close(sharing.versions, torch.tensor([1.0, 1.0, 1.0]) / 3)
     version, count = common_versions(row_map, [5, 90, 6])
-    assert version.tolist() == [0, 2, 5] and count.tolist() == [3, 1, 1]
+    assert version.tolist() == [0, 1, 1] and count.tolist() == [3, 1, 1]
     version, count = common_versions(row_map, [])
-    assert version.tolist() == [0, 1, 4] and count.tolist() == [3, 1, 2]
+    assert version.tolist() == [0, 0, 0] and count.tolist() == [3, 1, 2]
 
 
 def test_names_and_labels():

@@ -138,12 +138,16 @@ def _index_problems(model: ModelDir) -> Iterator[WexpandError]:
     """Readers find the files by the index: it has to be right."""
     index = model.path / INDEX
     try:
-        listed = read_json(index).get("weight_map")
+        values = read_json(index)
     except WexpandError as error:
         yield error
         return
+    listed = values.get("weight_map")
+    # transformers asks for both
+    for key in ("weight_map", "metadata"):
+        if not isinstance(values.get(key), dict):
+            yield WexpandError(f"{index}: has no {key}")
     if not isinstance(listed, dict):
-        yield WexpandError(f"{index}: has no weight_map")
         return
     for tensor in sorted(listed.keys() | model.headers.keys()):
         right = model.headers[tensor].file.name if tensor in model.headers else None

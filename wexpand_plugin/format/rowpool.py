@@ -22,6 +22,7 @@ where they begin is a running sum and not stored. The same goes for where a row 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -264,7 +265,7 @@ class RowPool:
         """One pool for linears that share input and router, their neurons one after another.
 
         A pool with one expert joins by giving every expert its rows; pools of different codecs by
-        decoding all to the widest float among them.
+        decoding all to the float that holds the floats among them; float32 where there are none.
         """
         experts, first = max(pool.experts for pool in pools), pools[0]
         if any(p.experts not in (1, experts) or p.in_features != first.in_features for p in pools):
@@ -273,8 +274,8 @@ class RowPool:
                 f"{[pool.in_features for pool in pools]} input columns cannot be joined"
             )
         if any(pool.codec != first.codec for pool in pools):
-            wide = max((p.codec for p in pools), key=lambda codec: codec.bits).storage
-            wide = wide if wide.is_floating_point else torch.float32
+            floats = [pool.codec.storage for pool in pools if not pool.codec.scaled]
+            wide = reduce(torch.promote_types, floats or [torch.float32])
             pools = [pool.decoded(wide) for pool in pools]
         if any(pool.mask is None for pool in pools) != all(pool.mask is None for pool in pools):
             pools = [pool.masked() for pool in pools]

@@ -266,7 +266,7 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is somebody else's
+    except (OSError, OverflowError):  # somebody else's, or the name of no process of ours
         return True
     return True
 

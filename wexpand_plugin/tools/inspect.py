@@ -170,7 +170,7 @@ def _group(model: ModelDir, group: GroupEntry) -> Iterator[LinearInspection]:
 
 
 def _header_pool(model: ModelDir, name: str, entry: LinearEntry) -> RowPool:
-    """The pool of a linear without its values and scales, which stay on the meta device."""
+    """The pool of a linear with nothing for its values and scales: right in size, no memory."""
 
     def tensor(kind: str) -> torch.Tensor | None:
         if kind not in entry.shapes():
@@ -178,7 +178,7 @@ def _header_pool(model: ModelDir, name: str, entry: LinearEntry) -> RowPool:
         if kind in ("weight_mask", "row_map"):
             return model.read(f"{name}.{kind}")
         header = model.header(name, kind)
-        return torch.empty(header.shape, dtype=header.dtype, device="meta")
+        return torch.zeros((), dtype=header.dtype).expand(header.shape)
 
     values = tensor("weight")
     assert values is not None

@@ -102,9 +102,9 @@ def pack(
                 if linear is None:
                     writer.add(name, tensor)
                     continue
+                keep = _check_weight(f"{source.headers[name].file}: {name}", tensor)
                 even = break_even(tensor.dtype, tensor.shape[1])
                 threshold = max(threshold, even)
-                keep = _check_weight(f"{source.headers[name].file}: {name}", tensor)
                 negative = int(keep.sum()) - int(tensor.count_nonzero())
                 negative_zeros += negative
                 if negative and not keep_negative_zeros:
