@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from wexpand_plugin import __version__
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.model_dir import ModelDir
 from wexpand_plugin.tools.cli import app
+from wexpand_plugin.tools.cli_errors import sentence as sentence_of
 from wexpand_plugin.tools.inspect import inspect
 from wexpand_plugin.tools.synth import Shape, synth
 from wexpand_plugin.tools.verify import verify
@@ -25,7 +27,7 @@ RECIPE = (
     "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n"
     "      sparsity: 0.5\n      num_experts: 2\n      targets: ['re:.*mlp.*']\n"
 )
-COMMANDS = ("compress", "pack", "unpack", "inspect", "verify", "report", "synth")
+COMMANDS = ("compress", "pack", "unpack", "inspect", "verify", "report", "synth", "lm-eval")
 
 
 def run(*arguments, code: int = 0):
@@ -56,7 +58,7 @@ def test_help_teaches():
     assert "--install-completion" in text and "Exit codes" in text
     for name in COMMANDS:
         text = run(name, "--help").output
-        assert text.count("\n") > 8 and "Options:" in text
+        assert text.count("\n") > 8 and "options:" in text.lower()
 
 
 def test_version():
@@ -142,11 +144,9 @@ def test_defects_keep_their_traceback(tmp_path, monkeypatch):
 def test_recipe_values_are_named():
     """pydantic's errors, as those of recipes, become one sentence with the key and the value."""
     from wexpand_plugin.format.config import LinearEntry
-    from wexpand_plugin.tools.cli_errors import sentence
-
     with pytest.raises(ValueError) as error:
         LinearEntry(in_features=0, out_features=1, experts=1, versions=1, nnz=1)
-    text = sentence(error.value)
+    text = sentence_of(error.value)
     assert text.startswith("LinearEntry.in_features: 0: ") and "\n" not in text
 
 
@@ -166,6 +166,30 @@ def test_as_a_program(pruned, tmp_path):
     done = process("verify", tmp_path / "nothing")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert process("verify").returncode == 2
+
+
+def test_missing_libraries_are_asked_for_by_their_extra(root):
+    """Each is in the extra that the sentence names, or comes with what is there."""
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = extras["optional-dependencies"]
+    for library, extra in (("jinja2", "report"), ("datasets", "report"), ("lm_eval", "eval")):
+        text = sentence_of(ModuleNotFoundError(name=library))
+        assert text == f"{library} is not installed; pip install 'wexpand-plugin[{extra}]'"
+        assert any(library.replace("_", "-") in needed for needed in extras[extra])
+
+
+@pytest.mark.slow
+def test_lm_eval_reads_our_models_through_transformers(root, tmp_path):
+    """`lm_eval --model hf` alone does not know the quantization type."""
+    shape = Shape(hidden=64, ffn=96, layers=1, heads=4, vocab=300)
+    synth(tmp_path / "model", shape, experts=2, quiet=True)
+    command = [
+        sys.executable, "-m", "wexpand_plugin.tools.cli", "lm-eval", "--model", "hf",
+        "--model_args", f"pretrained={tmp_path / 'model'},dtype=float32", "--tasks",
+        "stdlib_choice", "--include_path", str(root / "evals" / "tasks"), "--limit", "2",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0 and "|stdlib_choice|" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.slow

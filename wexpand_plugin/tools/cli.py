@@ -6,6 +6,7 @@ are one sentence on standard error, with --debug a traceback.
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -319,6 +320,23 @@ def synth(
     )  # fmt: skip
     if not quiet:
         typer.echo(f"wrote {out}")
+
+
+@app.command(
+    "lm-eval",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval, with `--model hf` able to read our models; --help is lm-eval's own.
+
+    lm-eval and transformers load no plugins, so `lm_eval --model hf` alone calls the quantization
+    type unknown. `lm_eval --model vllm` needs no help.
+    """
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm-eval", *context.args]
+    cli_evaluate()
 
 
 def main() -> None:

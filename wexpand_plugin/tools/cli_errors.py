@@ -16,9 +16,10 @@ _EXTRAS = {
     "huggingface_hub": "compress",
     "tokenizers": "compress",
     "sklearn": "compress",
-    "datasets": "eval",
-    "jinja2": "eval",
-    "matplotlib": "eval",
+    "datasets": "report",
+    "jinja2": "report",
+    "matplotlib": "report",
+    "lm_eval": "eval",
 }
 
 
