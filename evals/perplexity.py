@@ -83,13 +83,14 @@ def held_out_loss(
     tokens: int | None = 65536,
     context: int = 256,
     batch_size: int = 8,
+    spread: bool = True,
     progress: bool = True,
 ) -> HeldOutLoss:
     """Loss of `model` on held-out text.
 
     `tokenizer` is a tokenizer or where to load one from; `texts` a name for `read_texts` or the
-    texts themselves. Of all windows, as many as hold `tokens` are taken at even distances (None:
-    all of them). Raises ValueError if the text does not fill one window.
+    texts themselves. Of all windows, as many as hold `tokens` are taken (None: all), at even
+    distances, or without `spread` the first ones. Raises ValueError if the text does not fill one.
     """
     if isinstance(tokenizer, str | Path):
         from transformers import AutoTokenizer
@@ -102,7 +103,8 @@ def held_out_loss(
     bytes_per_token = sum(len(text.encode()) for text in texts) / rows.numel()
     if tokens is not None and tokens < rows.numel():
         wanted = max(1, tokens // context)
-        rows = rows[torch.linspace(0, len(rows) - 1, wanted).round().long()]
+        places = torch.linspace(0, len(rows) - 1, wanted).round().long()
+        rows = rows[places] if spread else rows[:wanted]
 
     total = 0.0
     for batch in tqdm(rows.split(batch_size), desc="held-out loss", disable=not progress):

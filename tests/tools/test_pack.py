@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.model_dir import CHECKSUMS, ModelDir
-from wexpand_plugin.tools.pack import break_even, pack, unpack
+from wexpand_plugin.format.rowpool import RowPool
+from wexpand_plugin.tools.pack import break_even, pack
+from wexpand_plugin.tools.unpack import unpack
 from wexpand_plugin.tools.verify import verify
 
 
@@ -323,3 +325,37 @@ def test_unpack_refuses_a_damaged_checkpoint(tmp_path):
     with pytest.raises(WexpandError, match="damaged"):
         unpack(tmp_path / "a", tmp_path / "b", quiet=True)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_rounding_says_what_it_costs(tmp_path, values, sparsity):
+    pruned(tmp_path / "dense", sparsity=sparsity, hidden_size=64, intermediate_size=172)
+    done = pack(tmp_path / "dense", tmp_path / "packed", values=values, value_group=32, quiet=True)
+    assert verify(tmp_path / "packed") == [] and done.errors.keys() == done.packed.keys()
+    model, before = ModelDir(tmp_path / "packed"), tensors(tmp_path / "dense")
+    for name, entry in model.config.linears.items():
+        assert (entry.values, entry.value_group, entry.dtype) == (values, 32, "float32")
+        assert (entry.nnz < entry.versions * entry.in_features) == (sparsity > 0)
+        weight, (pool, _, _) = before[f"{name}.weight"], model.linear(name)
+        error = float((pool.rows() - weight).norm() / weight.norm())
+        assert done.errors[name] == pytest.approx(error, rel=1e-4)
+        assert error < (0.2 if values == "int4" else 0.01)
+        # no worse than scales that reach the largest weight
+        plain = RowPool.pack(weight, keep=torch.ones_like(weight).bool(), codec=entry.codec)
+        assert error < 1.001 * float((plain.rows() - weight).norm() / weight.norm())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed")(tiny.tokens())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (dict(values="int3"), "values: 'int3' is not one of"),
+        (dict(values="bfloat16"), "values: 'bfloat16' should be int8 or int4"),
+        (dict(values="int4", value_group=12), "value_group: 12 should be a multiple of 8"),
+        (dict(values="int4", value_group=0), "value_group: 0 should be"),
+    ],
+)
+def test_impossible_values_are_refused_before_work(tmp_path, how, message):
+    with pytest.raises(WexpandError, match=message):
+        pack(tmp_path / "nowhere", tmp_path / "packed", quiet=True, **how)

@@ -134,6 +134,13 @@ def compress(
 def pack(
     model: Model,
     out: Out,
+    values: Annotated[
+        str | None,
+        typer.Option(help="int8 or int4: round what is kept. Otherwise values stay as they are."),
+    ] = None,
+    value_group: Annotated[
+        int, typer.Option(help="With --values: columns that share a scale.")
+    ] = 128,
     keep_negative_zeros: Annotated[
         bool,
         typer.Option(
@@ -149,7 +156,9 @@ def pack(
 
     For models pruned by SparseGPT, Wanda, magnitude or 2:4 and saved dense, as llm-compressor does.
     A linear is packed where that makes it smaller, from about 7% zeros in bfloat16; the rest stays
-    as it is.
+    as it is. With --values int8 or int4 kept weights are rounded, zeros or not, and what that
+    costs is said; a recipe with calibration text loses less. W4A16 and W8A16 models that
+    llm-compressor quantised (symmetric, in groups or channels) are packed bit for bit.
 
     \b
     Example:
@@ -161,18 +170,34 @@ def pack(
     from .inspect_table import readable_bytes
     from .pack import pack
 
-    done = pack(model, out, keep_negative_zeros=keep_negative_zeros, quiet=quiet or as_json)
+    done = pack(
+        model,
+        out,
+        values=values,
+        value_group=value_group,
+        keep_negative_zeros=keep_negative_zeros,
+        quiet=quiet or as_json,
+    )
     if as_json:
         typer.echo(json.dumps(asdict(done), indent=2))
     elif not quiet:
         for note in done.notes:
             typer.echo(note)
         mean = sum(done.packed.values()) / len(done.packed)
-        typer.echo(
-            f"packed {len(done.packed)} linears ({mean:.1%} zeros on average), left "
-            f"{len(done.left)} dense (below {done.threshold:.1%} zeros, packing would not make "
-            "them smaller)"
-        )
+        line = f"packed {len(done.packed)} linears ({mean:.1%} zeros on average)"
+        if done.left:
+            line += (
+                f", left {len(done.left)} dense (below {done.threshold:.1%} zeros, packing would "
+                "not make them smaller)"
+            )
+        typer.echo(line)
+        if done.errors:
+            worst = max(done.errors, key=lambda name: done.errors[name])
+            mean = sum(done.errors.values()) / len(done.errors)
+            typer.echo(
+                f"rounding changes weights by {mean:.4f} of their norm on average, by "
+                f"{done.errors[worst]:.4f} in {worst}"
+            )
         ratio = done.bytes_after / done.bytes_before
         before, after = readable_bytes(done.bytes_before), readable_bytes(done.bytes_after)
         typer.echo(f"{before} -> {after} ({ratio:.2f} x)")
@@ -193,7 +218,7 @@ def unpack(
     A model with several experts per linear has no dense equal: --expert writes one of them, which
     is a different model.
     """
-    from .pack import unpack
+    from .unpack import unpack
 
     unpack(directory, out, expert=expert, quiet=quiet)
     if not quiet:

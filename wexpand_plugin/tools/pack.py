@@ -1,13 +1,16 @@
-"""Packing models that already hold zeros, and the way back.
+"""Packing models that hold zeros, or whose weights may be rounded, without calibration.
 
 A model pruned by SparseGPT, Wanda or magnitude is usually saved dense, zeros included. `pack`
 writes the same weights as row pools with one expert and no router: 2(1-s) + 1/8 bytes per weight in
-bfloat16 at sparsity s. `unpack` gives the dense model back, bit for bit. Both read and write tensor
-by tensor.
+bfloat16 at sparsity s; `unpack` gives the dense model back, bit for bit. With `values` the kept
+weights are rounded to int8 or int4, each group's scale being the one that loses least; a recipe
+with calibration data loses less. Models that compressed-tensors quantised to W4A16 or W8A16 are
+packed as they are. Everything is read and written tensor by tensor.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +20,9 @@ from .. import __version__
 from ..errors import WexpandError
 from ..format.config import GroupEntry, LinearEntry
 from ..format.model_dir import ModelDir
-from ..format.problems import problems
 from ..format.rowpool import RowPool, kept
 from ..format.sizes import row_bytes
-from ..format.values import FLOATS, codec_of
+from ..format.values import FLOATS, GROUP, ValueCodec, codec, codec_of
 from ..format.writer import (
     SHARD_BYTES,
     TensorWriter,
@@ -31,25 +33,29 @@ from ..format.writer import (
     write_json,
 )
 from ..hf.hub import resolve
+from ..method.grids import Grid
+from .quantised import is_quantised, quantised_linears, quantised_pool
 from .sources import drop_leftovers
 
-__all__ = ["Packed", "break_even", "pack", "unpack"]
+__all__ = ["Packed", "break_even", "pack", "progress_bar"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Packed:
     """What `pack` did."""
 
-    packed: dict[str, float]
+    packed: dict[str, float] = field(default_factory=dict)
     """linears stored as row pools -> share of zeros"""
-    left: dict[str, float]
+    left: dict[str, float] = field(default_factory=dict)
     """linears left dense, as packing would not make them smaller -> share of zeros"""
-    threshold: float
+    errors: dict[str, float] = field(default_factory=dict)
+    """linears whose weights were rounded -> norm of the change over the norm of the weight"""
+    threshold: float = 0.0
     """share of zeros above which packing makes every linear of this model smaller"""
-    bytes_before: int
+    bytes_before: int = 0
     """of the safetensors files"""
-    bytes_after: int
-    negative_zeros: int
+    bytes_after: int = 0
+    negative_zeros: int = 0
     """weights of the linears that are -0.0"""
     notes: list[str] = field(default_factory=list)
     """what the user should know, in sentences"""
@@ -57,8 +63,7 @@ class Packed:
 
 def break_even(dtype: torch.dtype, in_features: int) -> float:
     """The share of zeros above which a packed linear of this dtype is smaller than a dense one."""
-    kept_all = torch.tensor(in_features)
-    packed = int(row_bytes(codec_of(dtype), kept_all, in_features))
+    packed = int(row_bytes(codec_of(dtype), torch.tensor(in_features), in_features))
     dense = in_features * dtype.itemsize
     return (packed - dense) / dense
 
@@ -67,150 +72,167 @@ def pack(
     model: str | Path,
     output: str | Path,
     *,
+    values: str | None = None,
+    value_group: int = GROUP,
     keep_negative_zeros: bool = False,
     quiet: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Packed:
-    """Write the causal LM `model`, whose linears hold zeros, as a checkpoint with one expert.
+    """Write the causal LM `model` as a checkpoint with one expert, its linears packed.
 
     :param model: a directory with safetensors files (one or sharded), or the id of a model
     :param output: a directory that does not exist, or is empty
+    :param values: "int8" or "int4" to round what is kept; None keeps every value as it is
+    :param value_group: columns of a row that share a scale
     :param keep_negative_zeros: store -0.0, which pruning by multiplication leaves, like any weight,
         so that every bit survives; else it counts as zero, which no output can tell
     :param quiet: no progress bar
     :param max_shard_bytes: of one output file; memory holds one file and the largest tensor
-    :raises WexpandError: the model is quantised, packed already, not sparse enough, or has no
-        class in transformers; or `output` is not empty
+    :raises WexpandError: the model is packed already, quantised in a way that cannot be packed
+        exactly, not sparse enough, or has no class in transformers; or `output` is not empty
     """
-    from ..hf.names import linear_tensors, skeleton
-
     require_empty(output)
+    how = None if values is None else codec(values, value_group)
+    if how is not None and not how.scaled:
+        raise WexpandError(f"values: {values!r} should be int8 or int4, or left out")
     source = ModelDir(resolve(model))
-    values = dict(source.config_json)
-    notes = drop_leftovers(values, source.path)
-    linears = linear_tensors(skeleton(source.path), source.headers)
-    groups: dict[str, GroupEntry] = {}
-    packed: dict[str, float] = {}
-    left: dict[str, float] = {}
-    threshold, negative_zeros = 0.0, 0
+    packer = _Packer(source, how, keep_negative_zeros)
     with partial_directory(output) as partial:
         writer = TensorWriter(partial, max_shard_bytes)
-        with _bar(source, quiet) as bar:
+        with progress_bar(source, quiet) as bar:
             for name, tensor in source.tensors():
-                linear = linears.get(name)
                 bar.update(tensor.nbytes)
-                if linear is None:
-                    writer.add(name, tensor)
-                    continue
-                keep = _check_weight(f"{source.headers[name].file}: {name}", tensor)
-                even = break_even(tensor.dtype, tensor.shape[1])
-                threshold = max(threshold, even)
-                negative = int(keep.sum()) - int(tensor.count_nonzero())
-                negative_zeros += negative
-                if negative and not keep_negative_zeros:
-                    keep = tensor != 0
-                zeros = 1 - keep.sum().item() / keep.numel()
-                if zeros <= even:
-                    left[linear] = zeros
-                    writer.add(name, tensor)
-                    continue
-                packed[linear] = zeros
-                pool = RowPool.pack(tensor, keep=keep)
-                entry = LinearEntry.of(pool, f"{linear}.bias" in source.headers, tensor.dtype)
-                groups[linear] = GroupEntry(in_features=tensor.shape[1], linears={linear: entry})
-                writer.add_pool(linear, pool)
-        if not groups:
-            if not left:
-                raise WexpandError(f"{model}: holds no float weight of a linear of its blocks")
-            sparsest = max(left, key=lambda name: left[name])
-            hint = "; -0.0 counts as a weight" if negative_zeros and keep_negative_zeros else ""
-            raise WexpandError(
-                f"{model}: no linear has more than {threshold:.1%} zeros, so packing would not "
-                f"make it smaller (the sparsest, {sparsest}, has {left[sparsest]:.1%}{hint})"
-            )
+                packer.add(name, tensor, writer)
+        done = packer.done
+        if not packer.groups:
+            raise WexpandError(f"{model}: {packer.nothing()}")
         writer.close()
         if left_out := copy_others(source.path, partial):
-            notes.append(f"not copied, as loading them runs code: {', '.join(left_out)}")
-        write_json(partial / "config.json", values)
-        made_by = {"wexpand": __version__, "command": "pack"}
-        order = [groups[name] for name in linears.values() if name in groups]
+            done.notes.append(f"not copied, as loading them runs code: {', '.join(left_out)}")
+        write_json(partial / "config.json", packer.config_json)
+        made_by = {"wexpand": __version__, "command": "pack", "values": values}
+        order = [packer.groups[n] for n in packer.linears.values() if n in packer.groups]
         seal(partial, order, made_by, checksums=writer.checksums)
-        after = ModelDir(partial).disk_bytes
-    if negative_zeros:
+        done.bytes_after = ModelDir(partial).disk_bytes
+    done.bytes_before = source.disk_bytes
+    if done.negative_zeros:
         action = "stored, so that every bit survives" if keep_negative_zeros else "taken for zeros"
-        notes.append(
-            f"{negative_zeros} weights of the linears are -0.0, as pruning by multiplication "
+        done.notes.append(
+            f"{done.negative_zeros} weights of the linears are -0.0, as pruning by multiplication "
             f"leaves them: {action}"
         )
-    return Packed(packed, left, threshold, source.disk_bytes, after, negative_zeros, notes)
+    return done
 
 
-def unpack(
-    directory: str | Path,
-    output: str | Path,
-    *,
-    expert: int | None = None,
-    quiet: bool = False,
-    max_shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write a checkpoint of ours as a dense model with zeros.
+class _Packer:
+    """Decides for each tensor of a model what is written in its place."""
 
-    :param output: a directory that does not exist, or is empty
-    :param expert: which expert's weights to write where there are several; then the output is not
-        the same model any more, as every token would use this expert
-    :raises WexpandError: a damaged checkpoint; several experts and no `expert`
-    """
-    require_empty(output)
-    model = ModelDir(directory)
-    linears = model.config.linears
-    for name, entry in linears.items():
-        if entry.experts > 1 and expert is None:
+    def __init__(self, source: ModelDir, how: ValueCodec | None, keep_negative_zeros: bool):
+        from ..hf.names import linear_tensors, skeleton
+
+        self.source, self.how, self.keep_negative_zeros = source, how, keep_negative_zeros
+        self.done = Packed()
+        self.groups: dict[str, GroupEntry] = {}
+        self.config_json: dict[str, Any] = dict(source.config_json)
+        self.parts: dict[str, str] = {}
+        if is_quantised(source) and not source.ours:
+            self.parts = quantised_linears(source)
+            del self.config_json["quantization_config"]
+            if how is not None:
+                raise WexpandError(
+                    f"{source.path}: its weights are integers already; pack it without --values"
+                )
+        self.done.notes += drop_leftovers(self.config_json, source.path)
+        names = [*source.headers, *(f"{name}.weight" for name in self.parts.values())]
+        self.linears = linear_tensors(skeleton(source.path), names)
+        """tensor of a dense weight -> linear"""
+
+    def add(self, name: str, tensor: Tensor, writer: TensorWriter) -> None:
+        """Write a tensor of the source, or the row pool that takes its place."""
+        quantised, linear = self.parts.get(name), self.linears.get(name)
+        if quantised is not None:
+            if name.endswith(".weight_packed"):
+                if f"{quantised}.weight" not in self.linears:
+                    raise WexpandError(
+                        f"{quantised}: is quantised, but no linear of the model's blocks", name
+                    )
+                pool, dtype = quantised_pool(self.source, quantised)
+                self._store(quantised, pool, dtype, 0.0, writer)
+        elif linear is None:
+            writer.add(name, tensor)
+        else:
+            keep, zeros = self._kept(name, tensor)
+            pool, error = self._pool(tensor, keep)
+            if sum(pool.stored_bytes().values()) >= tensor.nbytes:
+                self.done.left[linear] = zeros
+                writer.add(name, tensor)
+                return
+            self._store(linear, pool, tensor.dtype, zeros, writer)
+            if error is not None:
+                self.done.errors[linear] = error
+
+    def _kept(self, name: str, tensor: Tensor) -> tuple[Tensor, float]:
+        """Which weights to store, and the share of those that are not."""
+        label = f"{self.source.headers[name].file}: {name}"
+        if tensor.dtype not in FLOATS.values():
             raise WexpandError(
-                f"{directory}: {name} has {entry.experts} experts, a dense model holds one: choose "
-                f"it with --expert, 0 to {entry.experts - 1}"
+                f"{label}: dtype {tensor.dtype} is that of a quantised model; only float32, "
+                "bfloat16 and float16 weights can be packed",
+                name,
             )
-        if expert is not None and entry.experts > 1 and not 0 <= expert < entry.experts:
-            raise WexpandError(
-                f"expert: {expert} is outside 0 to {entry.experts - 1}, the experts of {name}"
-            )
-    for problem in problems(model):
-        raise problem
-    ours = {
-        tensor
-        for name in linears
-        for tensor in model.config.tensors_of(name)
-        if not tensor.endswith((".weight", ".bias"))
-    }
-    with partial_directory(output) as partial:
-        writer = TensorWriter(partial, max_shard_bytes)
-        with _bar(model, quiet) as bar:
-            for name, tensor in model.tensors():
-                bar.update(tensor.nbytes)
-                linear = name.removesuffix(".weight")
-                if linear != name and linear in linears:
-                    pool, _, _ = model.linear(linear)
-                    chosen = (expert or 0) if pool.experts > 1 else 0
-                    tensor = pool.expert(chosen).to(getattr(torch, linears[linear].dtype))
-                if name not in ours:
-                    writer.add(name, tensor)
-        writer.close()
-        copy_others(model.path, partial)
-        values = {k: v for k, v in model.config_json.items() if k != "quantization_config"}
-        write_json(partial / "config.json", values)
+        if not bool(torch.isfinite(tensor).all()):
+            raise WexpandError(f"{label}: holds NaN or infinite values", name)
+        even = break_even(tensor.dtype, tensor.shape[1])
+        self.done.threshold = max(self.done.threshold, even)
+        keep = kept(tensor)
+        negative = int(keep.sum()) - int(tensor.count_nonzero())
+        self.done.negative_zeros += negative
+        if negative and not self.keep_negative_zeros:
+            keep = tensor != 0
+        return keep, 1 - keep.sum().item() / keep.numel()
 
-
-def _check_weight(label: str, weight: Tensor) -> Tensor:
-    """Which weights to store, after a check that the weight is one that can be packed."""
-    if weight.dtype not in FLOATS.values():
-        raise WexpandError(
-            f"{label}: dtype {weight.dtype} is that of a quantised model; only float32, bfloat16 "
-            "and float16 weights can be packed"
+    def _pool(self, tensor: Tensor, keep: Tensor) -> tuple[RowPool, float | None]:
+        """The pool of a dense weight, and the relative error of rounding it, if it is rounded."""
+        if self.how is None:
+            return RowPool.pack(tensor, keep=keep), None
+        grid, weight = Grid(self.how.bits, self.how.group), tensor.float()
+        scales = []
+        for columns in weight.t().unsqueeze(0).split(self.how.group, dim=1):
+            scales.append(grid.scales(columns, torch.ones(1, 1, 1)))
+        scale = torch.cat(scales).t().half().contiguous()
+        pools = [RowPool.pack(weight, keep=keep, codec=self.how, scale=scale)]
+        # where few weights are zero, a mask costs more than storing the zeros
+        pools.append(
+            RowPool.pack(weight, keep=torch.ones_like(keep), codec=self.how, scale=scale)
         )
-    if not bool(torch.isfinite(weight).all()):
-        raise WexpandError(f"{label}: holds NaN or infinite values")
-    return kept(weight)
+        pool = min(pools, key=lambda pool: sum(pool.stored_bytes().values()))
+        change = (pool.rows() - weight).norm() / weight.norm().clamp(min=1e-30)
+        return pool, float(change)
+
+    def _store(
+        self, linear: str, pool: RowPool, dtype: torch.dtype, zeros: float, writer: TensorWriter
+    ) -> None:
+        self.done.packed[linear] = zeros
+        entry = LinearEntry.of(pool, f"{linear}.bias" in self.source.headers, dtype)
+        group = GroupEntry(in_features=pool.in_features, linears={linear: entry})
+        self.groups[linear] = group
+        writer.add_pool(linear, pool)
+
+    def nothing(self) -> str:
+        """Why nothing was packed."""
+        left = self.done.left
+        if not left:
+            return "holds no float weight of a linear of its blocks"
+        sparsest = max(left, key=lambda name: left[name])
+        negative = self.done.negative_zeros and self.keep_negative_zeros
+        return (
+            f"no linear has more than {self.done.threshold:.1%} zeros, so packing would not make "
+            f"it smaller (the sparsest, {sparsest}, has {left[sparsest]:.1%}"
+            f"{'; -0.0 counts as a weight' if negative else ''}); --values int8 or int4 rounds"
+        )
 
 
-def _bar(model: ModelDir, quiet: bool) -> tqdm:
+def progress_bar(model: ModelDir, quiet: bool) -> tqdm:
+    """A bar over the bytes of a model's tensors."""
     total = model.disk_bytes
     return tqdm(total=total, unit="B", unit_scale=True, disable=quiet, desc="tensors")

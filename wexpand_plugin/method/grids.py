@@ -1,0 +1,59 @@
+"""Grids: the values that a kept weight may take when it is stored in few bits.
+
+A weight of a row version is q times a scale that it shares with the other columns of its group, q
+an integer of `bits` bits. The solver rounds column by column, and what a weight loses is made up
+for by the columns to its right (GPTQ, arXiv 2210.17323). So a group's scale is chosen when the
+solver reaches it, from the weights as they are by then, zeros where pruned: of a few scales, which
+clip the largest weight more or less, the one whose rounding error costs least, each column's error
+counting with the weight that the solver gives it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Grid"]
+
+CLIPS = 12
+"""scales that are tried: from the largest weight's own down to half of it"""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integers of `bits` bits, with a float16 scale for every `group` columns of a row."""
+
+    bits: int
+    group: int
+
+    @property
+    def largest(self) -> int:
+        """The largest integer; the smallest is -largest - 1."""
+        return 2 ** (self.bits - 1) - 1
+
+    def scales(self, columns: Tensor, importance: Tensor) -> Tensor:
+        """The best scale of each row for one group of columns.
+
+        :param columns: weights [experts, columns, rows], zeros where pruned
+        :param importance: weight of a squared error in each column [experts, columns, 1]
+        :return: [experts, rows] in `columns`' dtype, of values that float16 holds; 0 for a row of
+            zeros
+        """
+        top = columns.abs().amax(dim=1, keepdim=True) / self.largest
+        best = lowest = None
+        for clip in torch.linspace(1.0, 0.5, CLIPS).tolist():
+            scale = (top * clip).half().to(columns)
+            error = (self.round(columns, scale) - columns).square_().mul_(importance).sum(1, True)
+            if best is None or lowest is None:
+                best, lowest = scale, error
+            else:
+                better = error < lowest
+                best = torch.where(better, scale, best)
+                lowest = torch.where(better, error, lowest)
+        assert best is not None
+        return best.squeeze(1)
+
+    def round(self, weights: Tensor, scale: Tensor) -> Tensor:
+        """The values of the grid nearest to `weights`, given their `scale`, which may be 0."""
+        q = (weights / scale).nan_to_num_(0.0, 0.0, 0.0).round_()
+        return q.clamp_(-self.largest - 1, self.largest).mul_(scale)
