@@ -2,10 +2,10 @@
 
     python -m evals.recipe [--sparsity 0.9 ...] [--seeds 1] [--json FILE]
 
-`evals.scores` compares many settings by solving once and allocating often. This runs the product:
-`wexpand compress` with recipes/sparse_expansion_budget.yaml as it stands, but for the sparsity and
-the seed; the same with one expert (plain SparseGPT) and without a budget (the paper's full
-expansion). The checkpoints are then read again, by transformers for the held-out loss and by
+`evals.allocation` compares many settings by solving once and allocating often. This runs the
+product: `wexpand compress` with recipes/sparse_expansion_budget.yaml as it stands, but for the
+sparsity and the seed; the same with one expert (plain SparseGPT) and without a budget (the paper's
+full expansion). The checkpoints are then read again, by transformers for the held-out loss and by
 `wexpand inspect` for the bytes.
 """
 
@@ -18,11 +18,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from evals.allocation import held_out_texts, training_texts
 from evals.paper.inputs import label
 from evals.perplexity import held_out_loss, load_model
 from evals.pocket import MODEL
 from evals.processes import ROOT
-from evals.scores import held_out_texts, training_texts
 
 __all__ = ["variants"]
 

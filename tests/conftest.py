@@ -20,7 +20,7 @@ NEEDS = {
     "evals/test_reallocation.py": "llmcompressor",
     "evals/test_recipe.py": "llmcompressor",
     "hf": "transformers",
-    "method/test_candidates.py": "sklearn",
+    "method/test_group.py": "sklearn",
     "serve": "vllm",
     "tools": "transformers",
 }

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from wexpand_plugin.format.router import Router, rounded
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.hf.linear import RoutedLinear
+from wexpand_plugin.method.clusters import Router, rounded
 
 __all__ = [
     "CLASSES",

@@ -20,7 +20,8 @@ import torch
 import typer
 
 from evals.bench.timing import write_json
-from wexpand_plugin.method.allocation import Problem, Tree, allocate, merge_tree
+from wexpand_plugin.method.allocation import AllocationProblem, allocate
+from wexpand_plugin.method.merge_tree import MergeTree, merge_tree
 
 __all__ = ["Statistics", "problem", "statistics"]
 
@@ -47,7 +48,9 @@ def statistics(experts: int, width: int) -> Statistics:
     return Statistics(means, (share / share.sum() * 131072).round())
 
 
-def problem(tree: Tree, tokens: torch.Tensor, rows: int, width: int, sparsity: float) -> Problem:
+def problem(
+    tree: MergeTree, tokens: torch.Tensor, rows: int, width: int, sparsity: float
+) -> AllocationProblem:
     """Errors, allowed versions and bytes, drawn at random (see the module)."""
     generator = torch.Generator().manual_seed(1)
     nodes, experts = tree.nodes, tree.experts
@@ -62,7 +65,7 @@ def problem(tree: Tree, tokens: torch.Tensor, rows: int, width: int, sparsity: f
     spread = (width * sparsity * (1 - sparsity)) ** 0.5
     kept = (1 - sparsity) * width + spread * torch.randn(nodes, rows, generator=generator)
     cost = 2 * kept.round().long().clamp(0, width) + width // 8
-    return Problem(tree, errors, allowed, cost)
+    return AllocationProblem(tree, errors, allowed, cost)
 
 
 def memory(field: str) -> float:

@@ -19,12 +19,13 @@ import torch
 import typer
 from torch import Tensor
 
+from evals.allocation import held_out_texts, training_texts
 from evals.paper.inputs import label, mlp_linears, record, write_plot
 from evals.perplexity import held_out_loss, load_model
 from evals.pocket import MODEL
-from evals.scores import held_out_texts, training_texts
+from wexpand_plugin.method.masks import MaskStructure
 from wexpand_plugin.method.neurons import neuron_scores
-from wexpand_plugin.method.solvers.sparsegpt import MaskStructure, solve
+from wexpand_plugin.method.solvers.sparsegpt import solve
 
 __all__ = ["criteria", "prune_rows"]
 

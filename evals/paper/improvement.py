@@ -18,13 +18,14 @@ import torch
 import typer
 from torch import Tensor
 
+from evals.allocation import held_out_texts, training_texts
 from evals.paper.inputs import label, mlp_linears, record, write_plot
 from evals.perplexity import load_model, read_texts
 from evals.pocket import MODEL
-from evals.scores import held_out_texts, training_texts
-from wexpand_plugin.format.router import fit_router, route
+from wexpand_plugin.method.clusters import fit_router
+from wexpand_plugin.method.masks import MaskStructure
 from wexpand_plugin.method.neurons import neuron_scores
-from wexpand_plugin.method.solvers.sparsegpt import MaskStructure, solve
+from wexpand_plugin.method.solvers.sparsegpt import solve
 
 __all__ = ["improvement"]
 
@@ -85,7 +86,7 @@ def main(
         for name, linear in linears.items():
             weight, x, test = linear.weight.detach(), inputs[name], tests[name]
             router = fit_router(x[:8192], experts, restarts=2, seed=seed)
-            labels, test_labels = route(x, *router), route(test, *router)
+            labels, test_labels = router.route(x), router.route(test)
             mix = torch.Generator().manual_seed(seed)
             chance = labels[torch.randperm(len(labels), generator=mix)]
             test_chance = test_labels[torch.randperm(len(test_labels), generator=mix)]

@@ -5,6 +5,7 @@ need: the rows that enter each MLP linear, for a bounded number of tokens.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evals.pocket import MODEL, corpus
+from wexpand_plugin.method.inputs import find_groups, record_inputs, token_rows
 
 __all__ = ["label", "mlp_linears", "record", "write_plot"]
 
@@ -36,32 +38,14 @@ def record(
 ) -> dict[str, Tensor]:
     """The inputs [tokens, in] of each MLP linear; linears that read one tensor share one record."""
     rows = corpus.token_rows(texts, tokenizer, context)[: tokens // context]
-    seen: dict[str, list[Tensor]] = {}
-    hooks = []
-    last: dict[str, Any] = {}
-
-    def note(name: str):
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            # gate and up read the same tensor, one after the other
-            if last.get("input") is args[0]:
-                seen[name] = seen[last["name"]]
-            else:
-                seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
-                last.update(input=args[0], name=name)
-
-        return hook
-
-    for name, module in mlp_linears(model).items():
-        hooks.append(module.register_forward_pre_hook(note(name)))
-    for batch in rows.split(8):
-        model(input_ids=batch)
-    for hook in hooks:
-        hook.remove()
-    joined: dict[int, Tensor] = {}
-    for parts in seen.values():
-        if id(parts) not in joined:
-            joined[id(parts)] = torch.cat(parts)
-    return {name: joined[id(parts)] for name, parts in seen.items()}
+    forwards = [partial(model, input_ids=batch) for batch in rows.split(8)]
+    groups = find_groups(mlp_linears(model), forwards)
+    seen: list[list[Tensor]] = [[] for _ in groups]
+    for inputs in record_inputs([group.linears[0] for group in groups], forwards):
+        for group, parts in zip(groups, seen, strict=True):
+            parts.append(token_rows(inputs[group.linears[0]], None))
+    joined = [torch.cat(parts) for parts in seen]
+    return {name: x for group, x in zip(groups, joined, strict=True) for name in group.names}
 
 
 def write_plot(figure: Any, path: Path) -> None:

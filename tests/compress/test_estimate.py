@@ -4,8 +4,7 @@ import pytest
 from torch import nn
 
 from wexpand_plugin.compress.estimate import working_bytes
-from wexpand_plugin.method.candidates import Settings
-from wexpand_plugin.method.solvers.sparsegpt import MaskStructure
+from wexpand_plugin.method.settings import Settings
 
 LINEARS = {
     "a.mlp.gate": nn.Linear(8, 10, bias=False),
@@ -25,5 +24,5 @@ BYTES = 4 * (80 + 80 + 160)
     ],
 )
 def test_widest_group_and_what_is_kept(values, expected):
-    settings = Settings(0.5, MaskStructure.parse("row"), num_experts=4, max_bytes=100, **values)
+    settings = Settings(0.5, num_experts=4, max_bytes=100, **values)
     assert working_bytes(LINEARS, settings) == expected + 100

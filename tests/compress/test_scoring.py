@@ -181,20 +181,20 @@ def test_sharing_does_not_change_a_sample_and_saves_memory(llama, tmp_path):
 
     class Watched(NeuronScoringModifier):
         def score_linears(self):
-            named = {self._names[m]: s for m, s in self._samples.items()}
-            samples.append(named)
+            first = {self._names[m]: self._names[f] for m, f in self._first.items()}
+            samples.append((first, {self._names[m]: s for m, s in self._samples.items()}))
             super().score_linears()
-            assert not self._samples
+            assert not self._samples and not self._readers.last
 
     compress(llama, tmp_path / "all", [Watched(sample_tokens=100)])
-    blocks = [block for block in samples if block]
-    assert len(blocks) == 2 and all(len(block) == 7 for block in blocks)
-    for block in blocks:
-        owner = {name.rsplit(".", 1)[-1]: sample for name, sample in block.items()}
-        assert owner["q_proj"] is owner["k_proj"] is owner["v_proj"]
-        assert owner["gate_proj"] is owner["up_proj"]
-        assert len({id(sample) for sample in block.values()}) == 4
-        assert all(len(sample.rows.rows) == 100 for sample in block.values())
+    blocks = [block for block in samples if block[0]]
+    assert len(blocks) == 2 and all(len(first) == 7 for first, _ in blocks)
+    for first, kept in blocks:
+        first = {n.rsplit(".", 1)[-1]: f.rsplit(".", 1)[-1] for n, f in first.items()}
+        assert [first[n] for n in ("q_proj", "k_proj", "v_proj")] == ["q_proj"] * 3
+        assert first["gate_proj"] == first["up_proj"]
+        assert len(kept) == len(set(first.values())) == 4
+        assert all(len(sample.rows) == 100 for sample in kept.values())
     alone = NeuronScoringModifier(sample_tokens=100, targets=["re:.*q_proj"])
     compress(llama, tmp_path / "one", [alone])
     together = load_scores(tmp_path / "all")

@@ -6,15 +6,13 @@ import pytest
 import tiny
 import torch
 
-pytest.importorskip("llmcompressor")
-from evals.expansion import expand_network, input_groups, reallocate, sizes  # noqa: E402
-from evals.scores import add, summary  # noqa: E402
-from wexpand_plugin.errors import WexpandError  # noqa: E402
-from wexpand_plugin.hf.linear import RoutedLinear  # noqa: E402
-from wexpand_plugin.method.candidates import Settings  # noqa: E402
-from wexpand_plugin.method.solvers.sparsegpt import MaskStructure  # noqa: E402
+from evals.allocation import add, summary
+from evals.expansion import expand_network, input_groups, reallocate, sizes
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.hf.linear import RoutedLinear
+from wexpand_plugin.method.settings import Settings
 
-SETTINGS = dict(structure=MaskStructure.parse("row"), num_experts=3, router_restarts=1)
+SETTINGS = dict(num_experts=3, router_restarts=1)
 
 
 def network():
@@ -26,7 +24,8 @@ def rows(count: int = 24) -> torch.Tensor:
 
 
 def test_gate_and_up_are_one_group():
-    names = [[n.rpartition(".")[2] for n in group] for group in input_groups(network())]
+    groups = [group.names for group in input_groups(network())]
+    names = [[n.rpartition(".")[2] for n in group] for group in groups]
     assert names == [["gate_proj", "up_proj"], ["down_proj"]] * 2
 
 
@@ -38,8 +37,8 @@ def test_reallocation_fills_the_budget_and_no_more(path):
     assert [linear.name.rpartition(".")[2] for linear in expanded][:3] == [
         "gate_proj", "up_proj", "down_proj",
     ]  # fmt: skip
-    for score in ("gain", "wasserstein"):
-        found = sizes(expanded, reallocate(expanded, 0.9, score))
+    for rule in ("gain", "wasserstein"):
+        found = sizes(expanded, reallocate(expanded, 0.9, rule))
         assert 0.88 < found.stored <= 0.9 and found.read_weights < found.read < found.stored
     with pytest.raises(WexpandError, match="size_budget"):
         reallocate(expanded, 0.4, "gain")
@@ -78,7 +77,10 @@ def test_cells_are_kept_once_and_summed_up(tmp_path):
     cells = [
         {"cell": {**base, "num_experts": 1}, "loss": 3.0},
         {"cell": {**base, "num_experts": 16}, "loss": 2.0},
-        {"cell": {**base, "num_experts": 16, "size_budget": 1.0, "score": "gain"}, "loss": 2.25},
+        {
+            "cell": {**base, "num_experts": 16, "size_budget": 1.0, "allocate_by": "gain"},
+            "loss": 2.25,
+        },
     ]
     for cell in cells:
         cell |= {"stored": 1.0, "read": 0.3, "read_weights": 0.2}

@@ -7,45 +7,35 @@ import torch
 
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.method.allocation import (
-    Problem,
-    Tree,
+    ALLOCATE_BY,
+    AllocationProblem,
     allocate,
     choose_versions,
-    merge_tree,
-    stored_versions,
+    neuron_values,
+    numbered_versions,
+    weighted,
 )
+from wexpand_plugin.method.merge_tree import MergeTree, merge_tree
 
 
-def tree(experts: int, seed: int = 0) -> Tree:
+def tree(experts: int, seed: int = 0) -> MergeTree:
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(experts, 5, generator=generator)
     return merge_tree(means, torch.randint(1, 100, (experts,), generator=generator))
 
 
-def problem(experts: int, rows: int, seed: int = 0, all_allowed: bool = False) -> Problem:
+def problem(experts: int, rows: int, seed: int = 0, all_allowed: bool = False) -> AllocationProblem:
     generator = torch.Generator().manual_seed(seed)
     shape = tree(experts, seed)
     errors = torch.rand(shape.nodes, experts, rows, generator=generator, dtype=torch.float64)
     allowed = torch.rand(shape.nodes, rows, generator=generator) < 0.8
     allowed[-1] = True
     cost = 1 + torch.rand(shape.nodes, rows, generator=generator, dtype=torch.float64)
-    return Problem(shape, errors, allowed | all_allowed, cost)
+    return AllocationProblem(shape, errors, allowed | all_allowed, cost)
 
 
-def spent(p: Problem, choice) -> float:
+def spent(p: AllocationProblem, choice) -> float:
     return float(p.cost[choice.granted].sum())
-
-
-def test_merge_tree_joins_the_nearest_first():
-    means = torch.tensor([[0.0], [10.0], [0.1], [10.3]])
-    found = merge_tree(means, torch.tensor([5, 5, 5, 5]))
-    assert found.children[0] == (0, 2) and set(found.children[1]) == {1, 3}
-    assert found.members[-1].all() and found.members.sum(dim=1).tolist() == [1, 1, 1, 1, 2, 2, 4]
-
-
-def test_an_expert_without_tokens_merges_first():
-    found = merge_tree(torch.tensor([[0.0], [9.0], [0.5]]), torch.tensor([4, 0, 4]))
-    assert 1 in found.children[0]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -124,12 +114,35 @@ def test_too_small_a_budget_names_the_least():
         allocate([p], float(p.cost[-1].sum()) * 0.9)
 
 
-def test_storage_order_and_row_map():
+def test_versions_are_numbered_within_their_neuron():
     p = problem(4, 30)
-    choice = choose_versions(p, 0.1)
-    order, row_map = stored_versions(choice)
-    assert len(order) == int(choice.granted.sum()) and row_map.dtype == torch.uint8
-    # versions of a neuron lie together, in the order of neurons, and are numbered within it
-    first = torch.cumsum(choice.granted.sum(dim=0), 0) - choice.granted.sum(dim=0)
-    rows = torch.arange(30).expand(4, 30)
-    assert torch.equal(order[first + row_map], choice.use * 30 + rows)
+    use = choose_versions(p, 0.1).use
+    (node, neuron), row_map = numbered_versions(use)
+    assert row_map.dtype == torch.uint8 and row_map.shape == (4, 30)
+    assert neuron.tolist() == sorted(neuron.tolist()), "versions of a neuron lie together"
+    for r in range(30):
+        own = node[neuron == r]
+        assert set(own.tolist()) == set(use[:, r].tolist()) and len(own) == len(own.unique())
+        assert torch.equal(own[row_map[:, r].long()], use[:, r])
+
+
+def test_256_experts_fit_a_byte():
+    use = torch.arange(256).unsqueeze(1).expand(256, 3)
+    versions, row_map = numbered_versions(use)
+    assert versions.shape == (2, 768) and torch.equal(row_map.long(), use)
+
+
+@pytest.mark.parametrize("rule", ALLOCATE_BY)
+def test_rules_weight_neurons_and_keep_the_scale(rule):
+    generator = torch.Generator().manual_seed(5)
+    errors = torch.rand(7, 4, 12, generator=generator)
+    rows, weight = torch.randn(256, 20, generator=generator), torch.randn(12, 20)
+    values = neuron_values(rule, rows, weight, None, seed=0)
+    seen = weighted(errors, rule, values)
+    if rule == "gain":
+        assert values is None and torch.equal(seen, errors)
+        return
+    assert values is not None and values.shape == (12,)
+    share = values.float().clamp(min=0) / values.float().clamp(min=0).mean()
+    plain = errors if ALLOCATE_BY[rule][0] else errors.mean(dim=2, keepdim=True)
+    torch.testing.assert_close(seen, plain * share)

@@ -4,15 +4,7 @@ import pytest
 import torch
 
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.format.router import (
-    Router,
-    fit_router,
-    fold,
-    narrowest,
-    rounded,
-    route,
-    router_bytes,
-)
+from wexpand_plugin.method.clusters import Router, fit_router, fold, rounded
 
 
 def mixture(rows: int, width: int, centres: int, seed: int = 0) -> torch.Tensor:
@@ -36,7 +28,7 @@ def test_folding_agrees_with_pca_and_kmeans(width, dims, experts):
     router = fold(*(torch.from_numpy(a) for a in (pca.mean_, pca.components_)),
                   torch.from_numpy(kmeans.cluster_centers_))  # fmt: skip
     expected = torch.from_numpy(kmeans.predict(pca.transform(test.numpy()))).long()
-    assert torch.equal(route(test, *router), expected)
+    assert torch.equal(router.route(test), expected)
 
 
 @pytest.mark.parametrize("size,shift", [(1e-6, 0), (1.0, 0), (1e6, 0), (1.0, 100), (1.0, 3000)])
@@ -52,12 +44,11 @@ def test_fit_router_is_that_fold_in_float16(size, shift):
     router = fit_router(train, 6, dims=10, restarts=2, seed=3)
     assert router.weight.dtype == torch.float16 and router.bias.dtype == torch.float32
     assert 0.5 <= router.weight.abs().max() <= 1
-    assert router.nbytes == router_bytes(6, 96)
     pca = PCA(10, random_state=3).fit(train.numpy())
     kmeans = KMeans(6, n_init=2, random_state=3).fit(pca.transform(train.numpy()))
     test = (mixture(20_000, 96, 6, seed=2) + moved) * size
     expected = torch.from_numpy(kmeans.predict(pca.transform(test.numpy()))).long()
-    assert (route(test, *router) == expected).double().mean() > 0.999
+    assert (router.route(test) == expected).double().mean() > 0.999
 
 
 def test_a_scaled_router_routes_the_same():
@@ -67,19 +58,9 @@ def test_a_scaled_router_routes_the_same():
     router = Router(weight, torch.randn(5, dtype=torch.float64).float().double() * 100)
     x = torch.randn(1000, 24)
     stored = rounded(router, torch.randn(24, dtype=torch.float64))
-    assert torch.equal(route(x, *stored), route(x, *(part.float() for part in router)))
+    assert torch.equal(stored.route(x), Router(*(part.float() for part in router)).route(x))
     nothing = rounded(Router(torch.zeros(2, 3), torch.ones(2)), torch.ones(3))
     assert not nothing.weight.any() and torch.equal(nothing.bias, torch.ones(2))
-
-
-def test_narrowest_is_exact():
-    assert narrowest(torch.empty(3, 4, device="meta")).dtype == torch.float32
-    exact = torch.tensor([[0.5, -0.25], [65504.0, 2**-24]])
-    assert narrowest(exact).dtype == torch.float16
-    assert torch.equal(narrowest(exact).float(), exact)
-    for other in (torch.tensor([0.1]), torch.tensor([1e6]), torch.tensor([1e-9])):
-        assert narrowest(other).dtype == torch.float32
-        assert torch.equal(narrowest(other), other)
 
 
 def test_deterministic_by_seed():

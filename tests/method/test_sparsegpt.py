@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.method.solvers.sparsegpt import MaskStructure, inverse_factor, solve
+from wexpand_plugin.method.masks import MaskStructure
+from wexpand_plugin.method.solvers.sparsegpt import chunk_size, inverse_factor, solve
 
 
 def hessians(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -63,11 +64,20 @@ def test_stacked_linears_are_solved_as_if_alone():
         torch.testing.assert_close(found, solve(part, hessian, 0.7, structure), atol=1e-6, rtol=0)
 
 
-def test_chunks_of_experts_change_nothing():
+def test_experts_may_be_solved_in_chunks():
     weight, hessian, structure = weights(40, 96), hessians(5, 96), MaskStructure.parse("row")
     whole = solve(weight, hessian, 0.6, structure)
-    pieces = solve(weight, hessian, 0.6, structure, max_bytes=1)
+    pieces = torch.cat([solve(weight, part, 0.6, structure) for part in hessian.split(2)])
     torch.testing.assert_close(whole, pieces, atol=1e-6, rtol=0)
+    assert chunk_size(40, 96, 1) == 1
+    assert chunk_size(40, 96, 3 * 4 * 96 * (40 + 5 * 96)) == 3
+
+
+def test_pruned_weights_are_positive_zeros():
+    weight = torch.full((4, 16), -1e-7, dtype=torch.float16)  # what underflows is -0.0 first
+    weight[:, ::2] = -1.0
+    sparse = solve(weight, hessians(1, 16), 0.5, MaskStructure.parse("row"))
+    assert not torch.signbit(sparse[sparse == 0]).any()
 
 
 def test_factor_is_the_cholesky_factor_of_the_inverse():

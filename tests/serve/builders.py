@@ -9,8 +9,9 @@ from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
 from wexpand_plugin.format.checkpoint import LinearEntry, WexpandConfig, checksum
 
-from wexpand_plugin.format.router import Router, rounded
+from wexpand_plugin.format.router import Router
 from wexpand_plugin.format.rowpool import RowPool, pack_rows
+from wexpand_plugin.method.clusters import rounded
 from wexpand_plugin.serve.config import WexpandServeConfig
 
 QKV = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}

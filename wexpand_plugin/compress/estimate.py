@@ -1,11 +1,10 @@
 """How much memory expanding a model takes, known before any work from the shapes of its linears."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..method.candidates import Settings, dense_bytes
-from .group import SHORTLIST
+from ..method.settings import Settings
 
 __all__ = ["working_bytes"]
 
@@ -23,14 +22,14 @@ def working_bytes(linears: Mapping[str, nn.Linear], settings: Settings) -> int:
         groups.setdefault((name.rpartition(".")[0], linear.weight.shape[1]), []).append(linear)
     versions = settings.num_experts if settings.size_budget is None else 2 * settings.num_experts
     widest = max(
-        (settings.num_experts + 1) * width**2 * 4 + versions * sum(map(_bytes, group))
+        (settings.num_experts + 1) * width**2 * 4 + versions * _dense(group)
         for (_, width), group in groups.items()
     )
     kept = 0.0
     if settings.size_budget is not None and settings.budget_scope == "model":
-        kept = max(SHORTLIST) * settings.size_budget * sum(map(_bytes, linears.values()))
+        kept = max(settings.shortlist) * settings.size_budget * _dense(linears.values())
     return widest + round(kept) + settings.max_bytes
 
 
-def _bytes(linear: nn.Linear) -> int:
-    return dense_bytes(linear.weight)
+def _dense(linears: Iterable[nn.Linear]) -> int:
+    return sum(linear.weight.nbytes for linear in linears)

@@ -10,8 +10,7 @@ from tqdm import tqdm
 from ..errors import WexpandError
 from ..format.rowpool import RowPool
 from ..hf.saving import wrap_save_pretrained
-from ..method.candidates import dense_bytes
-from .group import replace_linear
+from .rows import replace_linear
 from .targets import HEADS, target_linears
 
 __all__ = ["PackModifier"]
@@ -64,12 +63,10 @@ class PackModifier(Modifier):
             # a pruned weight may be -0.0: multiplication by a mask leaves the sign
             pool = RowPool.pack(weight, keep=weight != 0)
             stored = sum(pool.stored_bytes().values())
-            size = dense_bytes(weight)
-            if stored >= size:
+            if stored >= weight.nbytes:
                 continue
-            bias = None if linear.bias is None else linear.bias.detach()
-            replace_linear(state.model, name, linear, pool, None, bias)
-            packed, dense, count = packed + stored, dense + size, count + 1
+            replace_linear(state.model, name, linear, pool)
+            packed, dense, count = packed + stored, dense + weight.nbytes, count + 1
         if not count:
             raise WexpandError(
                 f"targets: none of {len(linears)} linears is sparse enough to be smaller packed; "

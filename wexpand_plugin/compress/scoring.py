@@ -16,10 +16,10 @@ from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
-from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import WexpandError
+from ..method.inputs import Readers, token_rows
 from ..method.neurons import MAX_BYTES, MIN_TOKENS, NeuronScores, neuron_scores
 from ..method.statistics import RowSample
 from .neuron_scores import FOLDER, ModelScores, ScoredLinear, fingerprint, save_scores
@@ -88,8 +88,11 @@ class NeuronScoringModifier(Modifier):
     output_dir: str | None = None
 
     # private variables
-    _names: dict[torch.nn.Module, str] = PrivateAttr(default_factory=dict)
-    _samples: dict[torch.nn.Module, "SharedSample"] = PrivateAttr(default_factory=dict)
+    _names: dict[torch.nn.Linear, str] = PrivateAttr(default_factory=dict)
+    _readers: Readers = PrivateAttr(default_factory=Readers)
+    # of each linear that has been called, the one that reads the same tensor first, which samples
+    _first: dict[torch.nn.Module, torch.nn.Module] = PrivateAttr(default_factory=dict)
+    _samples: dict[torch.nn.Module, RowSample] = PrivateAttr(default_factory=dict)
     _scores: ModelScores = PrivateAttr(default_factory=lambda: ModelScores("", "", {}, {}, {}))
 
     def on_initialize(self, state: State, **kwargs) -> bool:
@@ -145,7 +148,7 @@ class NeuronScoringModifier(Modifier):
         save_scores_with(state.model, self._scores)
         return True
 
-    def sample_inputs(self, module: torch.nn.Module, args: tuple[Any, ...], _output: Any):
+    def sample_inputs(self, module: torch.nn.Linear, args: tuple[Any, ...], _output: Any):
         """
         Calibration hook: add the module's input rows to its sample. The first linear that sees
         a tensor keeps the sample; linears that see the very same tensor share it
@@ -157,24 +160,25 @@ class NeuronScoringModifier(Modifier):
         x = args[0].detach()
         if not x.numel():
             return
-        sample = self._samples.get(module)
-        if sample is None or not (sample.owner is module or sample.is_last(x)):
-            sample = next((s for s in self._samples.values() if s.is_last(x)), None)
-            if sample is None:
-                # seeded by name: a linear's sample does not depend on which others are scored
-                seed = self.seed + zlib.crc32(self._names[module].encode())
-                sample = SharedSample(module, RowSample(self.sample_tokens, seed))
-            self._samples[module] = sample
-        if sample.owner is module:
-            sample.add(x)
+        first = self._first[module] = self._readers.first(module, x)
+        if first is not module:
+            return
+        if module not in self._samples:
+            # seeded by name: a linear's sample does not depend on which others are scored
+            seed = self.seed + zlib.crc32(self._names[module].encode())
+            self._samples[module] = RowSample(self.sample_tokens, seed)
+        state = active_session().state
+        masks = getattr(state, "loss_masks", None)
+        mask = masks[state.current_batch_idx] if masks else None
+        self._samples[module].add(token_rows(x, None if mask is None else mask.bool()))
 
     @torch.no_grad()
     def score_linears(self):
         """
         Score the linears that have a sample, and release the samples
         """
-        for module in tqdm(list(self._samples), desc="Scoring neurons"):
-            name, x = self._names[module], self._samples.pop(module).rows.rows
+        for module, first in tqdm(self._first.items(), desc="Scoring neurons"):
+            name, x = self._names[module], self._samples[first].rows
             if len(x) < MIN_TOKENS:
                 self._scores.skipped[name] = f"saw {len(x)} calibration tokens"
                 continue
@@ -197,45 +201,7 @@ class NeuronScoringModifier(Modifier):
                 fingerprint(weight),
                 len(x),
             )
-
-
-class SharedSample:
-    """
-    The sampled inputs of one linear, its owner, and of those that read the same tensors
-
-    :param owner: the linear whose inputs are added
-    :param rows: sample of the input rows
-    """
-
-    def __init__(self, owner: torch.nn.Module, rows: RowSample):
-        self.owner = owner
-        self.rows = rows
-        self.last: Tensor | None = None
-
-    def is_last(self, x: Tensor) -> bool:
-        """
-        :return: True if x is the very tensor that was added last, not an equal copy
-        """
-        # the last tensor is held, so its memory cannot have been given to another one
-        return (
-            self.last is not None
-            and self.last.data_ptr() == x.data_ptr()
-            and self.last.shape == x.shape
-            and self.last.stride() == x.stride()
-        )
-
-    def add(self, x: Tensor):
-        """
-        :param x: inputs [..., in]; those that the loss mask leaves out are not sampled
-        """
-        self.last = x
-        x = x.reshape(-1, x.shape[-1])
-        state = active_session().state
-        masks = getattr(state, "loss_masks", None)
-        mask = masks[state.current_batch_idx] if masks else None
-        if mask is not None and mask.numel() == x.shape[0]:
-            x = x[mask.flatten().bool().to(x.device)]
-        self.rows.add(x)
+        self._first, self._samples, self._readers = {}, {}, Readers()
 
 
 def save_scores_with(model: Any, scores: ModelScores):

@@ -1,11 +1,11 @@
 """Which (neuron, expert) pairs get weights of their own, for a given number of bytes.
 
 Full expansion stores experts x neurons row versions; most of them gain little over the version the
-neuron already has. The experts of a group are merged, two by two and nearest first, into a binary
-tree: leaves are the experts, the root stands for all tokens. Every tree node can offer each neuron
-one row version, solved for the tokens of the experts below it: the root's is the base version
-(plain SparseGPT), a leaf's is the expert's own (full expansion), the ones between serve several
-similar experts at once. An expert uses the version of its nearest ancestor that was granted one.
+neuron already has. The experts of a group are merged into a binary tree (`merge_tree`), every node
+of which can offer each neuron one row version, solved for the tokens of the experts below it: the
+root's is the base version (plain SparseGPT), a leaf's is the expert's own (full expansion), the
+ones between serve several similar experts at once. An expert uses the version of its nearest
+ancestor that was granted one.
 
 With err[v, c, r] = n_c dw_v^T H_c dw_v the squared output error that version v causes on the tokens
 of expert c, and a price per byte, the best set of versions of a neuron follows from dynamic
@@ -13,11 +13,10 @@ programming over the tree (each node either inherits or pays for its own version
 all neurons at once. The price is then bisected until the stored bytes meet the budget. Price 0 is
 full expansion, an infinite price leaves the base version only.
 
-Neurons may be weighted: errors are multiplied by a weight [experts, rows] before prices are
-applied.
+What counts as an error is a choice too (`ALLOCATE_BY`): neurons may be weighted by what their
+outputs look like, and their own errors may be left out of it.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,71 +24,35 @@ import torch
 from torch import Tensor
 
 from ..errors import WexpandError
+from .merge_tree import MergeTree
+from .neurons import neuron_scores
 
 __all__ = [
-    "Choice",
-    "Problem",
-    "Tree",
+    "ALLOCATE_BY",
+    "Allocation",
+    "AllocationProblem",
     "allocate",
     "choose_versions",
-    "merge_tree",
-    "stored_versions",
+    "neuron_values",
+    "numbered_versions",
+    "weighted",
 ]
 
-
-class Tree(NamedTuple):
-    """A tree over experts: nodes 0 to experts-1 are the leaves, the last node is the root."""
-
-    children: list[tuple[int, ...]]
-    """children of node experts + i"""
-    members: Tensor
-    """bool [nodes, experts]: which experts lie below each node (a leaf lies below itself)"""
-
-    @property
-    def experts(self) -> int:
-        """Leaves of the tree."""
-        return self.members.shape[1]
-
-    @property
-    def nodes(self) -> int:
-        """Leaves, inner nodes and the root: 2 * experts - 1 in a binary tree."""
-        return self.members.shape[0]
+ALLOCATE_BY = {
+    # name: (errors of the neuron's own versions count, field of NeuronScores that weights a neuron)
+    "gain": (True, None),
+    "wasserstein": (False, "wd"),
+    "gain_wasserstein": (True, "wd"),
+    "kurtosis": (False, "kurtosis"),
+    "gain_kurtosis": (True, "kurtosis"),
+    "random": (False, "random"),
+}
 
 
-def merge_tree(means: Tensor, tokens: Tensor) -> Tree:
-    """Merge experts by Ward's rule: the pair whose union adds least to the spread of the inputs.
-
-    :param means: mean input of each expert [experts, in]
-    :param tokens: tokens of each expert [experts]; an expert without tokens merges first
-    """
-    experts = means.shape[0]
-    members = [torch.eye(experts, dtype=torch.bool)[e] for e in range(experts)]
-    centres, sizes = list(means.double()), [float(n) for n in tokens]
-    alive = list(range(experts))
-    children: list[tuple[int, ...]] = []
-
-    def cost(pair: tuple[int, int]) -> float:
-        a, b = pair
-        size = sizes[a] + sizes[b]
-        apart = float((centres[a] - centres[b]).square().sum())
-        return sizes[a] * sizes[b] / size * apart if size else 0.0
-
-    while len(alive) > 1:
-        a, b = min(itertools.combinations(alive, 2), key=cost)
-        size = sizes[a] + sizes[b]
-        share = sizes[a] / size if size else 0.5
-        centres.append(share * centres[a] + (1 - share) * centres[b])
-        sizes.append(size)
-        members.append(members[a] | members[b])
-        children.append((a, b))
-        alive = [n for n in alive if n not in (a, b)] + [len(members) - 1]
-    return Tree(children, torch.stack(members))
-
-
-class Problem(NamedTuple):
+class AllocationProblem(NamedTuple):
     """One linear's versions to choose from."""
 
-    tree: Tree
+    tree: MergeTree
     errors: Tensor
     """[nodes, experts, rows]; only entries of an expert below the node are read"""
     allowed: Tensor
@@ -98,7 +61,7 @@ class Problem(NamedTuple):
     """bytes of each version [nodes, rows]"""
 
 
-class Choice(NamedTuple):
+class Allocation(NamedTuple):
     """What was granted to the neurons of one linear."""
 
     use: Tensor
@@ -107,8 +70,8 @@ class Choice(NamedTuple):
     """bool [nodes, rows]: the versions to store"""
 
 
-def choose_versions(problem: Problem, price: float) -> Choice:
-    """The choice with the smallest error + price * bytes, for each neuron (see the module)."""
+def choose_versions(problem: AllocationProblem, price: float) -> Allocation:
+    """The allocation with the smallest error + price * bytes, for each neuron (see the module)."""
     tree, errors, allowed, cost = problem
     root, none, rows = tree.nodes - 1, tree.nodes, errors.shape[2]
     memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -149,10 +112,10 @@ def choose_versions(problem: Problem, price: float) -> Choice:
 
     descend(root, torch.full((rows,), none, device=errors.device))
     memo.clear()
-    return Choice(use, granted)
+    return Allocation(use, granted)
 
 
-def allocate(problems: Sequence[Problem], budget: float) -> list[Choice]:
+def allocate(problems: Sequence[AllocationProblem], budget: float) -> list[Allocation]:
     """Bisect the price until the granted versions of all problems fill `budget` bytes, never more.
 
     The errors of the problems must be comparable: with several linears, divide each one's by the
@@ -167,7 +130,7 @@ def allocate(problems: Sequence[Problem], budget: float) -> list[Choice]:
             "the size of the base versions alone"
         )
 
-    def spend(price: float) -> tuple[list[Choice], float]:
+    def spend(price: float) -> tuple[list[Allocation], float]:
         choices = [choose_versions(p, price) for p in problems]
         bytes_ = sum(float(p.cost[c.granted].sum()) for p, c in zip(problems, choices, strict=True))
         return choices, bytes_
@@ -192,16 +155,40 @@ def allocate(problems: Sequence[Problem], budget: float) -> list[Choice]:
     return choices
 
 
-def stored_versions(choice: Choice) -> tuple[Tensor, Tensor]:
-    """Number the granted versions neuron by neuron: flat index [versions], row map [experts, rows].
+def numbered_versions(use: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the versions in use (`Allocation.use` [experts, rows]) neuron by neuron.
 
-    :return: positions into a [nodes * rows] stack of candidate rows, in storage order, and the
-        uint8 row map of numbers within each neuron
+    :return: node and neuron of each version, int64 [2, versions], in storage order: those of a
+        neuron lie together; and the row map, uint8 [experts, rows], the number of the version that
+        an expert uses within its neuron
     """
-    use, granted = choice
-    rows = granted.shape[1]
-    by_row = granted.t().flatten()
-    order = by_row.nonzero().squeeze(1)
-    node, row = order % granted.shape[0], order // granted.shape[0]
-    number = torch.cumsum(granted, dim=0) - 1
-    return node * rows + row, number.gather(0, use).to(torch.uint8)
+    used = use.new_zeros(int(use.max()) + 1, use.shape[1], dtype=torch.bool)
+    used.scatter_(0, use, True)
+    number = used.cumsum(dim=0) - 1
+    neuron, node = used.t().nonzero(as_tuple=True)
+    return torch.stack((node, neuron)), number.gather(0, use).to(torch.uint8)
+
+
+def neuron_values(
+    allocate_by: str, rows: Tensor, weight: Tensor, bias: Tensor | None, seed: int
+) -> Tensor | None:
+    """What `allocate_by` says of each neuron of a linear [out]; None if it looks at errors only.
+
+    :param rows: sample of the linear's inputs [n, in]
+    """
+    field = ALLOCATE_BY[allocate_by][1]
+    if field is None:
+        return None
+    if field == "random":
+        return torch.rand(len(weight), generator=torch.Generator().manual_seed(seed))
+    return getattr(neuron_scores(rows, weight, bias, seed=seed), field)
+
+
+def weighted(errors: Tensor, allocate_by: str, values: Tensor | None) -> Tensor:
+    """Errors [nodes, experts, rows] as `allocate_by` sees them, given its `neuron_values`."""
+    if not ALLOCATE_BY[allocate_by][0]:
+        errors = errors.mean(dim=2, keepdim=True).expand_as(errors)
+    if values is None:
+        return errors
+    values = values.float().clamp(min=0)
+    return errors * (values / values.mean().clamp(min=1e-12)).to(errors.device)

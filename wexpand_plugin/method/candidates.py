@@ -1,4 +1,4 @@
-"""From the statistics of an input group to the row pools of its linears.
+"""From the statistics of an input group to the row versions that its linears may store.
 
 Without a budget every expert gets its own version of every neuron (the paper's full expansion).
 With one, versions are solved for every node of the experts' merge tree, their errors on the
@@ -11,127 +11,150 @@ so that a cluster with many times `in` tokens is left alone and an empty one get
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import WexpandError
-from ..format.router import route
-from ..format.rowpool import RowPool
-from ..format.sizes import StoredBytes
-from ..format.values import codec_of
-from .allocation import Choice, Problem, Tree, allocate, merge_tree, stored_versions
-from .neurons import neuron_scores
-from .solvers.sparsegpt import MaskStructure, chunk_size, solve
+from .allocation import (
+    Allocation,
+    AllocationProblem,
+    allocate,
+    neuron_values,
+    numbered_versions,
+    weighted,
+)
+from .merge_tree import MergeTree, flat_tree, merge_tree
+from .settings import Settings
+from .solvers.sparsegpt import chunk_size, solve
 from .statistics import GroupStatistics
+from .versions import Rows, RowVersions
 
-__all__ = [
-    "SCORES",
-    "Candidates",
-    "Settings",
-    "allocate_model",
-    "dense_bytes",
-    "expand",
-    "fixed_bytes",
-    "propose",
-    "score_values",
-    "weigh",
-]
-
-SCORES = {
-    # name: (errors of the neuron's own versions count, field of NeuronScores that weights a neuron)
-    "gain": (True, None),
-    "wasserstein": (False, "wd"),
-    "gain_wasserstein": (True, "wd"),
-    "kurtosis": (False, "kurtosis"),
-    "gain_kurtosis": (True, "kurtosis"),
-    "random": (False, "random"),
-}
+__all__ = ["Candidates", "allocate_model", "full_expansion", "propose"]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to expand; the recipe keys of the same names explain them."""
-
-    sparsity: float
-    structure: MaskStructure
-    num_experts: int = 16
-    size_budget: float | None = None
-    budget_scope: str = "model"
-    block_size: int = 128
-    dampening_frac: float = 0.01
-    shrinkage: float = 0.03
-    score: str = "gain"
-    share_versions: bool = True
-    router_dims: int | None = None
-    router_samples: int = 8192
-    router_restarts: int = 3
-    seed: int = 0
-    max_bytes: int = 512 << 20
-
-    def chunks(self, count: int, weight: Tensor) -> Iterator[slice]:
-        """Hessians to solve at once, so that they and their solutions fit in `max_bytes`."""
-        size = chunk_size(weight.shape[0], weight.shape[1], self.max_bytes)
-        for first in range(0, count, size):
-            yield slice(first, min(first + size, count))
-
-    def solve(self, weight: Tensor, hessians: Tensor, linears: list[int]) -> Tensor:
-        """[hessians, rows, in]"""
-        return solve(
-            weight, hessians, self.sparsity, self.structure, linears=linears,
-            block_size=self.block_size, dampening=self.dampening_frac, max_bytes=self.max_bytes,
-        )  # fmt: skip
-
-
-@dataclass
 class Candidates:
-    """All versions that one linear could store, and what each would do."""
+    """The versions that one linear could store, and what each would do."""
 
-    pool: RowPool
+    rows: Rows
     place: Tensor
-    """[nodes * rows]: where in the pool version v of neuron r (at v * rows + r) is; -1: nowhere"""
-    problem: Problem
+    """int64 [nodes, out]: where in `rows` a node's version of a neuron is; -1: nowhere"""
+    errors: Tensor
+    """[nodes, experts, out]: squared output error of a node's version on an expert's tokens"""
     energy: float
-    """sum of the squared dense outputs over the calibration tokens"""
+    """sum of the squared dense outputs over the same tokens"""
+    problem: AllocationProblem
+    """the same choice as `allocate_by` sees it"""
 
-    def select(self, choice: Choice) -> RowPool:
-        """The pool that holds the granted versions only."""
-        order, row_map = stored_versions(choice)
-        rows = self.pool.rows(self.place[order].to(self.pool.values.device))
-        return RowPool.pack(rows, row_map.to(rows.device))
+    def select(self, use: Tensor) -> RowVersions:
+        """The versions in `use` (`Allocation.use`: a node for each expert and neuron)."""
+        version, row_map = numbered_versions(use)
+        change = self.errors.gather(0, use.unsqueeze(0)).sum()
+        error = float(change.double() / max(self.energy, 1e-12)) ** 0.5
+        return RowVersions(self.rows[self.place[tuple(version)]], row_map, error)
 
-    def full(self) -> RowPool:
+    def full(self) -> RowVersions:
         """Full expansion: each expert with the version that was solved for it alone."""
-        nodes, experts, rows = self.problem.errors.shape
-        granted = torch.zeros(nodes, rows, dtype=torch.bool)
-        granted[:experts] = True
-        own = torch.arange(experts).unsqueeze(1).expand(experts, rows)
-        return self.select(Choice(own, granted))
+        experts, out_features = self.errors.shape[1:]
+        return self.select(torch.arange(experts).unsqueeze(1).expand(experts, out_features))
 
-    def shortlist(self, choices: list[Choice]) -> "Candidates":
-        """The candidates reduced to those granted in any of `choices`, to be chosen from again."""
-        granted = torch.stack([choice.granted for choice in choices]).any(dim=0)
+    def base(self) -> RowVersions:
+        """The base versions alone: plain SparseGPT, whatever the expert."""
+        nodes, experts, out_features = self.errors.shape
+        return self.select(torch.full((experts, out_features), nodes - 1))
+
+    def shortlist(
+        self, allocations: Sequence[Allocation], keep: Callable[[Tensor], Rows]
+    ) -> "Candidates":
+        """Reduced to what is granted in any of `allocations`, and packed by `keep`."""
+        granted = torch.stack([allocation.granted for allocation in allocations]).any(dim=0)
         granted[-1] = True  # a base version may always be chosen, even if all experts left it here
-        choice = Choice(choices[0].use, granted)
-        order, _ = stored_versions(choice)
         place = torch.full_like(self.place, -1)
-        place[order] = torch.arange(len(order))
-        allowed = self.problem.allowed & granted
-        problem = self.problem._replace(allowed=allowed)
-        return Candidates(self.select(choice).to("cpu"), place, problem, self.energy)
+        place[granted] = torch.arange(int(granted.sum()))
+        rows = keep(self.rows[self.place[granted]])
+        problem = self.problem._replace(allowed=self.problem.allowed & granted)
+        return replace(self, rows=rows, place=place, problem=problem)
 
 
-def dense_bytes(weight: Tensor) -> int:
-    """Bytes of a dense weight."""
-    return weight.numel() * weight.element_size()
+def full_expansion(
+    weights: list[Tensor], statistics: GroupStatistics, settings: Settings
+) -> list[Tensor]:
+    """A sparse weight for each expert of each linear: [experts, out_i, in] for weights [out_i, in].
+
+    One expert is plain SparseGPT: the Hessian of all tokens.
+    """
+    linears = [len(w) for w in weights]
+    total = statistics.total()
+    weight = torch.cat(weights)
+    if statistics.experts == 1:
+        return list(_solve(weight, total.unsqueeze(0), linears, settings).split(linears, dim=1))
+    solved = weight.new_empty(statistics.experts, *weight.shape)
+    for some in _chunks(statistics.experts, weight, settings):
+        hessians = _shrunk(
+            statistics.sums[some], statistics.solved_tokens[some], total, settings.shrinkage
+        )
+        solved[some] = _solve(weight, hessians, linears, settings)
+    return list(solved.split(linears, dim=1))
 
 
-def fixed_bytes(out_features: int, in_features: int, experts: int) -> int:
-    """Bytes that do not depend on the versions: row map and router."""
-    return StoredBytes(codec_of(torch.bfloat16), torch.bfloat16).fixed(
-        out_features, in_features, experts
-    )
+def propose(
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    statistics: GroupStatistics,
+    rows: Tensor,
+    settings: Settings,
+) -> Iterator[Candidates]:
+    """Solve a version for every node of the merge tree, and measure what each would do.
+
+    One linear after another, so that the versions of one may be packed before the next's are laid
+    out.
+
+    :param weights: the dense weights [out_i, in] of the group's linears
+    :param rows: sample of the group's inputs [n, in], for `allocate_by` that looks at the outputs
+    """
+    linears = [len(w) for w in weights]
+    weight = torch.cat(weights)
+    if settings.share_versions:
+        tree = merge_tree(statistics.mean_inputs().cpu(), statistics.solved_tokens)
+    else:
+        tree = flat_tree(statistics.experts)
+    solved, errors, allowed = _solve_tree(weight, linears, tree, statistics, settings)
+    energies = _quadratic(weight.float(), statistics.sums)
+    first = 0
+    for own, bias in zip(weights, biases, strict=True):
+        part = slice(first, first + len(own))
+        first = part.stop
+        versions, error = solved[:, part], errors[..., part]
+        place = torch.arange(versions.shape[0] * len(own)).view(-1, len(own))
+        cost = settings.weighs.row((versions != 0).sum(dim=2), weight.shape[1])
+        values = neuron_values(settings.allocate_by, rows, own, bias, settings.seed)
+        problem = AllocationProblem(
+            tree,
+            weighted(error, settings.allocate_by, values).cpu(),
+            allowed[:, part].cpu(),
+            cost.cpu(),
+        )
+        energy = float(energies[:, part].sum())
+        yield Candidates(versions.flatten(0, 1), place, error.cpu(), energy, problem)
+
+
+def allocate_model(
+    candidates: Sequence[Candidates], depth_weights: Sequence[float], budget: float
+) -> list[Allocation]:
+    """Allocate `budget` bytes of row versions over several linears.
+
+    Linears become comparable by the energy of their outputs, which divides their errors, and by how
+    far an error spreads: one made in an early block changes the input of every later block.
+
+    :param depth_weights: for each linear, the share of the model's blocks from its own to the last
+    """
+    problems = [
+        c.problem._replace(errors=c.problem.errors * (depth / max(c.energy, 1e-12)))
+        for c, depth in zip(candidates, depth_weights, strict=True)
+    ]
+    return allocate(problems, budget)
 
 
 def _shrunk(sums: Tensor, tokens: Tensor, total: Tensor, shrinkage: float) -> Tensor:
@@ -142,74 +165,25 @@ def _shrunk(sums: Tensor, tokens: Tensor, total: Tensor, shrinkage: float) -> Te
     return torch.lerp(sums / tokens.clamp(min=1), total.expand_as(sums), share)
 
 
-def expand(weights: list[Tensor], statistics: GroupStatistics, settings: Settings) -> list[RowPool]:
-    """Full expansion: one pool per linear, every expert with its own version of every neuron."""
-    linears = [len(w) for w in weights]
-    total = statistics.total()
-    weight = torch.cat(weights)
-    if statistics.experts == 1:
-        solved = settings.solve(weight, total.unsqueeze(0), linears)
-    else:
-        solved = weight.new_empty(statistics.experts, *weight.shape)
-        for some in settings.chunks(statistics.experts, weight):
-            hessians = _shrunk(
-                statistics.sums[some], statistics.solved_tokens[some], total, settings.shrinkage
-            )
-            solved[some] = settings.solve(weight, hessians, linears)
-    return [RowPool.pack_experts(part) for part in solved.split(linears, dim=1)]
+def _chunks(count: int, weight: Tensor, settings: Settings) -> Iterator[slice]:
+    """As many of `count` Hessians at a time as the solver can take in `max_bytes`."""
+    size = chunk_size(weight.shape[0], weight.shape[1], settings.max_bytes)
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))
 
 
-def propose(
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    statistics: GroupStatistics,
-    rows: Tensor,
-    settings: Settings,
-) -> list[Candidates]:
-    """Solve a version for every node of the merge tree, and weigh them.
-
-    :param weights: the dense weights [out_i, in] of the group's linears
-    :param rows: sample of the group's inputs [n, in], for scores that look at the outputs
-    """
-    linears = [len(w) for w in weights]
-    weight = torch.cat(weights)
-    tree = _tree(statistics, settings)
-    solved, errors, allowed = _solve_tree(weight, linears, tree, statistics, settings)
-    energies = _quadratic(weight.float(), statistics.sums)
-    proposals = []
-    for i, (versions, error, may, energy) in enumerate(
-        zip(
-            solved.split(linears, dim=1),
-            errors.split(linears, dim=2),
-            allowed.split(linears, dim=1),
-            energies.split(linears, dim=1),
-            strict=True,
-        )  # fmt: skip
-    ):
-        place = torch.arange(versions.shape[0] * versions.shape[1])
-        pool = RowPool.pack(versions.flatten(0, 1))
-        cost = pool.row_bytes()
-        values = score_values(settings.score, rows, weights[i], biases[i], settings.seed)
-        weighted = weigh(error, settings.score, values)
-        problem = Problem(tree, weighted.cpu(), may.cpu(), cost.view(len(versions), -1).cpu())
-        proposals.append(Candidates(pool, place, problem, float(energy.sum())))
-    return proposals
-
-
-def _tree(statistics: GroupStatistics, settings: Settings) -> Tree:
-    if settings.share_versions:
-        return merge_tree(statistics.mean_inputs().cpu(), statistics.solved_tokens)
-    # a root over all leaves, no nodes between: an expert has its own version or the base version
-    experts = statistics.experts
-    everyone = torch.ones(1, experts, dtype=torch.bool)
-    members = torch.cat([torch.eye(experts, dtype=torch.bool), everyone])
-    return Tree([tuple(range(experts))], members)
+def _solve(weight: Tensor, hessians: Tensor, linears: list[int], settings: Settings) -> Tensor:
+    """[hessians, rows, in]"""
+    return solve(
+        weight, hessians, settings.sparsity, settings.structure, linears=linears,
+        block_size=settings.block_size, dampening=settings.dampening_frac,
+    )  # fmt: skip
 
 
 def _solve_tree(
     weight: Tensor,
     linears: list[int],
-    tree: Tree,
+    tree: MergeTree,
     statistics: GroupStatistics,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,23 +194,22 @@ def _solve_tree(
     members = tree.members.to(device)
     solved = weight.new_empty(tree.nodes, rows, width)
     errors = torch.zeros(tree.nodes, tree.experts, rows, device=device)
-    held = _held_errors(weight, statistics)
-    held_error = torch.zeros_like(errors)
-    for some in settings.chunks(tree.nodes, weight):
+    held_out_error = _held_out_errors(weight, statistics)
+    held_out = torch.zeros_like(errors)
+    for some in _chunks(tree.nodes, weight, settings):
         below = members[some].float()
         sums = torch.einsum("ne,eij->nij", below, statistics.sums)
         hessians = _shrunk(sums, below.cpu() @ tokens.float(), total, settings.shrinkage)
         if some.stop == tree.nodes:
             hessians[-1] = total
-        solved[some] = settings.solve(weight, hessians, linears)
+        solved[some] = _solve(weight, hessians, linears, settings)
         for node in range(some.start, some.stop):
             change = (solved[node] - weight).float()
             for expert in tree.members[node].nonzero().flatten().tolist():
                 errors[node, expert] = _quadratic(change, statistics.sums[expert : expert + 1])[0]
-                held_error[node, expert] = held(change, expert)
+                held_out[node, expert] = held_out_error(change, expert)
     # a node's version is worth granting only if it helps on the rows that it was not solved for
-    base = held_error[-1]
-    gain = torch.einsum("ne,ner->nr", members.float(), base.unsqueeze(0) - held_error)
+    gain = torch.einsum("ne,ner->nr", members.float(), held_out[-1].unsqueeze(0) - held_out)
     allowed = gain > 0
     allowed[-1] = True
     return solved, errors, allowed
@@ -247,59 +220,19 @@ def _quadratic(rows: Tensor, sums: Tensor) -> Tensor:
     return torch.stack([((rows @ s) * rows).sum(dim=1) for s in sums]).clamp_(min=0)
 
 
-def _held_errors(weight: Tensor, statistics: GroupStatistics) -> Callable[[Tensor, int], Tensor]:
-    """(change [rows, in], expert) -> its squared output error on the expert's held-back rows."""
-    held = statistics.held.rows.to(weight.device)
-    if not held.numel():
+def _held_out_errors(
+    weight: Tensor, statistics: GroupStatistics
+) -> Callable[[Tensor, int], Tensor]:
+    """(change [rows, in], expert) -> its squared output error on the expert's held-out rows."""
+    held_out = statistics.held_out.rows.to(weight.device)
+    if not held_out.numel():
         raise WexpandError(
-            "size_budget: no calibration rows could be held back; use sequences of 8 or more tokens"
+            "size_budget: no calibration rows could be held out; use sequences of 16 or more tokens"
         )
     assert statistics.router is not None
-    experts = route(held, *statistics.router)
+    experts = statistics.router.route(held_out)
 
     def error(change: Tensor, expert: int) -> Tensor:
-        return (held[experts == expert] @ change.t()).square().sum(dim=0)
+        return (held_out[experts == expert] @ change.t()).square().sum(dim=0)
 
     return error
-
-
-def score_values(
-    score: str, rows: Tensor, weight: Tensor, bias: Tensor | None, seed: int
-) -> Tensor | None:
-    """What `score` says of each neuron of a linear [out]; None if it looks at errors only.
-
-    :param rows: sample of the linear's inputs [n, in]
-    """
-    field = SCORES[score][1]
-    if field is None:
-        return None
-    if field == "random":
-        return torch.rand(len(weight), generator=torch.Generator().manual_seed(seed))
-    return getattr(neuron_scores(rows, weight, bias, seed=seed), field)
-
-
-def weigh(errors: Tensor, score: str, values: Tensor | None) -> Tensor:
-    """Errors [nodes, experts, rows] as `score` sees them, given its `score_values`."""
-    if not SCORES[score][0]:
-        errors = errors.mean(dim=2, keepdim=True).expand_as(errors)
-    if values is None:
-        return errors
-    values = values.float().clamp(min=0)
-    return errors * (values / values.mean().clamp(min=1e-12)).to(errors.device)
-
-
-def allocate_model(
-    candidates: Sequence[Candidates], reach: Sequence[float], budget: float
-) -> list[Choice]:
-    """Allocate `budget` bytes of row versions over several linears.
-
-    Linears become comparable by the energy of their outputs, which divides their errors, and by how
-    far an error spreads: one made in an early block changes the input of every later block.
-
-    :param reach: for each linear, the share of the model's blocks from its own to the last
-    """
-    problems = [
-        c.problem._replace(errors=c.problem.errors * (share / c.energy))
-        for c, share in zip(candidates, reach, strict=True)
-    ]
-    return allocate(problems, budget)

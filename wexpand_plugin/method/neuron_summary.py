@@ -79,14 +79,10 @@ def _correlation(a: Tensor, b: Tensor, ranks: bool = False) -> float | None:
     if a.numel() < 3:
         return None
     if ranks:
-        a, b = _ranks(a), _ranks(b)
+        from scipy.stats import rankdata  # comes with scikit-learn, slow to import
+
+        a, b = (torch.from_numpy(rankdata(values.numpy())) for values in (a, b))
     return _number(torch.corrcoef(torch.stack((a, b)))[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, ties share their mean rank: float64, like `values`."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() + 1) / 2)[place]
 
 
 def _overlap(chosen: Tensor, values: Tensor, percent: float) -> float | None:

@@ -3,7 +3,7 @@
 Inputs arrive batch by batch and are never all stored. Rows are buffered until there are enough of
 them for efficient products, sorted by expert, and added to that expert's sum of x x^T.
 
-Where row versions will be granted by gain, a sixteenth of each batch is held back from the
+Where row versions will be granted by gain, a sixteenth of each batch is held out from the
 experts' Hessians, and a sample of it kept: a version is granted only if it also helps on rows it
 was not solved for. Base versions see all rows.
 """
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import WexpandError
-from ..format.router import Router, route
+from .clusters import Router
 
 __all__ = ["GroupStatistics", "RowSample"]
 
 BUFFER_ROWS = 4096
-HELD_BACK = 16
-HELD_ROWS_PER_EXPERT = 256
+HELD_OUT = 16
+HELD_OUT_ROWS_PER_EXPERT = 256
 SAMPLE_ROWS = 1024
 
 
@@ -36,12 +36,12 @@ class RowSample:
         self._generator = torch.Generator().manual_seed(seed)
         self._rows: list[Tensor] = []
         self._keys = torch.empty(0, dtype=torch.float64)
-        self._bar = -1.0
+        self._lowest_key = -1.0
 
     def add(self, rows: Tensor) -> None:
-        """See `rows` [n, in]."""
+        """Take in more of the stream: `rows` [n, in]."""
         keys = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
-        better = keys > self._bar
+        better = keys > self._lowest_key
         self._rows.append(rows[better.to(rows.device)])
         self._keys = torch.cat([self._keys, keys[better]])
         if len(self._keys) > 2 * self.size:
@@ -52,7 +52,7 @@ class RowSample:
             kept = self._keys.topk(self.size).indices.sort().values
             rows = torch.cat(self._rows)
             self._rows, self._keys = [rows[kept.to(rows.device)]], self._keys[kept]
-            self._bar = float(self._keys.min())
+            self._lowest_key = float(self._keys.min())
 
     @property
     def rows(self) -> Tensor:
@@ -67,8 +67,8 @@ class GroupStatistics:
 
     :param in_features: width of the inputs
     :param router: None for one expert
-    :param hold_back: keep a sixteenth of the rows for `held`
-    :param seed: of the held-back sample
+    :param hold_out: keep a sixteenth of the rows for `held_out`
+    :param seed: of the held-out sample
     """
 
     def __init__(
@@ -76,23 +76,23 @@ class GroupStatistics:
         in_features: int,
         router: Router | None,
         *,
-        hold_back: bool = False,
+        hold_out: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ):
         self.experts = 1 if router is None else len(router.bias)
         self.router = router
-        self.hold_back = hold_back
+        self.hold_out = hold_out
         self.sums = torch.zeros(self.experts, in_features, in_features, device=device)
         """sum of x x^T per expert [experts, in, in] float32"""
-        self.held_sum = torch.zeros(in_features, in_features, device=device) if hold_back else None
-        """the same over all held-back rows [in, in]"""
+        self.held_out_sum = self.sums.new_zeros(in_features, in_features) if hold_out else None
+        """the same over all held-out rows [in, in]"""
         self.means = torch.zeros(self.experts, in_features, device=device)
         self.tokens = torch.zeros(self.experts, dtype=torch.int64)
-        """rows per expert, held-back ones included"""
+        """rows per expert, held-out ones included"""
         self.solved_tokens = torch.zeros(self.experts, dtype=torch.int64)
         """rows per expert in `sums`"""
-        self.held = RowSample(HELD_ROWS_PER_EXPERT * self.experts, seed)
+        self.held_out = RowSample(HELD_OUT_ROWS_PER_EXPERT * self.experts, seed)
         self.sample = RowSample(SAMPLE_ROWS, seed)
         """a few rows of all tokens, to report errors on"""
         self._buffer: list[Tensor] = []
@@ -100,10 +100,10 @@ class GroupStatistics:
         self._batches = 0
 
     def add(self, rows: Tensor) -> None:
-        """See one batch of inputs [tokens, in]."""
+        """Take in one batch of inputs [tokens, in]."""
         rows = rows.detach().to(self.sums.device, torch.float32)
         self.sample.add(rows)
-        if self.hold_back:
+        if self.hold_out:
             rows = self._split(rows)
         self._buffer.append(rows)
         self._buffered += len(rows)
@@ -112,21 +112,21 @@ class GroupStatistics:
             self.flush()
 
     def _split(self, rows: Tensor) -> Tensor:
-        """Hold back a run of rows that starts at another place in each batch."""
-        size = len(rows) // HELD_BACK
+        """Hold out a run of rows that starts at another place in each batch."""
+        size = len(rows) // HELD_OUT
         # steps of the golden ratio spread the starts evenly whatever the number of batches
         start = int((self._batches * 0.6180339887) % 1 * (len(rows) - size))
         self._batches += 1
         held = rows[start : start + size]
-        if size and self.held_sum is not None:
-            self.held.add(held)
-            self.held_sum.addmm_(held.t(), held)
+        if size and self.held_out_sum is not None:
+            self.held_out.add(held)
+            self.held_out_sum.addmm_(held.t(), held)
             self.tokens += torch.bincount(self._route(held), minlength=self.experts).cpu()
         return torch.cat([rows[:start], rows[start + size :]])
 
     def _route(self, rows: Tensor) -> Tensor:
         assert self.router is not None
-        return route(rows, *self.router)
+        return self.router.route(rows)
 
     def flush(self) -> None:
         """Add the buffered rows to the sums; call once more at the end."""
@@ -154,8 +154,8 @@ class GroupStatistics:
     def total(self) -> Tensor:
         """Mean of x x^T over all rows [in, in]."""
         total = self.sums.sum(dim=0)
-        if self.held_sum is not None:
-            total += self.held_sum
+        if self.held_out_sum is not None:
+            total += self.held_out_sum
         return total / max(1, int(self.tokens.sum()))
 
     def mean_inputs(self) -> Tensor:

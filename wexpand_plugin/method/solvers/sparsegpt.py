@@ -14,55 +14,16 @@ U comes from one Cholesky factorisation: with J the reversal of rows, J H J = L 
 H^-1 = U^T U for U = J L^-1 J, which is upper triangular.
 """
 
-import re
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ...errors import WexpandError
+from ..masks import MaskStructure
 
-__all__ = ["MaskStructure", "chunk_size", "inverse_factor", "solve"]
+__all__ = ["chunk_size", "inverse_factor", "solve"]
 
 SUB_BLOCK = 32
 DAMPING_TRIES = 6
-
-
-@dataclass(frozen=True)
-class MaskStructure:
-    """Which weights may be pruned together.
-
-    `unstructured`: one threshold per column block over all rows of a linear, as upstream;
-    `row`: every row keeps the same number of weights in each column block;
-    `n:m`: n of every m consecutive columns are pruned (2:4 keeps 2 of 4).
-    """
-
-    kind: str
-    n: int = 0
-    m: int = 0
-
-    @classmethod
-    def parse(cls, value: str | int) -> "MaskStructure":
-        """From a recipe value: "unstructured" (or "0:0", as in llm-compressor), "row", or "N:M".
-
-        YAML reads an unquoted 2:4 as the base-60 integer 124, so integers are read back as
-        minutes:seconds.
-        """
-        text = f"{value // 60}:{value % 60}" if isinstance(value, int) else str(value).strip()
-        if text in ("unstructured", "0:0"):
-            return cls("unstructured")
-        if text == "row":
-            return cls("row")
-        found = re.fullmatch(r"(\d+):(\d+)", text)
-        if not found or not 0 < int(found[1]) < int(found[2]):
-            raise WexpandError(
-                f'mask_structure: {value!r} should be "unstructured", "row" or '
-                '"N:M" with 0 < N < M, for example "2:4"'
-            )
-        return cls("n:m", int(found[1]), int(found[2]))
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.kind == "n:m" else self.kind
 
 
 def inverse_factor(hessians: Tensor, dampening: float) -> Tensor:
@@ -106,9 +67,8 @@ def solve(
     linears: list[int] | None = None,
     block_size: int = 128,
     dampening: float = 0.01,
-    max_bytes: int = 512 << 20,
 ) -> Tensor:
-    """One sparse copy of `weight` per Hessian.
+    """One sparse copy of `weight` per Hessian. `chunk_size` says how many to solve at once.
 
     :param weight: [rows, in] of one linear, or of several that share their input, stacked
     :param hessians: [experts, in, in] float32, any positive scale (mean of x x^T over an expert's
@@ -118,8 +78,7 @@ def solve(
     :param linears: rows of each stacked linear; unstructured thresholds are taken within a linear
     :param block_size: columns per mask decision
     :param dampening: see `inverse_factor`
-    :param max_bytes: experts are solved in chunks whose float32 copies fit in this many bytes
-    :return: [experts, rows, in] in the dtype of `weight`, zeros where pruned
+    :return: [experts, rows, in] in the dtype of `weight`, +0.0 where pruned (and never -0.0)
     """
     rows, width = weight.shape
     linears = linears or [rows]
@@ -132,25 +91,29 @@ def solve(
                 )
     if isinstance(sparsity, Tensor) and structure.kind != "row":
         raise WexpandError(f"sparsity: one value per row needs mask_structure row, not {structure}")
-    chunk = chunk_size(rows, width, max_bytes)
-    solved = weight.new_empty(len(hessians), rows, width)
-    for first in range(0, len(hessians), chunk):
-        part = hessians[first : first + chunk]
-        dead = part.diagonal(dim1=1, dim2=2) == 0
-        columns = weight.t().float().repeat(len(part), 1, 1)
-        columns[dead] = 0
-        factor = inverse_factor(part.clone(), dampening)
-        _prune_columns(columns, factor, sparsity, structure, linears, block_size)
-        solved[first : first + chunk] = columns.transpose(1, 2)
-    return solved
+    dead = hessians.diagonal(dim1=1, dim2=2) == 0
+    columns = weight.t().float().repeat(len(hessians), 1, 1)
+    columns[dead] = 0
+    factor = inverse_factor(hessians.clone(), dampening)
+    _prune_columns(columns, factor, sparsity, structure, linears, block_size)
+    solved = weight.new_empty(len(hessians), rows, width).copy_(columns.transpose(1, 2))
+    return solved.add_(0.0)  # a value that underflows in `weight`'s dtype may have become -0.0
 
 
 def chunk_size(rows: int, width: int, max_bytes: int) -> int:
-    """How many experts to solve at once: a weight, a Hessian and four copies of it for each."""
+    """How many Hessians `solve` can take at once in `max_bytes` of working memory, at least 1:
+    a weight [rows, width], a Hessian and four copies of it for each, in float32."""
     return max(1, max_bytes // (4 * width * (rows + 5 * width)))
 
 
-def _prune_columns(columns, factor, sparsity, structure, linears, block_size) -> None:
+def _prune_columns(
+    columns: Tensor,
+    factor: Tensor,
+    sparsity: float | Tensor,
+    structure: MaskStructure,
+    linears: list[int],
+    block_size: int,
+) -> None:
     """The column loop, in place: `columns` [experts, in, rows], `factor` U [experts, in, in]."""
     width = columns.shape[1]
     sub_block = SUB_BLOCK - SUB_BLOCK % structure.m if structure.m else SUB_BLOCK
@@ -170,8 +133,8 @@ def _prune_columns(columns, factor, sparsity, structure, linears, block_size) ->
                 if structure.kind == "n:m" and i % structure.m == 0:
                     group = slice(i, i + structure.m)
                     cost = block[:, group].square() / d[:, group].square()
-                    least = cost.topk(structure.n, dim=1, largest=False).indices
-                    pruned[:, group].scatter_(1, least, True)
+                    lowest = cost.topk(structure.n, dim=1, largest=False).indices
+                    pruned[:, group].scatter_(1, lowest, True)
                 gone = pruned[:, i]
                 error = torch.where(gone, block[:, i], 0) / d[:, i]
                 block[:, i].masked_fill_(gone, 0)
@@ -187,7 +150,11 @@ def _prune_columns(columns, factor, sparsity, structure, linears, block_size) ->
 
 
 def _choose(
-    cost: Tensor, start: int, sparsity, structure: MaskStructure, linears: list[int]
+    cost: Tensor,
+    start: int,
+    sparsity: float | Tensor,
+    structure: MaskStructure,
+    linears: list[int],
 ) -> Tensor:
     """Which weights of one block to prune: booleans like `cost` [experts, columns, rows]."""
     experts, count, _ = cost.shape

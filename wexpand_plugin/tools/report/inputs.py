@@ -5,6 +5,7 @@ each time for as many input groups as fit into `MAX_BYTES`.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from ...errors import WexpandError, reason
 from ...format.model_dir import ModelDir
 from ...hf.hub import resolve
 from ...hf.names import module_tensor_names
+from ...method.inputs import record_inputs, token_rows
 from ...method.neurons import MIN_TOKENS
 from .data import Group, ReportData
 
-__all__ = ["DenseModel", "token_rows"]
+__all__ = ["DenseModel", "dataset_rows"]
 
 MAX_BYTES = 1 << 30
 
@@ -79,30 +81,19 @@ class DenseModel:
         :param progress: a tqdm bar, moved by one for each row and pass
         """
         for batch in self._passes(groups, sum(len(row) for row in rows)):
-            kept: dict[int, list[Tensor]] = {index: [] for index, _ in enumerate(batch)}
+            modules = [self.modules[group.linears[0]] for group in batch]
+            kept: list[list[Tensor]] = [[] for _ in batch]
+            with torch.no_grad():
+                for seen in record_inputs(modules, (partial(self._run, row) for row in rows)):
+                    for store, module in zip(kept, modules, strict=True):
+                        store.append(token_rows(seen[module], None).to("cpu"))
+                    if progress is not None:
+                        progress.update()
+            while kept:
+                yield batch[len(batch) - len(kept)], torch.cat(kept.pop(0))
 
-            def keep(index: int, store: dict[int, list[Tensor]] = kept):
-                def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                    x = arguments[0]
-                    store[index].append(x.reshape(-1, x.shape[-1]).to("cpu"))
-
-                return hook
-
-            handles = [
-                self.modules[group.linears[0]].register_forward_pre_hook(keep(index))
-                for index, group in enumerate(batch)
-            ]
-            try:
-                with torch.no_grad():
-                    for row in rows:
-                        self.model(input_ids=row[None].to(self.device), use_cache=False)
-                        if progress is not None:
-                            progress.update()
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for index, group in enumerate(batch):
-                yield group, torch.cat(kept.pop(index))
+    def _run(self, row: Tensor) -> None:
+        self.model(input_ids=row[None].to(self.device), use_cache=False)
 
     def passes(self, groups: Sequence[Group], tokens: int) -> int:
         """How often the model has to run over the text."""
@@ -123,7 +114,7 @@ class DenseModel:
             yield batch
 
 
-def token_rows(dataset: str, model: DenseModel, tokens: int, context: int) -> list[Tensor]:
+def dataset_rows(dataset: str, model: DenseModel, tokens: int, context: int) -> list[Tensor]:
     """About `tokens` token ids of a text file or data set, in rows of at most `context`.
 
     A data set may hold `input_ids` instead of text, for a model without a tokenizer.
@@ -147,7 +138,10 @@ def token_rows(dataset: str, model: DenseModel, tokens: int, context: int) -> li
     )
     rows: list[Tensor] = []
     left = tokens
-    for ids in data["input_ids"]:
+    for given in data:
+        ids = given["input_ids"]
+        real = given.get("attention_mask") or [1] * len(ids)  # padding is no text
+        ids = [token for token, counts in zip(ids, real, strict=True) if counts]
         row = torch.tensor(ids[: min(longest or len(ids), left)], dtype=torch.int64)
         if len(row):
             rows.append(row)

@@ -18,7 +18,7 @@ from ...kernels.reference import multiply
 from ...method.neurons import wasserstein_distance, wasserstein_neurons
 from .baseline import Baseline, shared_base
 from .data import ReportData
-from .inputs import DenseModel, token_rows
+from .inputs import DenseModel, dataset_rows
 
 __all__ = ["Distribution", "Measured", "Measurement", "measure", "r_squared"]
 
@@ -102,7 +102,7 @@ def measure(
 
     given = None if baseline is None else Baseline(baseline)
     model = DenseModel(dense, data)
-    rows = token_rows(dataset, model, tokens, context)
+    rows = dataset_rows(dataset, model, tokens, context)
     ours = ModelDir(data.directory)
     found: dict[str, Measured] = {}
     total = model.passes(data.groups, sum(len(row) for row in rows)) * len(rows)

@@ -1,18 +1,18 @@
-"""What should bytes be spent on? Scores at equal bytes, by held-out loss.
+"""What should bytes be spent on? The recipe's `allocate_by` at equal bytes, by held-out loss.
 
-    python -m evals.scores [--sparsity 0.8 ...] [--budget 1.0 ...] [--score gain ...] [--seeds 3]
-                           [--path full] [--single 0.74 ...] [--model evals/pocket/model]
-                           [--dataset pocket] [--json FILE]
+    python -m evals.allocation [--sparsity 0.8 ...] [--budget 1.0 ...] [--allocate-by gain ...]
+                               [--seeds 3] [--path full] [--single 0.74 ...] [--dataset pocket]
+                               [--model evals/pocket/model] [--json FILE]
 
 The MLP linears of the model are expanded with 16 experts (`evals.expansion`: solved once for each
-sparsity and seed, then allocated for every budget and score over the whole model) and the held-out
+sparsity and seed, then allocated for every budget and rule over the whole model) and the held-out
 loss is measured. A seed decides the calibration text, the clusters and, for `random`, the neurons.
 Beside each loss stands the share of full expansion's gain that it recovers, (SparseGPT - loss) /
 (SparseGPT - full) with the SparseGPT (one expert) and full expansion of the same seed and sparsity,
 and the bytes stored and read by a token over dense.
 
 Later linears are calibrated on fully expanded earlier ones, as by the recipe (`budget_scope:
-model`), which favours no score. `--path budget` calibrates on earlier ones within the budget.
+model`), which favours no rule. `--path budget` calibrates on earlier ones within the budget.
 
 `--single` adds plain SparseGPT, one expert, at other sparsities: what the bytes that a token reads
 buy without experts.
@@ -36,7 +36,7 @@ from evals.pocket import MODEL, corpus
 
 __all__ = ["summary", "training_texts"]
 
-SCORES = ("gain", "wasserstein", "gain_wasserstein", "kurtosis", "random")
+RULES = ("gain", "wasserstein", "gain_wasserstein", "kurtosis", "random")
 CONTEXT = 256
 
 
@@ -95,24 +95,22 @@ class Bench:
 
         from evals.expansion import expand_network, install, reallocate, sizes
         from wexpand_plugin.errors import WexpandError
-        from wexpand_plugin.method.candidates import Settings
-        from wexpand_plugin.method.solvers.sparsegpt import MaskStructure
+        from wexpand_plugin.method.settings import Settings
 
         first, network = wanted[0], self.network()
         settings = Settings(
-            sparsity=first["sparsity"], structure=MaskStructure.parse("row"),
-            num_experts=first["num_experts"], size_budget=first.get("size_budget"),
-            seed=first["seed"],
+            sparsity=first["sparsity"], num_experts=first["num_experts"],
+            size_budget=first.get("size_budget"), seed=first["seed"],
         )  # fmt: skip
-        scores = list(dict.fromkeys(cell["score"] for cell in wanted if "score" in cell))
+        rules = list(dict.fromkeys(c["allocate_by"] for c in wanted if "allocate_by" in c))
         expanded = expand_network(
-            network, self.rows(first["seed"]), settings, scores, first.get("path", "full")
+            network, self.rows(first["seed"]), settings, rules, first.get("path", "full")
         )
         for cell in wanted:
             pools = [linear.pool for linear in expanded]
-            if "score" in cell:
+            if "allocate_by" in cell:
                 try:
-                    pools = reallocate(expanded, cell["size_budget"], cell["score"])
+                    pools = reallocate(expanded, cell["size_budget"], cell["allocate_by"])
                 except WexpandError as error:
                     print(f"    left out: {error}", flush=True)
                     continue
@@ -177,12 +175,12 @@ def add(file: Path, content: dict[str, Any], fresh: list[dict[str, Any]]) -> lis
 
 
 def main(
-    json_file: Annotated[Path, typer.Option("--json")] = Path("evals/results/scores.json"),
+    json_file: Annotated[Path, typer.Option("--json")] = Path("evals/results/allocate_by.json"),
     model: Annotated[str, typer.Option(help="Model directory or id.")] = str(MODEL),
     dataset: Annotated[str, typer.Option(help="pocket, or a JSON list of texts.")] = "pocket",
     sparsity: Annotated[list[float] | None, typer.Option(help="0.7 0.8 0.9")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="0.5 0.75 1.0 1.5")] = None,
-    score: Annotated[list[str] | None, typer.Option(help=", ".join(SCORES))] = None,
+    allocate_by: Annotated[list[str] | None, typer.Option(help=", ".join(RULES))] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     experts: Annotated[int, typer.Option(min=2)] = 16,
     path: Annotated[str, typer.Option(help="full or budget")] = "full",
@@ -190,10 +188,10 @@ def main(
     calibration: Annotated[int, typer.Option(help="Calibration tokens.")] = 32768,
     tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 32768,
 ) -> None:
-    """Compare scores at equal bytes."""
+    """Compare what bytes are spent on, at equal bytes."""
     bench = Bench(model, dataset, calibration, tokens)
     content = {
-        "command": "python -m evals.scores", "model": label(model),
+        "command": "python -m evals.allocation", "model": label(model),
         "dataset": Path(dataset).name, "calibration_tokens": calibration, "held_out_tokens": tokens,
     }  # fmt: skip
     levels = sparsity or ([] if single else [0.7, 0.8, 0.9])
@@ -201,8 +199,16 @@ def main(
         common = {"sparsity": level, "seed": seed}
         sweeps: list[list[dict[str, Any]]] = [[{**common, "num_experts": 1}]]
         grid = [
-            {**common, "num_experts": experts, "size_budget": size, "score": name, "path": path}
-            for size, name in itertools.product(budget or [0.5, 0.75, 1.0, 1.5], score or SCORES)
+            {
+                **common,
+                "num_experts": experts,
+                "size_budget": size,
+                "allocate_by": name,
+                "path": path,
+            }
+            for size, name in itertools.product(
+                budget or [0.5, 0.75, 1.0, 1.5], allocate_by or RULES
+            )
         ]
         if level in levels:
             sweeps.append([{**common, "num_experts": experts}])

@@ -1,0 +1,155 @@
+"""`expand_group` from end to end, on tensors alone: no model, no host, no file."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from weigh import Weigh
+
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.method.group import expand_group
+from wexpand_plugin.method.masks import MaskStructure
+from wexpand_plugin.method.settings import Settings
+from wexpand_plugin.method.solvers.sparsegpt import solve
+from wexpand_plugin.method.statistics import GroupStatistics
+
+
+class Batches(list[Tensor]):
+    """Batches in memory; remembers which were asked for."""
+
+    def __call__(self, numbers=None):
+        numbers = list(range(len(self)) if numbers is None else numbers)
+        self.asked = [*getattr(self, "asked", []), *numbers]
+        return (self[number] for number in numbers)
+
+
+def batches(count: int = 20, width: int = 24) -> Batches:
+    """Inputs around three centres, each with directions of its own."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(3, width, generator=generator)
+    size = torch.randn(3, width, generator=generator).exp()
+    which = torch.randint(3, (count, 64), generator=generator)
+    noise = torch.randn(count, 64, width, generator=generator)
+    return Batches((centres[which] + noise * size[which]).unbind())
+
+
+WEIGHTS = [torch.randn(n, 24, generator=torch.Generator().manual_seed(n)) for n in (10, 14)]
+BIASES = [torch.ones(10), None]
+
+
+def settings(**values) -> Settings:
+    return Settings(**{"sparsity": 0.5, "num_experts": 3, "stored_bytes": Weigh()} | values)
+
+
+def true_error(weight: Tensor, experts: Tensor, inputs: Tensor, labels: Tensor) -> float:
+    """The relative error of the outputs, one token after another."""
+    dense = inputs @ weight.t()
+    sparse = torch.stack([experts[e] @ x for x, e in zip(inputs, labels.tolist(), strict=True)])
+    return float((sparse - dense).norm() / dense.norm())
+
+
+def test_full_expansion_stores_what_it_calibrates_with():
+    inputs = batches()
+    found = expand_group(WEIGHTS, BIASES, inputs, settings())
+    rows = torch.cat(inputs)
+    labels = found.router.route(rows)
+    assert found.tokens.tolist() == torch.bincount(labels, minlength=3).tolist()
+    for weight, linear in zip(WEIGHTS, found.linears, strict=True):
+        assert linear.stored is linear.calibrating and linear.candidates is None
+        experts = linear.stored.dense()
+        assert experts.shape == (3, *weight.shape)
+        assert (experts == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+        # measured on a sample of 1024 of the 1280 rows
+        expected = true_error(weight, experts, rows, labels)
+        assert linear.stored.error == pytest.approx(expected, rel=0.05)
+        plain = solve(weight, (rows.t() @ rows)[None], 0.5, MaskStructure.parse("row"))
+        assert linear.stored.error < true_error(weight, plain, rows, 0 * labels)
+
+
+def test_one_expert_is_sparsegpt():
+    inputs = batches()
+    found = expand_group(WEIGHTS, BIASES, inputs, settings(num_experts=1))
+    rows = torch.cat(inputs)
+    assert found.router is None and found.tokens.tolist() == [len(rows)]
+    known = GroupStatistics(24, None)
+    known.add(rows)
+    again = expand_group(WEIGHTS, BIASES, Batches(), settings(num_experts=1), known)
+    for weight, one, other in zip(WEIGHTS, found.linears, again.linears, strict=True):
+        hessian = (rows.t() @ rows / len(rows))[None]
+        plain = solve(weight, hessian, 0.5, MaskStructure.parse("row"))
+        for linear in (one, other):
+            torch.testing.assert_close(linear.stored.dense(), plain, atol=1e-4, rtol=0)
+        expected = true_error(weight, plain, rows, torch.zeros(len(rows), dtype=torch.int64))
+        assert one.stored.error == pytest.approx(expected, rel=0.05)
+
+
+def spent(linear, out_features: int) -> int:
+    kept = (linear.stored.rows != 0).sum(dim=1)
+    return int(Weigh().row(kept, 24).sum()) + Weigh().fixed(out_features, 24, 3)
+
+
+@pytest.mark.parametrize("budget", [1.2, 1.6])
+def test_a_layer_budget_is_met_by_each_linear(budget):
+    values = dict(size_budget=budget, budget_scope="layer")
+    found = expand_group(WEIGHTS, BIASES, batches(), settings(**values))
+    for weight, linear in zip(WEIGHTS, found.linears, strict=True):
+        assert linear.candidates is None and linear.stored is linear.calibrating
+        assert spent(linear, len(weight)) <= budget * 2 * weight.numel()
+
+
+def test_with_a_model_budget_nothing_is_stored_yet():
+    kept = []
+
+    def keep(rows):
+        kept.append(len(rows))
+        return rows
+
+    values = dict(size_budget=1.3, keep=keep)
+    inputs = batches()
+    found = expand_group(WEIGHTS, BIASES, inputs, settings(**values))
+    other = expand_group(WEIGHTS, BIASES, inputs, settings(size_budget=1.3, shortlist=()))
+    rows = torch.cat(inputs)
+    labels = found.router.route(rows)
+    for weight, linear, everything in zip(WEIGHTS, found.linears, other.linears, strict=True):
+        assert linear.stored is None and linear.candidates is not None
+        assert len(linear.calibrating.rows) == 3 * len(weight), "calibrates on full expansion"
+        assert len(everything.candidates.rows) == 5 * len(weight)
+        # in closed form on the rows that were not held out
+        for versions in (linear.calibrating, linear.candidates.base()):
+            expected = true_error(weight, versions.dense(), rows, labels)
+            assert versions.error == pytest.approx(expected, rel=0.05)
+    assert kept == [len(linear.candidates.rows) for linear in found.linears]
+
+
+def test_batches_are_sampled_with_a_stride_until_there_are_rows_enough():
+    inputs = batches(40)
+    expand_group(WEIGHTS, BIASES, inputs, settings(router_samples=600))
+    assert inputs.asked == [*range(0, 40, 5), *range(1, 40, 5), *range(40)]
+
+
+def test_what_cannot_be_expanded_is_said():
+    broken = batches()
+    broken[3][5, 5] = torch.nan
+    for experts in (1, 3):
+        with pytest.raises(WexpandError, match="NaN"):
+            expand_group(WEIGHTS, BIASES, broken, settings(num_experts=experts))
+    short = Batches(rows[:7] for rows in batches())
+    with pytest.raises(WexpandError, match="sequences of 16 or more"):
+        expand_group(WEIGHTS, BIASES, short, settings(size_budget=1.0))
+    with pytest.raises(WexpandError, match="below .* the size of the base versions"):
+        expand_group(WEIGHTS, BIASES, batches(), settings(size_budget=0.1, budget_scope="layer"))
+
+
+def test_the_method_needs_no_host_and_no_other_room():
+    code = (
+        "import sys, pkgutil, importlib, wexpand_plugin.method as m\n"
+        "for found in pkgutil.walk_packages(m.__path__, 'wexpand_plugin.method.'):\n"
+        "    importlib.import_module(found.name)\n"
+        "rooms = {n.split('.')[1] for n in sys.modules if n.startswith('wexpand_plugin.')}\n"
+        "hosts = {'llmcompressor', 'transformers', 'safetensors', 'sklearn', 'scipy', 'vllm'}\n"
+        "print(sorted(rooms), sorted(hosts & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['errors', 'method'] []"

@@ -1,0 +1,37 @@
+"""Settings: impossible values are refused by the recipe key's name."""
+
+import re
+
+import pytest
+
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.method.settings import Settings
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        (dict(sparsity=1.5), "sparsity: 1.5 should be between 0 and 1"),
+        (dict(sparsity=0.6, mask_structure="2:4"), "sparsity: 0.6 should be 0.5"),
+        (dict(mask_structure="2:4", block_size=30), "block_size: 30 should be a multiple of 4"),
+        (dict(mask_structure="4:2"), "mask_structure"),
+        (dict(num_experts=0), "num_experts: 0 should be at least 1"),
+        (dict(num_experts=257), "num_experts: 257 should be at most 256"),
+        (dict(router_dims=0), "router_dims: 0 should be at least 1, or null"),
+        (dict(allocate_by="luck"), "allocate_by: 'luck' should be one of gain, wasserstein"),
+        (dict(budget_scope="planet"), 'budget_scope: \'planet\' should be "layer" or "model"'),
+        (dict(num_experts=1, size_budget=1.0), "size_budget: 1.0 should be null"),
+        (dict(size_budget=0.0), "size_budget: 0.0 should be above 0"),
+        (dict(dampening_frac=0.0), "dampening_frac"),
+        (dict(shrinkage=-1.0), "shrinkage"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(values, message):
+    with pytest.raises(WexpandError, match=re.escape(message)):
+        Settings(**({"sparsity": 0.5} | values))
+
+
+def test_what_can_be():
+    assert str(Settings(0.5, mask_structure="0:0", num_experts=256).structure) == "unstructured"
+    with pytest.raises(WexpandError, match="stored_bytes"):
+        Settings(0.5, size_budget=1.0).version_bytes(8, 8)

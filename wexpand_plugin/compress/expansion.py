@@ -1,0 +1,133 @@
+"""The method applied to a model: blocks are expanded one by one, then all of them share a budget.
+
+Inputs come from replaying a block (`replay`); what the method finds for an input group
+(`method.group.expand_group`) takes the place of the group's linears.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loguru import logger
+from torch import nn
+from tqdm import tqdm
+
+from ..errors import WexpandError
+from ..hf.linear import RoutedLinear
+from ..method.candidates import Candidates, allocate_model
+from ..method.group import expand_group
+from ..method.inputs import InputGroup
+from ..method.settings import Settings
+from ..method.statistics import GroupStatistics
+from .replay import BlockReplay, ReplayedInputs
+from .rows import packed, replace_linear, settings_for
+
+__all__ = ["Target", "allocate_targets", "expand_block"]
+
+
+@dataclass
+class Target:
+    """A targeted linear, and what has become of it."""
+
+    linear: nn.Linear | None
+    """the dense one, until it is replaced"""
+    block: str
+    """name of its block"""
+    depth_weight: float
+    """share of the model's blocks that an error of the linear reaches: its own and later ones"""
+    routed: RoutedLinear | None = None
+    """what has replaced it"""
+    group: str = ""
+    """label of its input group, once replaced"""
+    candidates: Candidates | None = None
+    """what a model-wide budget has yet to choose from"""
+
+
+def expand_block(
+    model: nn.Module, targets: Mapping[str, Target], replay: BlockReplay, settings: Settings
+) -> None:
+    """Replace the `targets` of one block, group by group, calibrated by `replay`.
+
+    Until they are dematerialised, the new linears compute with what calibrates later ones.
+    """
+    groups = replay.groups({n: t.linear for n, t in targets.items() if t.linear is not None})
+    # one expert is plain SparseGPT, as llm-compressor does it: all groups on dense inputs
+    known = _dense_statistics(groups, replay, settings) if settings.num_experts == 1 else {}
+    for group in tqdm(groups, "Expanding", leave=False):
+        start, first = time.perf_counter(), group.linears[0]
+        weights = [linear.weight.detach() for linear in group.linears]
+        biases = [None if m.bias is None else m.bias.detach() for m in group.linears]
+        try:
+            result = expand_group(
+                weights, biases, ReplayedInputs(replay, first),
+                settings_for(weights[0].dtype, settings), known.get(first),
+            )  # fmt: skip
+        except WexpandError as error:
+            raise WexpandError(f"{group.label}: {error}") from None
+        tokens, errors, which = result.tokens, [], ""
+        for name, linear, found in zip(group.names, group.linears, result.linears, strict=True):
+            target, stored = targets[name], found.stored
+            if stored is None:
+                # until the budget's choice, the base versions stand for what will be stored
+                assert found.candidates is not None
+                stored, which = found.candidates.base(), " (full expansion, for calibration)"
+            target.routed = replace_linear(
+                model, name, linear, packed(stored), result.router, group=group.names[0],
+                tokens=tokens.tolist(),
+            )  # fmt: skip
+            target.linear, target.group = None, group.label
+            target.candidates = found.candidates
+            # until the block has been propagated and its other groups have been replayed
+            target.routed.materialise(found.calibrating.dense())
+            errors.append(f"{found.calibrating.error:.3f}")
+        logger.info(
+            f"{group.label}: {settings.num_experts} experts, tokens per expert "
+            f"{int(tokens.min())}/{int(tokens.median())}/{int(tokens.max())} (min/median/max), "
+            f"relative error {', '.join(errors)}{which}, {time.perf_counter() - start:.1f} s"
+        )
+
+
+def _dense_statistics(
+    groups: list[InputGroup], replay: BlockReplay, settings: Settings
+) -> dict[nn.Module, GroupStatistics]:
+    """The statistics of all groups, by their first linears, from one replay of all batches."""
+    found: dict[nn.Module, GroupStatistics] = {}
+    for group in groups:
+        weight = group.linears[0].weight
+        found[group.linears[0]] = GroupStatistics(
+            weight.shape[1], None, seed=settings.seed, device=weight.device
+        )
+    for inputs in replay.inputs(list(found)):
+        for linear, rows in inputs.items():
+            found[linear].add(rows)
+    for statistics in found.values():
+        statistics.flush()
+    return found
+
+
+def allocate_targets(model: nn.Module, targets: Mapping[str, Target], settings: Settings) -> None:
+    """Spend a model-wide budget over all targets that have candidates; says what is stored."""
+    waiting = {n: (t, t.candidates) for n, t in targets.items() if t.candidates is not None}
+    budget = 0.0
+    for target, _ in waiting.values():
+        assert target.routed is not None
+        out_features, in_features = target.routed.out_features, target.routed.in_features
+        own = settings_for(target.routed.dtype, settings)
+        budget += own.version_bytes(out_features, in_features)
+    allocations = allocate_model(
+        [candidates for _, candidates in waiting.values()],
+        [target.depth_weight for target, _ in waiting.values()],
+        budget,
+    )
+    errors: dict[str, list[str]] = {}
+    for (name, (target, candidates)), allocation in zip(waiting.items(), allocations, strict=True):
+        assert target.routed is not None
+        old, stored = target.routed, candidates.select(allocation.use)
+        new = replace_linear(
+            model, name, old, packed(stored), old.router, group=old.group, tokens=old.tokens
+        )
+        target.routed, target.candidates = new, None
+        share = new.stored_bytes() / new.dense_bytes()
+        errors.setdefault(target.group, []).append(f"{stored.error:.3f} ({share:.2f} of dense)")
+    for label, found in errors.items():
+        logger.info(f"{label}: stored with relative error {', '.join(found)}")

@@ -1,0 +1,115 @@
+"""How to expand: the values of a recipe, each with its one default, and what makes them impossible.
+
+`SparseExpansionModifier` explains the keys to users and takes its defaults from here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..errors import WexpandError
+from .allocation import ALLOCATE_BY
+from .masks import MaskStructure
+from .versions import Rows, StoredBytes
+
+__all__ = ["MAX_EXPERTS", "Settings"]
+
+MAX_EXPERTS = 256
+"""A row map has one byte for each expert and neuron."""
+
+
+def _as_it_is(rows: Tensor) -> Rows:
+    return rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to expand an input group.
+
+    :raises WexpandError: a value that cannot be, by its key, with what would be right
+    """
+
+    sparsity: float
+    mask_structure: str = "row"
+    """see `MaskStructure.parse`"""
+    num_experts: int = 16
+    size_budget: float | None = None
+    """bytes stored over dense bytes; None stores every expert in full"""
+    budget_scope: str = "model"
+    """"layer" or "model": whether each linear meets the budget, or all of them together"""
+    allocate_by: str = "gain"
+    """one of ALLOCATE_BY"""
+    share_versions: bool = True
+    """whether similar experts may share a version, or have their own or the base version only"""
+    block_size: int = 128
+    dampening_frac: float = 0.01
+    shrinkage: float = 0.03
+    router_dims: int | None = None
+    router_samples: int = 8192
+    router_restarts: int = 3
+    seed: int = 0
+    max_bytes: int = 512 << 20
+    """working memory of the solver beside Hessians and results"""
+
+    # no recipe keys
+    stored_bytes: StoredBytes | None = None
+    """what things weigh; needed with a size_budget"""
+    keep: Callable[[Tensor], Rows] = _as_it_is
+    """packs the candidates that wait for a model-wide budget"""
+    shortlist: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Times its share of a model-wide budget: a linear may choose again from what it would be
+    granted at one of these; () is from everything. Bounds what is kept; more bytes grant other
+    versions, not only further ones."""
+    structure: MaskStructure = field(init=False)
+
+    def __post_init__(self) -> None:
+        structure = MaskStructure.parse(self.mask_structure)
+        object.__setattr__(self, "structure", structure)
+        if not 0 < self.sparsity < 1:
+            self._refuse("sparsity", "between 0 and 1, both excluded")
+        if structure.m:
+            if abs(self.sparsity - structure.n / structure.m) > 1e-6:
+                right = f"{structure.n / structure.m} for mask_structure {structure}"
+                self._refuse("sparsity", right)
+            if self.block_size % structure.m:
+                right = f"a multiple of {structure.m} for mask_structure {structure}"
+                self._refuse("block_size", right)
+        for key in ("num_experts", "block_size", "router_samples", "router_restarts", "max_bytes"):
+            if getattr(self, key) < 1:
+                self._refuse(key, "at least 1")
+        if self.num_experts > MAX_EXPERTS:
+            self._refuse("num_experts", f"at most {MAX_EXPERTS}")
+        if self.router_dims is not None and self.router_dims < 1:
+            self._refuse("router_dims", "at least 1, or null")
+        if self.budget_scope not in ("layer", "model"):
+            self._refuse("budget_scope", '"layer" or "model"')
+        if self.allocate_by not in ALLOCATE_BY:
+            self._refuse("allocate_by", f"one of {', '.join(ALLOCATE_BY)}")
+        if self.dampening_frac <= 0:
+            self._refuse("dampening_frac", "above 0")
+        if self.shrinkage < 0:
+            self._refuse("shrinkage", "0 or above")
+        if self.size_budget is not None:
+            if self.num_experts == 1:
+                self._refuse("size_budget", "null: with one expert there is nothing to allocate")
+            if self.size_budget <= 0:
+                self._refuse("size_budget", "above 0, or null for full expansion")
+
+    def _refuse(self, key: str, right: str) -> None:
+        raise WexpandError(f"{key}: {getattr(self, key)!r} should be {right}")
+
+    @property
+    def weighs(self) -> StoredBytes:
+        """`stored_bytes`, which a budget cannot do without."""
+        if self.stored_bytes is None:
+            raise WexpandError("size_budget: settings say no stored_bytes to count by")
+        return self.stored_bytes
+
+    def version_bytes(self, out_features: int, in_features: int) -> float:
+        """Bytes that `size_budget` leaves for the row versions of a linear."""
+        assert self.size_budget is not None
+        dense = self.weighs.dense(out_features, in_features)
+        return self.size_budget * dense - self.weighs.fixed(
+            out_features, in_features, self.num_experts
+        )
