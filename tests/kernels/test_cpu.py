@@ -24,7 +24,7 @@ from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.kernels import LayerShape, build, cpu
 
 CPU = torch.device("cpu")
-SHAPE = LayerShape(in_features=64, out_features=32, experts=4, sparsity=0.5)
+SHAPE = LayerShape(64, 32, experts=4, sparsity=0.5)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # relative to the largest output; x and weights are drawn so that no sum is far below the others
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}

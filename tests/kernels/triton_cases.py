@@ -29,7 +29,7 @@ def run(pool, x, chosen):
 
 
 def test_is_available():
-    shape = LayerShape(in_features=64, out_features=32, experts=4, sparsity=0.5)
+    shape = LayerShape(64, 32, experts=4, sparsity=0.5)
     assert kernel.unavailable(DEVICE, torch.bfloat16, shape) is None
     assert "float64" in kernel.unavailable(DEVICE, torch.float64, shape)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import WexpandError
 from ..format.rowpool import RowPool
+from ..format.values import ValueCodec
 
 if TYPE_CHECKING:
     from . import cpu, reference, triton
@@ -33,12 +34,15 @@ class LayerShape(NamedTuple):
     experts: int
     sparsity: float
     """share of the weights that are not kept"""
+    codec: ValueCodec | None = None
+    """of integer values; None for floats, which take the dtype that is computed in"""
 
     @classmethod
     def of(cls, pool: RowPool) -> "LayerShape":
         """The shape of a layer with this row pool."""
         sparsity = 1 - pool.nnz / (pool.versions * pool.in_features)
-        return cls(pool.in_features, pool.out_features, pool.experts, sparsity)
+        codec = pool.codec if pool.codec.scaled else None
+        return cls(pool.in_features, pool.out_features, pool.experts, sparsity, codec)
 
 
 class Kernel(Protocol):

@@ -85,6 +85,8 @@ def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> 
     """Why this kernel cannot run on `device` for `dtype`, or None. Compiles on the first call."""
     if device.type != "cpu":
         return f"runs on cpu, not on {device.type}"
+    if shape.codec:
+        return f"has no {shape.codec.name} values"
     if dtype not in TYPES:
         return f"{dtype} is not float32, bfloat16 or float16"
     return _problem()

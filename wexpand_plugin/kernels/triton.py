@@ -81,6 +81,8 @@ def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> 
 
     With TRITON_INTERPRET=1 it runs on the CPU, in Triton's interpreter: slow, made for tests.
     """
+    if shape.codec:
+        return f"has no {shape.codec.name} values"
     if dtype not in DTYPES:
         return f"{dtype} is not bfloat16, float16 or float32"
     try:
