@@ -60,7 +60,7 @@ def alternate(
             break
         for name, call in calls.items():
             times[name].append(timed(call, i))
-    return {name: _timing(values) for name, values in times.items()}
+    return {name: summary(values) for name, values in times.items()}
 
 
 def _seconds(call: Callable[[int], object], i: int) -> float:
@@ -78,7 +78,7 @@ def _seconds_on_gpu(call: Callable[[int], object], i: int) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _timing(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Timing(median, low, high, min(values), len(values))
 

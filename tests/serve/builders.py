@@ -7,34 +7,38 @@ import torch
 from torch import Tensor
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
-from wexpand_plugin.format.checkpoint import LinearEntry, WexpandConfig, checksum
 
-from wexpand_plugin.format.router import Router
-from wexpand_plugin.format.rowpool import RowPool, pack_rows
+from wexpand_plugin.format.config import CheckpointConfig, GroupEntry, LinearEntry
+from wexpand_plugin.format.router import StoredRouter
+from wexpand_plugin.format.rowpool import RowPool
+from wexpand_plugin.format.values import codec
 from wexpand_plugin.method.clusters import rounded
-from wexpand_plugin.serve.config import WexpandServeConfig
+from wexpand_plugin.serve.config import WexpandConfig
 
 QKV = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
 GATE_UP = {"gate_proj": 0, "up_proj": 1}
 PACKED = {"qkv_proj": list(QKV), "gate_up_proj": list(GATE_UP)}
 
 
-def random_router(experts: int, width: int) -> Router:
-    router = Router(torch.randn(experts, width), torch.randn(experts) / 4)
+def random_router(experts: int, width: int) -> StoredRouter:
+    router = StoredRouter(torch.randn(experts, width), torch.randn(experts) / 4)
     return rounded(router, torch.zeros(width))
 
 
-def random_pool(experts: int, out: int, width: int, dtype=torch.float32) -> RowPool:
+def random_pool(
+    experts: int, out: int, width: int, dtype=torch.float32, values: str | None = None
+) -> RowPool:
     """Random masks at about 70% sparsity, rows shared between some experts, one row empty."""
-    versions = out + (out // 2 if experts > 1 else 0)
+    row_map = torch.zeros(experts, out, dtype=torch.uint8)
+    if experts > 1:
+        # every second neuron has two versions, and some expert uses the second
+        row_map[:, ::2] = torch.randint(2, (experts, len(row_map[0, ::2])), dtype=torch.uint8)
+        row_map[-1, ::2] = 1
+    versions = int((row_map.amax(dim=0).long() + 1).sum())
     rows = torch.randn(versions, width, dtype=dtype) / width**0.5
     rows[torch.rand(versions, width) < 0.7] = 0
     rows[0] = 0
-    row_map = torch.cat(
-        [torch.arange(out)[None], torch.randint(versions, (experts - 1, out))], dim=0
-    )
-    row_map[-1, torch.randperm(out)[: versions - out]] = torch.arange(out, versions)
-    return pack_rows(rows, row_map)
+    return RowPool.pack(rows, row_map, codec=codec(values, 8) if values else None)
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Linear:
 
     name: str
     pool: RowPool | None = None
-    router: Router | None = None
+    router: StoredRouter | None = None
     bias: Tensor | None = None
     dense: Tensor | None = None
 
@@ -52,11 +56,13 @@ class Linear:
         if self.pool is None:
             found = {"weight": self.dense}
         else:
-            found = {
+            parts = {
                 "weight": self.pool.values,
                 "weight_mask": self.pool.mask,
+                "weight_scale": self.pool.scale,
                 "row_map": self.pool.row_map,
             }
+            found = {kind: part for kind, part in parts.items() if part is not None}
         if self.router is not None:
             found |= {"router_weight": self.router.weight, "router_bias": self.router.bias}
         if self.bias is not None:
@@ -87,17 +93,10 @@ class Checkpoint:
     def __post_init__(self):
         for linear in self.linears:
             self.tensors |= {f"{linear.name}.{k}": v for k, v in linear.tensors().items()}
-        self.config = WexpandConfig(
-            linears={
-                linear.name: LinearEntry.of(linear.pool, linear.bias is not None)
-                for linear in self.linears
-                if linear.pool is not None
-            },
-            checksums={name: checksum(tensor) for name, tensor in self.tensors.items()},
-        ).seal()
+        self.config = CheckpointConfig(groups=groups_of(self.linears)).seal()
 
-    def quant_config(self) -> WexpandServeConfig:
-        config = WexpandServeConfig.from_config(self.config.model_dump())
+    def quant_config(self) -> WexpandConfig:
+        config = WexpandConfig.from_config(self.config.model_dump(mode="json"))
         config.packed_modules_mapping = PACKED
         return config
 
@@ -114,6 +113,21 @@ class Checkpoint:
             else:
                 parameter.weight_loader(parameter, tensor)
         layer.quant_method.process_weights_after_loading(layer)
+
+
+def groups_of(linears: list[Linear]) -> list[GroupEntry]:
+    """Linears with the same router are one input group."""
+    groups: dict[object, dict[str, LinearEntry]] = {}
+    for linear in linears:
+        if linear.pool is not None:
+            entry = LinearEntry.of(linear.pool, linear.bias is not None, torch.float32)
+            key = linear.name if linear.router is None else id(linear.router)
+            groups.setdefault(key, {})[linear.name] = entry
+    return [
+        GroupEntry(in_features=first.in_features, experts=first.experts, linears=group)
+        for group in groups.values()
+        for first in [next(iter(group.values()))]
+    ]
 
 
 def run(layer, x: Tensor) -> Tensor:

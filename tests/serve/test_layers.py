@@ -1,10 +1,14 @@
 """vLLM's linear layers filled with expanded linears: loading, the forward, tensor parallel."""
 
+import functools
+from types import SimpleNamespace
+
 import builders
 import pytest
 import torch
 from builders import GATE_UP, QKV, Checkpoint, Linear, as_rank, random_pool, random_router, run
 from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
@@ -13,15 +17,17 @@ from vllm.model_executor.layers.linear import (
 )
 
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.format.router import ROUTER_DTYPES, Router
+from wexpand_plugin.format.router import ROUTER_DTYPES, StoredRouter
+from wexpand_plugin.serve import config
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 WIDTH, EXPERTS = 20, 3  # 20 does not divide by 8
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def alone(monkeypatch):
     torch.manual_seed(0)
+    as_rank(monkeypatch, 0, 1)
 
 
 def qkv(bias=True, sizes=(16, 8, 8), router=None, dtype=torch.float32) -> Checkpoint:
@@ -66,6 +72,16 @@ def expected(checkpoint: Checkpoint, x):
     return torch.cat([linear.forward(x) for linear in checkpoint.linears], dim=1)
 
 
+def engine(monkeypatch, model_type="llama", lora_config=None, load_format="auto") -> None:
+    """Let layers made from now on find themselves in an engine with these settings."""
+    hf_config = SimpleNamespace(model_type=model_type)
+    found = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config), lora_config=lora_config,
+        load_config=SimpleNamespace(load_format=load_format), additional_config={},
+    )  # fmt: skip
+    monkeypatch.setattr(config, "get_current_vllm_config_or_none", lambda: found)
+
+
 def assert_close(y, truth, tolerance=2e-6):
     assert y.shape == truth.shape
     assert (y.double() - truth).abs().max() < tolerance
@@ -100,9 +116,11 @@ def test_only_the_layout_stays_in_memory():
     held = sum(t.nbytes for t in [*layer.parameters(), *layer.buffers()])
     stored = sum(t.nbytes for name, t in checkpoint.tensors.items() if ".router" not in name)
     router = sum(t.nbytes for t in checkpoint.linears[0].router)
-    starts = 8 * (sum(linear.pool.versions for linear in checkpoint.linears) + 1)
-    assert stored + router <= held <= stored + router + starts
-    assert not hasattr(layer, "wexpand_parts") and not hasattr(layer, "row_map")
+    pools = [linear.pool for linear in checkpoint.linears]
+    starts = 8 * (sum(pool.versions for pool in pools) + 1)
+    row_maps = 3 * sum(pool.row_map.numel() for pool in pools)  # four bytes for one
+    assert stored + router <= held <= stored + router + starts + row_maps
+    assert not hasattr(layer, "row_map") and not hasattr(layer.quant_method, "parameters")
 
 
 def test_nothing_of_the_file_stays_in_memory(monkeypatch):
@@ -126,7 +144,7 @@ def test_values_are_cast_to_the_served_dtype_and_the_router_is_not(
 ):
     monkeypatch.setenv("WEXPAND_KERNEL", kernel)
     weight, bias = random_router(EXPERTS, WIDTH)
-    checkpoint = qkv(router=Router(weight.to(stored), bias))
+    checkpoint = qkv(router=StoredRouter(weight.to(stored), bias))
     layer = qkv_layer(checkpoint, disable_tp=True, params_dtype=dtype)
     checkpoint.fill(layer, QKV)
     assert layer.layout_0.dtype == dtype and layer.bias.dtype == dtype
@@ -275,76 +293,115 @@ def test_row_parallel_of_both_ranks(monkeypatch, experts):
 # what is refused
 
 
-def damage(checkpoint: Checkpoint, tensor: str, change) -> None:
-    value = checkpoint.tensors[tensor].clone()
-    checkpoint.tensors[tensor] = change(value)
+def change(checkpoint: Checkpoint, tensor: str, new) -> None:
+    """Replace a tensor by new(tensor); None removes it."""
+    value = checkpoint.tensors.pop(tensor).clone()
+    if new is not None:
+        checkpoint.tensors[tensor] = new(value)
 
 
-def flip(value):
-    value.view(torch.uint8).view(-1)[-1] ^= 1
-    return value
+CHANGES = {
+    "cut": lambda value: value[:-1],
+    "typed": lambda value: value.to(torch.int16),
+    "missing": None,
+}
+KINDS = ("weight", "weight_mask", "row_map", "router_weight", "router_bias", "bias")
 
 
-@pytest.mark.parametrize("member", ["q_proj", "v_proj"])
-@pytest.mark.parametrize(
-    "kind", ["weight", "weight_mask", "row_map", "router_weight", "router_bias", "bias"]
-)
-@pytest.mark.parametrize("change", [flip, lambda value: value[:-1], None], ids=["bit", "cut", "no"])
-def test_damaged_tensor_is_refused_by_name(member, kind, change):
+@pytest.mark.parametrize("linear", ["q_proj", "v_proj"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("new", CHANGES)
+def test_damaged_tensor_is_refused_by_name(linear, kind, new):
     checkpoint = qkv()
-    name = f"{ATTENTION}.{member}.{kind}"
-    if change is None:
-        del checkpoint.tensors[name]
-    else:
-        damage(checkpoint, name, change)
+    name = f"{ATTENTION}.{linear}.{kind}"
+    change(checkpoint, name, CHANGES[new])
     layer = qkv_layer(checkpoint, disable_tp=True)
     with pytest.raises(WexpandError) as refused:
         checkpoint.fill(layer, QKV)
-    assert str(refused.value).startswith(name)
+    assert refused.value.tensor == name and str(refused.value).startswith(name)
 
 
-def test_swapped_tensors_are_refused():
-    checkpoint = gate_up()
-    names = [f"{MLP}.{name}.row_map" for name in GATE_UP]
-    a, b = (checkpoint.tensors[name] for name in names)
-    checkpoint.tensors |= dict(zip(names, (b, a), strict=True))
+@pytest.mark.parametrize("new", [*CHANGES, "not finite"])
+def test_damaged_dense_linear_beside_expanded_ones_is_refused(new):
+    checkpoint = gate_up(up_proj=Linear(f"{MLP}.up_proj", dense=torch.randn(12, WIDTH)))
+    name = f"{MLP}.up_proj.weight"
+    change(checkpoint, name, CHANGES.get(new, lambda value: value / 0))
     layer = gate_up_layer(checkpoint, disable_tp=True)
-    with pytest.raises(WexpandError, match="gate_proj.row_map: damaged"):
+    with pytest.raises(WexpandError, match="up_proj"):
         checkpoint.fill(layer, GATE_UP)
 
 
-def test_damaged_dense_member_is_refused():
-    dense = Linear(f"{MLP}.up_proj", dense=torch.randn(12, WIDTH))
-    checkpoint = gate_up(up_proj=dense)
-    damage(checkpoint, f"{MLP}.up_proj.weight", flip)
-    layer = gate_up_layer(checkpoint, disable_tp=True)
-    with pytest.raises(WexpandError, match="up_proj.weight: damaged"):
-        checkpoint.fill(layer, GATE_UP)
-
-
-def test_rows_reordered_by_a_models_loader_are_refused():
-    """A model that reorders a fused matrix while loading finds the dimension, and is noticed."""
-    checkpoint = qkv()
+@pytest.mark.parametrize("added", [0, 1])
+def test_a_bias_that_the_checkpoint_does_not_have(added):
+    """Zeros are what some models let vLLM add; others are the weights of something else."""
+    checkpoint = qkv(bias=False)
     layer = qkv_layer(checkpoint, disable_tp=True)
-    assert layer.row_map.output_dim == 1
-    damage(checkpoint, f"{ATTENTION}.q_proj.row_map", lambda value: value.flip(1))
-    with pytest.raises(WexpandError, match="q_proj.row_map: damaged"):
+    name = f"{ATTENTION}.k_proj.bias"
+    checkpoint.tensors[name] = torch.full((8,), float(added))
+    if added:
+        with pytest.raises(WexpandError, match=f"{name}: config.json promises no such tensor"):
+            checkpoint.fill(layer, QKV)
+    else:
+        checkpoint.fill(layer, QKV)
+        assert not layer.bias.any()
+
+
+def test_a_model_that_rearranges_rows_is_refused():
+    """Its loader looks for a parameter's output dimension, or, worse, for a name."""
+    layer = gate_up_layer(gate_up(), disable_tp=True)
+    with pytest.raises(WexpandError, match="gate_up_proj.weight: this vLLM rearranges"):
+        getattr(layer.weight, "output_dim", None)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt_neox", "falcon"])
+def test_a_model_that_rearranges_rows_by_name_is_refused(kind, monkeypatch):
+    name = "transformer.h.0.self_attention.query_key_value"
+    linear = Linear(name, random_pool(1, 48, WIDTH), bias=torch.randn(48))
+    config = Checkpoint([linear]).quant_config()
+    engine(monkeypatch, model_type=kind)
+    make = functools.partial(QKVParallelLinear, WIDTH, 4, 4, quant_config=config, prefix=name)
+    if kind == "falcon":  # looks for the dimension, see above
+        make(disable_tp=True)
+        return
+    with pytest.raises(WexpandError, match=f"rearranges .* {kind}"):
+        make(disable_tp=True)
+    ColumnParallelLinear(WIDTH, 48, quant_config=config, prefix=name, disable_tp=True)
+
+
+def test_different_routers_in_one_layer_are_refused_before_weights_are_read():
+    other = Linear(f"{MLP}.up_proj", random_pool(EXPERTS, 12, WIDTH), random_router(EXPERTS, WIDTH))
+    checkpoint = gate_up(up_proj=other)
+    with pytest.raises(WexpandError, match="gate_proj and .*up_proj have different routers"):
+        gate_up_layer(checkpoint, disable_tp=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("size", [8, 16])
+def test_other_size_than_the_models_is_refused(size, ranks, monkeypatch):
+    checkpoint = gate_up()
+    as_rank(monkeypatch, 0, ranks)
+    layer = gate_up_layer(checkpoint, size=size)
+    with pytest.raises(WexpandError, match=rf"gate_proj: \[12, 20\] .* \[{2 * size}, 20\]"):
+        checkpoint.fill(layer, GATE_UP)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_other_number_of_replicated_heads_than_the_models_is_refused(kv_heads, monkeypatch):
+    checkpoint = qkv(sizes=(16, 4 * kv_heads, 4 * kv_heads))
+    as_rank(monkeypatch, 0, 4)
+    layer = qkv_layer(checkpoint, heads=4, kv_heads=2)
+    with pytest.raises(WexpandError, match=r"k_proj: .* does not fit"):
         checkpoint.fill(layer, QKV)
 
 
-def test_different_routers_in_one_layer_are_refused():
-    other = Linear(f"{MLP}.up_proj", random_pool(EXPERTS, 12, WIDTH), random_router(EXPERTS, WIDTH))
-    checkpoint = gate_up(up_proj=other)
-    layer = gate_up_layer(checkpoint, disable_tp=True)
-    with pytest.raises(WexpandError, match="gate_proj and .*up_proj have different routers"):
-        checkpoint.fill(layer, GATE_UP)
-
-
-def test_other_size_than_the_models_is_refused():
+def test_options_that_expanded_linears_do_not_go_with_are_refused(monkeypatch):
     checkpoint = gate_up()
-    layer = gate_up_layer(checkpoint, size=16, disable_tp=True)
-    with pytest.raises(WexpandError, match=r"gate_proj: \[12, 20\] .* wants \[16, 20\]"):
-        checkpoint.fill(layer, GATE_UP)
+    engine(monkeypatch, lora_config="something")
+    with pytest.raises(WexpandError, match="LoRA adapters"):
+        gate_up_layer(checkpoint, disable_tp=True)
+    engine(monkeypatch, load_format="ipc_cache")
+    with pytest.raises(WexpandError, match="--load-format ipc_cache"):
+        gate_up_layer(checkpoint, disable_tp=True)
 
 
 def test_layer_without_tensors_is_refused():
@@ -368,11 +425,10 @@ def test_layout_of_a_models_own_is_refused():
         def weight_loader(self, param, loaded_weight, loaded_shard_id=None):
             raise AssertionError
 
-    checkpoint = gate_up()
-    layer = Peculiar(WIDTH, [12, 12], bias=False, quant_config=checkpoint.quant_config(),
-                     prefix=f"{MLP}.gate_up_proj", disable_tp=True)  # fmt: skip
-    with pytest.raises(WexpandError, match="Peculiar"):
-        checkpoint.fill(layer, GATE_UP)
+    config = gate_up().quant_config()
+    with pytest.raises(WexpandError, match="lays Peculiar out in a way of its own"):
+        Peculiar(WIDTH, [12, 12], bias=False, quant_config=config, prefix=f"{MLP}.gate_up_proj",
+                 disable_tp=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("linear", ["lm_head", "model.layers.0.mlp.experts.3.w1"])
@@ -426,11 +482,11 @@ def test_op_passes_torchs_own_checks():
     checkpoint = qkv()
     layer = qkv_layer(checkpoint, disable_tp=True)
     checkpoint.fill(layer, QKV)
-    layout = [getattr(layer, name) for name in layer.wexpand_layout]
+    layout = [getattr(layer, name) for name in layer.quant_method.layout]
     arguments = (torch.randn(4, WIDTH), layout, layer.router_weight, layer.router_bias, None,
-                 layer.bias, 32, layer.wexpand_kernel)  # fmt: skip
+                 layer.bias, 32, layer.quant_method.kernel.name)  # fmt: skip
     torch.library.opcheck(torch.ops.wexpand.routed_linear.default, arguments)
-    logits = (arguments[0], layer.router_weight, layer.wexpand_kernel)
+    logits = (arguments[0], layer.router_weight, layer.quant_method.kernel.name)
     torch.library.opcheck(torch.ops.wexpand.router_logits.default, logits)
 
 

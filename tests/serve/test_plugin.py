@@ -1,12 +1,18 @@
 """`register`: what every vLLM process on the machine runs, whatever it serves."""
 
 import logging
+import pickle
 import subprocess
 import sys
 
 import pytest
+from builders import Checkpoint, Linear, random_pool
 
 from wexpand_plugin import serve
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.serve.config import WexpandConfig
+
+NAME = "model.layers.0.mlp.down_proj"
 
 
 @pytest.fixture
@@ -30,7 +36,7 @@ def test_register_twice():
     serve.register()
     serve.register()
     assert QUANTIZATION_METHODS.count("wexpand") == 1
-    assert get_quantization_config("wexpand").__name__ == "WexpandServeConfig"
+    assert get_quantization_config("wexpand").__name__ == "WexpandConfig"
 
 
 @pytest.mark.parametrize(
@@ -68,24 +74,13 @@ def test_importing_the_plugin_imports_nothing_heavy():
 
 
 def test_config_survives_the_way_to_a_worker():
-    import pickle
-
-    from builders import Checkpoint, Linear, random_pool
-
-    checkpoint = Checkpoint([Linear("model.layers.0.mlp.down_proj", random_pool(1, 8, 16))])
-    sent = checkpoint.quant_config()
+    sent = Checkpoint([Linear(NAME, random_pool(1, 8, 16))]).quant_config()
     got = pickle.loads(pickle.dumps(sent))
     assert got.checkpoint == sent.checkpoint and got.hf_names == sent.hf_names
 
 
 def test_config_that_was_edited_is_refused():
-    from builders import Checkpoint, Linear, random_pool
-
-    from wexpand_plugin.errors import WexpandError
-    from wexpand_plugin.serve.config import WexpandServeConfig
-
-    name = "model.layers.0.mlp.down_proj"
-    values = Checkpoint([Linear(name, random_pool(1, 8, 16))]).config.model_dump()
-    values["linears"][name]["experts"] = 2
+    values = Checkpoint([Linear(NAME, random_pool(1, 8, 16))]).config.model_dump(mode="json")
+    values["groups"][0]["in_features"] = 17
     with pytest.raises(WexpandError, match="changed after it was written"):
-        WexpandServeConfig.from_config(values)
+        WexpandConfig.from_config(values)

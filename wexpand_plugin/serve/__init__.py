@@ -3,19 +3,16 @@
 vLLM calls `register` in every process it starts, for every model it serves, so it does little and
 never raises. The rest is imported when a checkpoint of ours is loaded:
 
-    config.py    which linears of the model are expanded, and what is refused
-    linear.py    one layer: its parameters, its tensors put together, its forward
-    params.py    the tensors of a layer as they arrive from the files, checked
-    tensor_parallel.py the rows or columns that a tensor-parallel rank holds
-    ops.py       the one custom op that a forward calls
+    config.py            which linears of the model are ours, what is refused, WEXPAND_VERIFY=1
+    linear.py            one layer: its parameters, its tensors put together, its forward
+    params.py            the tensors of a layer as they arrive from the files, checked
+    tensor_parallel.py   the neurons and columns that a tensor-parallel rank holds
+    ops.py               the one custom op that a forward calls
 """
 
 import logging
 
-__all__ = ["logger", "register"]
-
-# below "vllm", whose handlers vLLM sets up: a logger of any other name prints nothing there
-logger = logging.getLogger("vllm.wexpand_plugin")
+__all__ = ["register"]
 
 _registered = False
 
@@ -32,13 +29,13 @@ def register() -> None:
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from ..format.config import QUANT_METHOD
-        from .config import WexpandServeConfig
+        from .config import QUANT_METHOD, WexpandConfig
 
-        register_quantization_config(QUANT_METHOD)(WexpandServeConfig)
+        register_quantization_config(QUANT_METHOD)(WexpandConfig)
         _registered = True
     except Exception:
-        logger.warning(
+        # below "vllm", whose handlers vLLM sets up: a logger of any other name prints nothing there
+        logging.getLogger("vllm.wexpand_plugin").warning(
             "wexpand-plugin does not work with this vLLM and was not registered; checkpoints with "
             "quant_method 'wexpand' cannot be served, others are not affected",
             exc_info=True,

@@ -1,47 +1,47 @@
 """One expanded layer in vLLM: from the checkpoint's tensors to a kernel's layout to a forward.
 
-Each tensor kind of the checkpoint gets an empty parameter whose loader collects what arrives
-(`parts.py`). After loading, the row pools of a fused layer's linears are checked, cut to this
-rank's share (`shards.py`), joined into one pool, given the kernel's layout, and dropped: what
-stays in memory is the layout, the router (as stored) and the bias. No dense weight is ever made.
+Each tensor kind of the checkpoint gets an empty parameter that keeps what arrives (`params.py`).
+After loading, the row pools of a fused layer's linears are checked, joined into one pool, cut to
+this rank's share (`tensor_parallel.py`), given the kernel's layout, and dropped: what stays in
+memory is the layout, the router (as stored) and the bias. No dense weight is ever made.
 
 Loading weights into a running engine again (sleep level 2, weight updates in training) is not
 supported.
 """
 
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from .. import kernels
 from ..errors import WexpandError
 from ..format.config import KINDS
-from ..format.config import CheckpointConfig as WexpandConfig
-from ..format.router import Router
 from ..format.rowpool import RowPool
-from . import logger, ops
-from . import tensor_parallel as shards
-from .params import Member, Parts
+from . import ops
+from .params import LoadedLinear, RowPoolParameter, loaded_linears
+from .tensor_parallel import columns_of, neurons_of, refuse_own_layout
+
+if TYPE_CHECKING:
+    from .config import WexpandConfig
 
 __all__ = ["WexpandLinearMethod"]
 
-_KINDS = tuple(kind for kind in KINDS if kind != "bias")
-_said: set[str] = set()
+logger = init_logger("vllm.wexpand_plugin")
 
 
 class WexpandLinearMethod(LinearMethodBase):
-    """How vLLM creates, loads and runs a layer with at least one expanded linear.
+    """How vLLM creates, loads and runs one layer with at least one expanded linear.
 
     :param prefix: vLLM's name of the layer
     :param names: the linears it consists of, by their names in the checkpoint
-    :param config: the checkpoint's config
     """
 
-    def __init__(self, prefix: str, names: list[str], config: WexpandConfig):
-        self.prefix, self.names, self.config = prefix, names, config
+    def __init__(self, prefix: str, names: list[str], quant_config: "WexpandConfig"):
+        self.prefix, self.names, self.quant_config = prefix, names, quant_config
 
     def create_weights(
         self,
@@ -53,131 +53,101 @@ class WexpandLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        parts = Parts(self.prefix, self.names, len(output_partition_sizes), self.config)
-        for kind in _KINDS:
-            # a name for vLLM's loader to find; what is loaded keeps its own shape and dtype
-            parameter = Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
-            setattr(parameter, "weight_loader", parts.loader(kind))  # noqa: B010
-            layer.register_parameter(kind, parameter)
-        # Models that reorder a fused matrix while loading look for its output dimension. Reordered
-        # or not, what does not match the checksum is refused, so it can never be used wrongly.
-        layer.row_map.output_dim = 1
+        if layer.quant_method is not self:
+            raise WexpandError(
+                f"{self.prefix}: expanded weights cannot be quantized when they are loaded; leave "
+                "this layer out of --quantization-config (`targets`, or `ignore`)"
+            )
+        refuse_own_layout(layer)
+        linears = self.quant_config.checkpoint.linears
+        entries = [linears[name] for name in self.names if name in linears]
+        # vLLM warns of a parameter that has another dtype than what is loaded into it
+        dtypes = {kind: known[0] for e in entries for kind, (_, known) in e.shapes().items()}
+        self.parameters = {
+            kind: RowPoolParameter(
+                data=torch.empty(0, dtype=dtypes.get(kind, params_dtype)),
+                label=f"{self.prefix}.{kind}",
+            )
+            for kind in KINDS
+        }
+        for kind in KINDS:
+            if kind != "bias":
+                layer.register_parameter(kind, self.parameters[kind])
         # vLLM's layers make their bias after this call, with the loader found here
-        layer.weight_loader = parts.loader("bias")
-        layer.wexpand_parts = parts
-        entries = [self.config.linears[n] for n in self.names if n in self.config.linears]
+        layer.weight_loader = self.parameters["bias"].load
+        self.shards, self.out_features = len(output_partition_sizes), sum(output_partition_sizes)
+        self.dtype = params_dtype
         shape = kernels.LayerShape(
             input_size_per_partition,
-            sum(output_partition_sizes),
+            self.out_features,
             max(entry.experts for entry in entries),
             1 - sum(e.nnz for e in entries) / sum(e.versions * e.in_features for e in entries),
         )
-        kernel, sentence = kernels.choose(layer.weight.device, params_dtype, shape)
-        layer.wexpand_kernel = kernel.name
-        layer.wexpand_dtype = params_dtype
-        layer.wexpand_out = sum(output_partition_sizes)
-        _key_compile_cache(f"{kernel.name} {self.config.digest}")
-        if sentence not in _said:
-            _said.add(sentence)
-            logger.info("wexpand: %s", sentence)
+        self.kernel, sentence = kernels.choose(layer.weight.device, params_dtype, shape)
+        logger.info_once("wexpand: %s", sentence)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         device = layer.weight.device
-        parts = layer.wexpand_parts
-        for kind in _KINDS:
-            delattr(layer, kind)
-        del layer.wexpand_parts, layer.weight_loader
-        columns = shards.columns_of(layer)
-        pool, router = self._assemble(layer, parts.members(), columns)
-        pool = pool.to(device=device, dtype=layer.wexpand_dtype)
-        names = []
-        for number, tensor in enumerate(kernels.get(layer.wexpand_kernel).prepare(pool)):
-            names.append(f"layout_{number}")
-            layer.register_buffer(names[-1], tensor, persistent=False)
-        layer.wexpand_layout = tuple(names)
-        layer.wexpand_reduces = router is not None and columns is not None
-        if router is None:
-            layer.router_weight = layer.router_bias = None
-        else:
-            weight = router.weight if columns is None else router.weight[:, slice(*columns)]
-            for kind, tensor in (("router_weight", weight), ("router_bias", router.bias)):
-                # copies: one view of a file that is mapped keeps all of it in memory
-                own = tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-                layer.register_buffer(kind, own, persistent=False)
+        for kind in KINDS:
+            if kind != "bias":
+                delattr(layer, kind)
+        del layer.weight_loader
+        config, model_dir = self.quant_config.checkpoint, self.quant_config.model_dir
+        with model_dir.locating_errors() if model_dir else nullcontext():
+            linears = loaded_linears(self.prefix, self.names, self.shards, self.parameters, config)
+        del self.parameters
+        neurons, columns = neurons_of(layer, linears, self.out_features), columns_of(layer)
+        self._set_bias(layer, linears, neurons)
+        pool = RowPool.concat([linear.pool for linear in linears]).take(neurons, columns)
+        # no kernel computes with integers yet: theirs become floats here
+        layout = self.kernel.prepare(pool.decoded(self.dtype).to(device))
+        self.quant_config.note_layout(self.kernel.name, layout)
+        self.layout = [f"layout_{number}" for number in range(len(layout))]
+        for name, tensor in zip(self.layout, layout, strict=True):
+            layer.register_buffer(name, tensor, persistent=False)
+        router = next((linear.router for linear in linears if linear.router is not None), None)
+        self.reduces = router is not None and columns is not None
+        weight, bias = router or (None, None)
+        if weight is not None and columns is not None:
+            weight = weight[:, slice(*columns)]
+        for name, part in (("router_weight", weight), ("router_bias", bias)):
+            if part is not None:
+                # a copy: one view of a file that is mapped keeps all of it in memory
+                part = part.to(device, copy=True, memory_format=torch.contiguous_format)
+            layer.register_buffer(name, part, persistent=False)
 
-    def _assemble(
-        self, layer: Any, members: list[Member], columns: tuple[int, int] | None
-    ) -> tuple[RowPool, Router | None]:
-        """This rank's row pool and the router; fills the layer's bias."""
-        router_of: Member | None = None
-        pools, biases, matrices = [], [], shards.shards_of(layer)
-        for member in members:
-            mine = [matrices[i] for i in member.covers]
-            size = (sum(shard.size for shard in mine), layer.input_size)
-            found = (member.pool.out_features, member.pool.in_features)
-            if size != found:
-                raise WexpandError(
-                    f"{member.name}: {list(found)} (out, in) by the checkpoint, but vLLM's "
-                    f"{self.prefix} wants {list(size)}"
-                )
-            if member.router is not None:
-                router_of = router_of or member
-                assert router_of.router is not None
-                for first, own in zip(router_of.router, member.router, strict=True):
-                    if not torch.equal(first, own):
-                        raise WexpandError(
-                            f"{router_of.name} and {member.name} have different routers, but vLLM "
-                            f"runs them as one layer, {self.prefix}, which has room for one"
-                        )
-            rows = shards.rows_of(mine)
-            pools.append(member.pool.take(rows, columns))
-            bias = member.bias
-            if bias is None:
-                bias = torch.zeros(member.pool.out_features, dtype=layer.wexpand_dtype)
-            biases.append((bias if rows is None else bias[rows]).to(layer.wexpand_dtype))
+    def _set_bias(self, layer: Any, linears: list[LoadedLinear], neurons: Tensor | None) -> None:
+        """Fill the layer's bias, where it has one, with this rank's share of the linears'."""
         if layer.bias is not None:
+            biases = [
+                layer.bias.new_zeros(linear.pool.out_features)
+                if linear.bias is None
+                else linear.bias.to(layer.bias)
+                for linear in linears
+            ]
+            bias = torch.cat(biases) if neurons is None else torch.cat(biases)[neurons]
             # older vLLMs make it with requires_grad, and our op has no gradient
-            layer.bias.requires_grad_(False).copy_(torch.cat(biases))
-        elif any(member.bias is not None for member in members):
+            layer.bias.requires_grad_(False).copy_(bias)
+        elif any(linear.bias is not None for linear in linears):
             raise WexpandError(f"{self.prefix}: the checkpoint has a bias, vLLM's layer has none")
-        pool = pools[0] if len(pools) == 1 else RowPool.concat(pools)
-        return pool, router_of and router_of.router
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         experts = None
-        if layer.wexpand_reduces:
+        if self.reduces:
             from vllm.distributed import tensor_model_parallel_all_reduce
 
-            logits = ops.router_logits(rows, layer.router_weight, layer.wexpand_kernel)
+            logits = ops.router_logits(rows, layer.router_weight, self.kernel.name)
             logits = tensor_model_parallel_all_reduce(logits)
             experts = (logits + layer.router_bias).argmax(dim=1)
         y = ops.routed_linear(
             rows,
-            [getattr(layer, name) for name in layer.wexpand_layout],
+            [getattr(layer, name) for name in self.layout],
             layer.router_weight,
             layer.router_bias,
             experts,
             bias,
-            layer.wexpand_out,
-            layer.wexpand_kernel,
+            self.out_features,
+            self.kernel.name,
         )
-        return y.view(*x.shape[:-1], layer.wexpand_out)
-
-    def dequantize_weight(self, layer: Any) -> Tensor:
-        raise WexpandError(
-            f"{self.prefix}: expanded weights cannot be quantized when they are loaded; start "
-            "without --quantization"
-        )
-
-
-def _key_compile_cache(key: str) -> None:
-    """Make `key` part of the name under which vLLM keeps this model's compiled graph.
-
-    The graph holds the kernel's name and its layout, which vLLM's own hash does not know.
-    """
-    from vllm.config import get_current_vllm_config_or_none
-
-    config = get_current_vllm_config_or_none()
-    if config is not None and isinstance(config.additional_config, dict):
-        config.additional_config["wexpand"] = key
+        return y.view(*x.shape[:-1], self.out_features)

@@ -1,84 +1,85 @@
-"""Tensor parallel: the rows or columns of a layer that one rank holds.
+"""Tensor parallel: the neurons and columns of a layer that one rank holds.
 
 A column-parallel layer gives each rank some of its rows (neurons), a row-parallel one some of its
 columns (inputs). Fused qkv with fewer key/value heads than ranks gives the same key/value rows to
-several ranks. Numbers refer to the linear as it is in the checkpoint.
+several ranks. None of that is computed here: vLLM's own loader is handed the numbers of the
+neurons as if they were a bias, and what it leaves in place are the numbers that this rank holds.
 """
 
-from typing import Any, NamedTuple
+import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from ..errors import WexpandError
+from .params import LoadedLinear
 
-__all__ = ["Shard", "columns_of", "rows_of", "shards_of"]
-
-_KNOWN = (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+__all__ = ["columns_of", "neurons_of", "refuse_own_layout"]
 
 
-class Shard(NamedTuple):
-    """One of the matrices that vLLM fuses into a layer: its rows, and those of this rank."""
-
-    size: int
-    start: int
-    stop: int
-
-
-def shards_of(layer: Any) -> list[Shard]:
-    """The matrices of vLLM's linear `layer` and this rank's rows of each, in order."""
-    if type(layer).weight_loader not in {cls.weight_loader for cls in _KNOWN}:
+def refuse_own_layout(layer: Any) -> None:
+    """Raise if the class of vLLM's linear `layer` has a loader that is not one of vLLM's own."""
+    if type(layer).weight_loader.__module__ != LinearBase.__module__:
         raise WexpandError(
             f"{layer.prefix}: vLLM lays {type(layer).__name__} out in a way of its own, in which "
             "expanded weights cannot be served; compress the model with it under `ignore`"
         )
-    if isinstance(layer, QKVParallelLinear):
-        kv_rank = layer.tp_rank // layer.num_kv_head_replicas
-        v_size = getattr(layer, "v_head_size", layer.head_size)
-        return [
-            _part(layer.total_num_heads * layer.head_size, layer.num_heads * layer.head_size,
-                  layer.tp_rank),
-            _part(layer.total_num_kv_heads * layer.head_size, layer.num_kv_heads * layer.head_size,
-                  kv_rank),
-            _part(layer.total_num_kv_heads * v_size, layer.num_kv_heads * v_size, kv_rank),
-        ]  # fmt: skip
-    sizes = getattr(layer, "output_sizes", [layer.output_size])
-    if isinstance(layer, ColumnParallelLinear):
-        return [_part(size, size // layer.tp_size, layer.tp_rank) for size in sizes]
-    return [_part(size, size, 0) for size in sizes]
 
 
-def _part(size: int, share: int, rank: int) -> Shard:
-    return Shard(size, rank * share, (rank + 1) * share)
+def neurons_of(layer: Any, linears: Sequence[LoadedLinear], held: int) -> Tensor | None:
+    """This rank's neurons, numbered through all `linears` of the layer: int64 [held].
+
+    :return: None if they are all that there are, in order
+    :raises WexpandError: a linear that is not of the size that vLLM wants
+    """
+    mine = _held(layer, linears, held)
+    # the ranks together hold all of a linear if the last one holds its end
+    last = copy.copy(layer)
+    last.tp_rank = layer.tp_size - 1
+    ends = set(_held(last, linears, held).tolist())
+    total = 0
+    for linear in linears:
+        total += linear.pool.out_features
+        if total - 1 not in ends:
+            raise _wrong_size(layer, linear)
+    return None if torch.equal(mine, torch.arange(total)) else mine
 
 
-def columns_of(layer: torch.nn.Module) -> tuple[int, int] | None:
+def _held(layer: Any, linears: Sequence[LoadedLinear], held: int) -> Tensor:
+    numbers = Parameter(torch.full((held,), -1), requires_grad=False)
+    numbers.output_dim = 0  # type: ignore[attr-defined]
+    first = 0
+    for linear in linears:
+        if linear.pool.in_features != layer.input_size:
+            raise _wrong_size(layer, linear)
+        own = torch.arange(first, first + linear.pool.out_features)
+        first += linear.pool.out_features
+        shard = () if linear.shard_id is None else (linear.shard_id,)
+        try:
+            layer.weight_loader(numbers, own, *shard)
+        except (AssertionError, RuntimeError):
+            raise _wrong_size(layer, linear) from None
+    if bool((numbers < 0).any()):
+        names = ", ".join(linear.name for linear in linears)
+        raise WexpandError(f"{layer.prefix}: vLLM wants more rows than those of {names}")
+    return numbers.data
+
+
+def _wrong_size(layer: Any, linear: LoadedLinear) -> WexpandError:
+    found = [linear.pool.out_features, linear.pool.in_features]
+    return WexpandError(
+        f"{linear.name}: {found} (out, in) by the checkpoint does not fit vLLM's {layer.prefix}, "
+        f"{[layer.output_size, layer.input_size]} with all that is fused into it"
+    )
+
+
+def columns_of(layer: Any) -> tuple[int, int] | None:
     """First and last + 1 column of this rank; None if the layer's ranks all read every column."""
     if not isinstance(layer, RowParallelLinear) or layer.tp_size == 1:
         return None
     share = layer.input_size_per_partition
     return layer.tp_rank * share, (layer.tp_rank + 1) * share
-
-
-def rows_of(shards: list[Shard]) -> Tensor | None:
-    """This rank's rows of a linear that consists of `shards`; None if it has all of them."""
-    if all(shard.start == 0 and shard.stop == shard.size for shard in shards):
-        return None
-    rows, first = [], 0
-    for shard in shards:
-        rows.append(torch.arange(first + shard.start, first + shard.stop))
-        first += shard.size
-    return torch.cat(rows)
