@@ -119,8 +119,8 @@ def expand_network(
                 versions = found.candidates.select(allocation.use)
             values = {r: neuron_values(r, sample.rows, weight, bias, settings.seed) for r in rules}
             linear = ExpandedLinear(
-                name, group.label, weight, bias, result.router, result.tokens, packed(versions),
-                found.candidates, values,
+                name, group.label, weight, bias, result.router, result.tokens,
+                packed(versions, WEIGHS.codec), found.candidates, values,
             )  # fmt: skip
             install(network, linear, linear.pool)
             expanded.append(linear)
@@ -153,7 +153,8 @@ def reallocate(expanded: Sequence[ExpandedLinear], budget: float, rule: str) -> 
     order = list(dict.fromkeys(blocks))
     depth_weights = [1 - order.index(block) / len(order) for block in blocks]
     allocations = allocate_model(candidates, depth_weights, bytes_)
-    return [packed(c.select(a.use)) for c, a in zip(candidates, allocations, strict=True)]
+    chosen = zip(candidates, allocations, strict=True)
+    return [packed(c.select(allocation.use), WEIGHS.codec) for c, allocation in chosen]
 
 
 def sizes(expanded: Sequence[ExpandedLinear], pools: Sequence[RowPool]) -> Sizes:

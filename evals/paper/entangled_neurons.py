@@ -35,14 +35,14 @@ ROW = MaskStructure.parse("row")
 def prune_rows(weight: Tensor, hessian: Tensor, rows: Tensor, sparsity: float) -> Tensor:
     """`weight` [out, in] with the neurons `rows` at `sparsity`, the others untouched."""
     pruned = weight.clone()
-    pruned[rows] = solve(weight[rows], hessian[None], sparsity, ROW)[0]
+    pruned[rows] = solve(weight[rows], hessian[None], sparsity, ROW).weights[0]
     return pruned
 
 
 def criteria(x: Tensor, weight: Tensor, hessian: Tensor, seed: int) -> dict[str, Tensor]:
     """Each criterion's value for each neuron [out]; more is more important."""
     scores = neuron_scores(x, weight, pairs=1000, seed=seed)
-    change = solve(weight, hessian[None], 0.95, ROW)[0] - weight
+    change = solve(weight, hessian[None], 0.95, ROW).weights[0] - weight
     error = ((change @ hessian) * change).sum(dim=1)
     return {
         "wasserstein": scores.wd,

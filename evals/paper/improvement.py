@@ -48,8 +48,8 @@ def improvement(
 ) -> tuple[Tensor, Tensor]:
     """(relative improvement, RMSE of SparseGPT) of each neuron on `test` tokens."""
     experts = int(labels.max()) + 1
-    base = solve(weight, (x.t() @ x / len(x))[None], sparsity, ROW)[0]
-    own = solve(weight, cluster_hessians(x, labels, experts), sparsity, ROW)
+    base = solve(weight, (x.t() @ x / len(x))[None], sparsity, ROW).weights[0]
+    own = solve(weight, cluster_hessians(x, labels, experts), sparsity, ROW).weights
     base_error = (test @ (base - weight).t()).square().sum(dim=0)
     own_error = torch.zeros_like(base_error)
     for expert in range(experts):

@@ -275,7 +275,7 @@ def test_stories260k(stories260k, tmp_path):
 @pytest.mark.parametrize(
     "values,message",
     [
-        (dict(sparsity=1.5), "sparsity: 1.5 should be between 0 and 1"),
+        (dict(sparsity=1.5), "sparsity: 1.5 should be above 0"),
         (dict(num_experts=257), "num_experts: 257 should be at most 256"),
         (dict(allocate_by="luck"), "allocate_by: 'luck' should be one of gain, wasserstein"),
         (dict(mask_structure="4:2"), "mask_structure"),

@@ -20,7 +20,7 @@ GOOD = HEAD + "      sparsity: 0.6\n      num_experts: 2\n      targets: ['re:.*
             r"SparseExpansionModifier\.sparsty: unknown key; .*sparsity",
         ),
         (HEAD + "      sparsity: half\n", r"\.sparsity: 'half': Input should be a valid number"),
-        (HEAD + "      sparsity: 2\n", "sparsity: 2.0 should be between 0 and 1"),
+        (HEAD + "      sparsity: 2\n", "sparsity: 2.0 should be above 0"),
         (HEAD + "      num_experts: 4\n", r"\.sparsity: Field required"),
         (HEAD, "has no values; give at least one key"),
         ("", "is empty"),

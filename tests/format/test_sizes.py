@@ -43,8 +43,9 @@ def test_odd_widths_are_rounded_up():
 @settings(deadline=None)
 def test_predicted_is_stored(sample):
     pool, sizes = sample.pool, StoredBytes(sample.pool.codec, torch.bfloat16)
+    pool = pool.smallest()
     rows = sizes.row(sample.keep.sum(dim=1), pool.in_features)
-    assert torch.equal(rows, pool.row_bytes())
+    assert torch.equal(rows, pool.row_bytes()) and torch.equal(pool.rows(), sample.pool.rows())
     fixed = sizes.fixed(pool.out_features, pool.in_features, pool.experts)
     stored = sum(pool.stored_bytes().values())
     assert rows.sum() + fixed == stored + router_bytes(pool.experts, pool.in_features)
@@ -63,8 +64,20 @@ def test_of_a_linear(how):
 
 def test_one_row_that_is_not_full_means_masks_for_all():
     rows = torch.ones(2, 16, dtype=torch.bfloat16)
+    rows[1, 3:] = 0
+    right = [32 + 2, 6 + 2]
+    sizes = StoredBytes(codec("bfloat16"), torch.bfloat16)
+    assert sizes.row(torch.tensor([16, 3]), 16).tolist() == right
+    assert RowPool.pack(rows).smallest().row_bytes().tolist() == right
+
+
+def test_a_few_zeros_are_stored_rather_than_a_mask():
+    rows = torch.ones(2, 16, dtype=torch.bfloat16)
     rows[1, 3] = 0
-    right = [32 + 2, 30 + 2]
-    assert StoredBytes(codec("bfloat16"), torch.bfloat16).row(
-        torch.tensor([16, 15]), 16
-    ).tolist() == right == RowPool.pack(rows).row_bytes().tolist()  # fmt: skip
+    sizes = StoredBytes(codec("bfloat16"), torch.bfloat16)
+    assert sizes.row(torch.tensor([16, 15]), 16).tolist() == [32, 32]
+    pool = RowPool.pack(rows)
+    assert pool.row_bytes().tolist() == [34, 32]
+    full = pool.smallest().validate()
+    assert full.mask is None and torch.equal(full.rows(), rows)
+    assert full.row_bytes().tolist() == [32, 32]

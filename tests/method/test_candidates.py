@@ -13,17 +13,17 @@ from wexpand_plugin.method.merge_tree import merge_tree
 from wexpand_plugin.method.settings import Settings
 from wexpand_plugin.method.solvers.sparsegpt import solve
 from wexpand_plugin.method.statistics import GroupStatistics
-from wexpand_plugin.method.versions import RowVersions
+from wexpand_plugin.method.versions import RowVersions, SolvedRows
 
 
 class Packed:
-    """Rows that are no Tensor."""
+    """Rows that are kept in another form."""
 
-    def __init__(self, rows: Tensor):
-        self.hidden = rows.clone()
+    def __init__(self, rows: SolvedRows):
+        self.hidden = rows.weights.clone()
 
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self.hidden[index]
+    def __getitem__(self, index: Tensor) -> SolvedRows:
+        return SolvedRows(self.hidden[index])
 
 
 def candidates(experts: int = 4, rows: int = 12, width: int = 20) -> tuple[Candidates, Tensor]:
@@ -35,14 +35,14 @@ def candidates(experts: int = 4, rows: int = 12, width: int = 20) -> tuple[Candi
     problem = AllocationProblem(tree, errors, torch.ones(tree.nodes, rows, dtype=torch.bool),
                                 torch.ones(tree.nodes, rows))  # fmt: skip
     place = torch.arange(tree.nodes * rows).view(tree.nodes, rows)
-    return Candidates(versions.flatten(0, 1), place, errors, 100.0, problem), versions
+    return Candidates(SolvedRows(versions.flatten(0, 1)), place, errors, 100.0, problem), versions
 
 
 def check(stored: RowVersions, use: Tensor, versions: Tensor) -> None:
     """`stored` holds, for each expert, exactly the rows of `versions` in `use`, each once."""
     rows = torch.arange(use.shape[1])
     assert stored.row_map.dtype == torch.uint8 and stored.row_map.shape == use.shape
-    assert len(stored.rows) == sum(len(use[:, r].unique()) for r in rows)
+    assert len(stored.rows.weights) == sum(len(use[:, r].unique()) for r in rows)
     assert torch.equal(stored.dense(), versions[use, rows])
 
 
@@ -52,7 +52,7 @@ def test_select_gives_what_was_chosen(price):
     choice = choose_versions(found.problem, price)
     stored = found.select(choice.use)
     check(stored, choice.use, versions)
-    assert len(stored.rows) == int(choice.granted.sum())
+    assert len(stored.rows.weights) == int(choice.granted.sum())
     change = sum(float(found.errors[choice.use[e, r], e, r]) for e in range(4) for r in range(12))
     assert stored.error == pytest.approx((change / 100) ** 0.5)
 
@@ -62,7 +62,7 @@ def test_select_gives_what_was_chosen(price):
 def test_a_shortlist_can_be_chosen_from_again(wide, price):
     found, versions = candidates()
     short = found.shortlist([choose_versions(found.problem, w) for w in (wide, 0.2)], Packed)
-    assert len(short.rows.hidden) < len(found.rows)
+    assert len(short.rows.hidden) < len(found.rows.weights)
     choice = choose_versions(short.problem, price)
     check(short.select(choice.use), choice.use, versions)
 
@@ -81,8 +81,8 @@ def test_full_and_base_versions():
     found, versions = candidates()
     assert torch.equal(found.full().dense(), versions[:4])
     assert torch.equal(found.base().dense(), versions[6].expand(4, 12, 20))
-    again = RowVersions.full(versions[:4], 0.0)
-    assert torch.equal(again.dense(), versions[:4]) and len(again.rows) == 48
+    again = RowVersions.full(SolvedRows(versions[:4]), 0.0)
+    assert torch.equal(again.dense(), versions[:4]) and len(again.rows.weights) == 48
 
 
 def statistics(hold_out: bool) -> tuple[GroupStatistics, Tensor]:
@@ -104,8 +104,8 @@ def test_an_empty_cluster_gets_the_base_version():
     found, _ = statistics(False)
     found.sums[1], found.solved_tokens[1], found.tokens[1] = 0, 0, 0
     (experts,) = full_expansion([WEIGHT], found, Settings(0.5, num_experts=3))
-    plain = solve(WEIGHT, found.total()[None], 0.5, ROW)[0]
-    torch.testing.assert_close(experts[1], plain, atol=1e-5, rtol=0)
+    plain = solve(WEIGHT, found.total()[None], 0.5, ROW).weights[0]
+    torch.testing.assert_close(experts.weights[1], plain, atol=1e-5, rtol=0)
 
 
 def test_working_memory_changes_nothing():
@@ -120,13 +120,13 @@ def test_working_memory_changes_nothing():
             full_expansion(weights, found, much), full_expansion(weights, found, little),
             strict=True,
         ):  # fmt: skip
-            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a.weights, b.weights)
         for one, other in zip(
             propose(weights, [None] * len(weights), found, rows, much),
             propose(weights, [None] * len(weights), found, rows, little),
             strict=True,
         ):
-            torch.testing.assert_close(one.rows, other.rows)
+            torch.testing.assert_close(one.rows.weights, other.rows.weights)
             torch.testing.assert_close(one.errors, other.errors)
 
 
@@ -136,7 +136,7 @@ def test_errors_are_the_closed_form():
     (proposal,) = propose([WEIGHT], [None], found, rows, settings)
     tree = proposal.problem.tree
     for node in range(tree.nodes):
-        version = proposal.rows[proposal.place[node]]
+        version = proposal.rows[proposal.place[node]].weights
         kept = (version != 0).sum(dim=1)
         assert torch.equal(proposal.problem.cost[node], Weigh().row(kept, 16))
         for expert in tree.members[node].nonzero().flatten().tolist():

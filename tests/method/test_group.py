@@ -64,7 +64,7 @@ def test_full_expansion_stores_what_it_calibrates_with():
         # measured on a sample of 1024 of the 1280 rows
         expected = true_error(weight, experts, rows, labels)
         assert linear.stored.error == pytest.approx(expected, rel=0.05)
-        plain = solve(weight, (rows.t() @ rows)[None], 0.5, MaskStructure.parse("row"))
+        plain = solve(weight, (rows.t() @ rows)[None], 0.5, MaskStructure.parse("row")).weights
         assert linear.stored.error < true_error(weight, plain, rows, 0 * labels)
 
 
@@ -78,7 +78,7 @@ def test_one_expert_is_sparsegpt():
     again = expand_group(WEIGHTS, BIASES, Batches(), settings(num_experts=1), known)
     for weight, one, other in zip(WEIGHTS, found.linears, again.linears, strict=True):
         hessian = (rows.t() @ rows / len(rows))[None]
-        plain = solve(weight, hessian, 0.5, MaskStructure.parse("row"))
+        plain = solve(weight, hessian, 0.5, MaskStructure.parse("row")).weights
         for linear in (one, other):
             torch.testing.assert_close(linear.stored.dense(), plain, atol=1e-4, rtol=0)
         expected = true_error(weight, plain, rows, torch.zeros(len(rows), dtype=torch.int64))
@@ -86,7 +86,7 @@ def test_one_expert_is_sparsegpt():
 
 
 def spent(linear, out_features: int) -> int:
-    kept = (linear.stored.rows != 0).sum(dim=1)
+    kept = (linear.stored.rows.weights != 0).sum(dim=1)
     return int(Weigh().row(kept, 24).sum()) + Weigh().fixed(out_features, 24, 3)
 
 
@@ -103,7 +103,7 @@ def test_with_a_model_budget_nothing_is_stored_yet():
     kept = []
 
     def keep(rows):
-        kept.append(len(rows))
+        kept.append(len(rows.weights))
         return rows
 
     values = dict(size_budget=1.3, keep=keep)
@@ -114,13 +114,14 @@ def test_with_a_model_budget_nothing_is_stored_yet():
     labels = found.router.route(rows)
     for weight, linear, everything in zip(WEIGHTS, found.linears, other.linears, strict=True):
         assert linear.stored is None and linear.candidates is not None
-        assert len(linear.calibrating.rows) == 3 * len(weight), "calibrates on full expansion"
-        assert len(everything.candidates.rows) == 5 * len(weight)
+        full = linear.calibrating.rows.weights
+        assert len(full) == 3 * len(weight), "calibrates on full expansion"
+        assert len(everything.candidates.rows.weights) == 5 * len(weight)
         # in closed form on the rows that were not held out
         for versions in (linear.calibrating, linear.candidates.base()):
             expected = true_error(weight, versions.dense(), rows, labels)
             assert versions.error == pytest.approx(expected, rel=0.05)
-    assert kept == [len(linear.candidates.rows) for linear in found.linears]
+    assert kept == [len(linear.candidates.rows.weights) for linear in found.linears]
 
 
 def test_batches_are_sampled_with_a_stride_until_there_are_rows_enough():
@@ -153,3 +154,15 @@ def test_the_method_needs_no_host_and_no_other_room():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['errors', 'method'] []"
+
+
+@pytest.mark.parametrize("values", [dict(num_experts=1), dict(size_budget=0.9)])
+def test_grids_go_all_the_way(values):
+    """Rows lie on the grid whose scales come with them, whatever is chosen from what."""
+    values |= dict(values="int4", value_group=8)
+    found = expand_group(WEIGHTS, BIASES, batches(), settings(**values))
+    for linear in found.linears:
+        stored = linear.stored or linear.candidates.full()
+        scales = stored.rows.scales.float().repeat_interleave(8, dim=1)[:, :24]
+        q = (stored.rows.weights / scales).nan_to_num()
+        assert (q - q.round()).abs().max() < 1e-3 and q.abs().max() > 4

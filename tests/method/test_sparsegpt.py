@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.method.grids import Grid
 from wexpand_plugin.method.masks import MaskStructure
-from wexpand_plugin.method.solvers.sparsegpt import chunk_size, inverse_factor, solve
+from wexpand_plugin.method.solvers import sparsegpt
+from wexpand_plugin.method.solvers.sparsegpt import chunk_size, inverse_factor
+
+
+def solve(*args, **options) -> torch.Tensor:
+    """The weights alone, as floats need no more."""
+    return sparsegpt.solve(*args, **options).weights
 
 
 def hessians(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -175,3 +182,67 @@ def test_misfits_are_named():
         solve(weights(4, 64), hessians(1, 64), 0.5, MaskStructure.parse("2:4"), block_size=30)
     with pytest.raises(WexpandError, match="one value per row"):
         solve(weights(2, 8), hessians(1, 8), torch.rand(2), MaskStructure.parse("unstructured"))
+
+
+# --- grids
+
+
+def naive(weight, hessian, sparsity, grid, scales):
+    """Column by column in float64, every update at once: masks by row in blocks of 128 columns."""
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    weight, width = weight.double().clone(), weight.shape[1]
+    for start in range(0, width, 128):
+        end = min(start + 128, width)
+        cost = (weight[:, start:end] / factor.diagonal()[start:end]).square()
+        count = round(sparsity * end) - round(sparsity * start)
+        gone = cost.argsort(dim=1).argsort(dim=1) < count
+        for i in range(start, end):
+            scale = scales[:, i // grid.group].double()
+            q = (weight[:, i] / scale).nan_to_num().round()
+            value = q.clamp(-grid.largest - 1, grid.largest) * scale
+            value = torch.where(gone[:, i - start], 0, value)
+            error = (weight[:, i] - value) / factor[i, i]
+            weight[:, i] = value
+            weight[:, i + 1 :] -= error.unsqueeze(1) * factor[i, i + 1 :]
+    return weight
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("bits,group", [(8, 128), (4, 64), (4, 32)])
+def test_rounds_and_prunes_in_one_loop(bits, group, sparsity):
+    weight, hessian, grid = weights(24, 300), hessians(1, 300), Grid(bits, group)
+    found = sparsegpt.solve(weight, hessian, sparsity, MaskStructure.parse("row"), grid=grid)
+    assert found.scales.shape == (1, 24, -(-300 // group)) and found.scales.dtype == torch.float16
+    damped = hessian[0].double() + 0.01 * hessian[0].double().diagonal().mean() * torch.eye(300)
+    expected = naive(weight, damped, sparsity, grid, found.scales[0])
+    # a weight that lies between two values may fall to either, and moves others after it
+    close = (found.weights[0] - expected).abs() < 1e-6
+    assert close.double().mean() > 0.98
+    change, right = (w.double() - weight.double() for w in (found.weights[0], expected))
+    error = ((change @ damped) * change).sum()
+    assert error == pytest.approx(float(((right @ damped) * right).sum()), rel=0.02)
+
+
+@pytest.mark.parametrize("structure", ["row", "unstructured", "2:4"])
+def test_every_weight_lies_on_the_grid(structure):
+    weight, hessian, grid = weights(20, 96), hessians(3, 96), Grid(4, 32)
+    found = sparsegpt.solve(weight, hessian, 0.5, MaskStructure.parse(structure), grid=grid)
+    scales = found.scales.float().repeat_interleave(32, dim=2)
+    q = (found.weights / scales).nan_to_num()
+    assert (q - q.round()).abs().max() < 1e-3 and q.min() >= -8.001 and q.max() <= 7.001
+    assert (found.weights == 0).float().mean() >= 0.5
+
+
+def test_solving_beats_rounding_to_nearest():
+    weight, hessian, grid = weights(40, 256), hessians(1, 256), Grid(4, 128)
+    found = sparsegpt.solve(weight, hessian, 0.0, MaskStructure.parse("row"), grid=grid).weights[0]
+    nearest = torch.empty_like(weight)
+    for part in torch.arange(256).split(128):
+        columns = weight[:, part].t().unsqueeze(0)
+        scale = grid.scales(columns, torch.ones(1, 1, 1))
+        nearest[:, part] = grid.round(columns, scale.unsqueeze(1))[0].t()
+
+    def error(change):
+        return float(((change @ hessian[0]) * change).sum())
+
+    assert error(found - weight) < 0.8 * error(nearest - weight)

@@ -20,7 +20,7 @@ from ..method.inputs import InputGroup
 from ..method.settings import Settings
 from ..method.statistics import GroupStatistics
 from .replay import BlockReplay, ReplayedInputs
-from .rows import packed, replace_linear, settings_for
+from .rows import codec_for, packed, replace_linear, settings_for
 
 __all__ = ["Target", "allocate_targets", "expand_block"]
 
@@ -57,6 +57,7 @@ def expand_block(
         start, first = time.perf_counter(), group.linears[0]
         weights = [linear.weight.detach() for linear in group.linears]
         biases = [None if m.bias is None else m.bias.detach() for m in group.linears]
+        how = codec_for(weights[0].dtype, settings)
         try:
             result = expand_group(
                 weights, biases, ReplayedInputs(replay, first),
@@ -72,7 +73,7 @@ def expand_block(
                 assert found.candidates is not None
                 stored, which = found.candidates.base(), " (full expansion, for calibration)"
             target.routed = replace_linear(
-                model, name, linear, packed(stored), result.router, group=group.names[0],
+                model, name, linear, packed(stored, how), result.router, group=group.names[0],
                 tokens=tokens.tolist(),
             )  # fmt: skip
             target.linear, target.group = None, group.label
@@ -123,8 +124,9 @@ def allocate_targets(model: nn.Module, targets: Mapping[str, Target], settings: 
     for (name, (target, candidates)), allocation in zip(waiting.items(), allocations, strict=True):
         assert target.routed is not None
         old, stored = target.routed, candidates.select(allocation.use)
+        pool = packed(stored, codec_for(old.dtype, settings))
         new = replace_linear(
-            model, name, old, packed(stored), old.router, group=old.group, tokens=old.tokens
+            model, name, old, pool, old.router, group=old.group, tokens=old.tokens
         )
         target.routed, target.candidates = new, None
         share = new.stored_bytes() / new.dense_bytes()

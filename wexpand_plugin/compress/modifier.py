@@ -59,9 +59,12 @@ class SparseExpansionModifier(Modifier):
     - on_finalize
         - make `save_pretrained` write the packed checkpoint
 
-    :param sparsity: fraction of weights pruned in each expert, 0 < sparsity < 1
+    :param sparsity: fraction of weights pruned in each expert, below 1
     :param mask_structure: "row" (every neuron keeps the same number of weights per column block),
         "unstructured" (one threshold per column block, as SparseGPTModifier's "0:0"), or "N:M"
+    :param values: how kept weights are stored: "auto" (in the model's dtype), "int8" or "int4",
+        rounded together with pruning; with one of them `sparsity` may be 0
+    :param value_group: columns of a row that share a scale, with int8 and int4
     :param num_experts: experts per input group, at most 256; 1 is plain sparse, without a router
     :param size_budget: bytes stored for the targeted linears over their dense bytes; null stores
         every expert in full (the paper's method)
@@ -90,6 +93,8 @@ class SparseExpansionModifier(Modifier):
     # modifier arguments
     sparsity: float
     mask_structure: str = Settings.mask_structure
+    values: str = Settings.values
+    value_group: int = Settings.value_group
     num_experts: int = Settings.num_experts
     size_budget: float | None = Settings.size_budget
     budget_scope: str = Settings.budget_scope

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from compressed_tensors.offload import OffloadCache, get_cache_init_kwargs, offload_module
@@ -10,36 +11,52 @@ from torch import Tensor, nn
 from ..format.router import StoredRouter
 from ..format.rowpool import RowPool
 from ..format.sizes import StoredBytes
-from ..format.values import codec_of
+from ..format.values import ValueCodec, codec, codec_of
 from ..hf.linear import RoutedLinear
 from ..method.clusters import Router
 from ..method.settings import Settings
-from ..method.versions import RowVersions
+from ..method.versions import RowVersions, SolvedRows
 
-__all__ = ["packed", "replace_linear", "settings_for"]
+__all__ = ["codec_for", "packed", "replace_linear", "settings_for"]
+
+
+def codec_for(weight_dtype: torch.dtype, settings: Settings) -> ValueCodec:
+    """How the kept weights of a linear of this dtype are stored."""
+    if settings.grid is None:
+        return codec_of(weight_dtype)
+    return codec(settings.values, settings.value_group)
 
 
 def settings_for(weight_dtype: torch.dtype, settings: Settings) -> Settings:
     """`settings` that know what the rows of a linear of this dtype weigh, and how to pack them."""
-    weighs = StoredBytes(codec_of(weight_dtype), weight_dtype)
-    return replace(settings, stored_bytes=weighs, keep=_PackedRows)
+    how = codec_for(weight_dtype, settings)
+    weighs = StoredBytes(how, weight_dtype)
+    return replace(settings, stored_bytes=weighs, keep=partial(_PackedRows, how))
 
 
 class _PackedRows:
     """Rows [n, in] kept packed, in main memory."""
 
-    def __init__(self, rows: Tensor):
-        self.device, self.pool = rows.device, RowPool.pack(rows).to("cpu")
+    def __init__(self, how: ValueCodec, rows: SolvedRows):
+        self.device, self.dtype = rows.weights.device, rows.weights.dtype
+        self.pool = RowPool.pack(rows.weights, codec=how, scale=rows.scales).to("cpu")
 
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self.pool[index.cpu()].to(self.device)
+    def __getitem__(self, index: Tensor) -> SolvedRows:
+        scales = None if self.pool.scale is None else self.pool.scale[index.cpu()]
+        rows = SolvedRows(self.pool.rows(index.cpu(), self.dtype), scales)
+        return rows.apply(lambda part: part.to(self.device))
 
 
-def packed(versions: RowVersions) -> RowPool:
+def packed(versions: RowVersions, how: ValueCodec) -> RowPool:
     """The row pool that stores `versions`."""
-    if len(versions.rows) == versions.row_map.numel():  # in full: some rows may still be equal
-        return RowPool.pack_experts(versions.dense())
-    return RowPool.pack(versions.rows, versions.row_map.to(versions.rows.device))
+    rows, row_map = versions.rows, versions.row_map
+    if len(rows.weights) == row_map.numel():  # in full: some rows may still be equal
+        experts = versions.experts()
+        pool = RowPool.pack_experts(experts.weights, codec=how, scale=experts.scales)
+    else:
+        row_map = row_map.to(rows.weights.device)
+        pool = RowPool.pack(rows.weights, row_map, codec=how, scale=rows.scales)
+    return pool.smallest()
 
 
 def replace_linear(
@@ -59,7 +76,10 @@ def replace_linear(
     """
     bias = None if old.bias is None else old.bias.detach()
     stored = None if router is None else StoredRouter(*router)
-    module = RoutedLinear.from_pool(pool, stored, bias, group=group, tokens=tokens)
+    dtype = old.dtype if isinstance(old, RoutedLinear) else old.weight.dtype
+    module = RoutedLinear.from_pool(
+        pool, stored, bias, group=group, tokens=tokens, dtype=dtype
+    )
     if isinstance(old._parameters, OffloadCache):
         offload_module(module, **get_cache_init_kwargs(old))
     model.set_submodule(name, module)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..errors import WexpandError
 from .bits import bit_counts, pack_bits, ranges, running, unpack_bits
-from .sizes import row_bytes
+from .sizes import row_bytes, worth_masking
 from .values import ValueCodec, codec_of
 
 __all__ = ["MAX_EXPERTS", "RowPool", "finite", "kept"]
@@ -84,8 +84,13 @@ class RowPool:
         )
 
     @classmethod
-    def pack_experts(cls, weight: Tensor) -> "RowPool":
-        """Pack full experts [experts, out, in]; equal rows of one neuron are stored once."""
+    def pack_experts(
+        cls, weight: Tensor, *, codec: ValueCodec | None = None, scale: Tensor | None = None
+    ) -> "RowPool":
+        """Pack full experts [experts, out, in]; equal rows of one neuron are stored once.
+
+        :param codec, scale: as for `pack`; scales [experts, out, groups]
+        """
         experts, out_features, _ = weight.shape
         # the first expert with the same row, then the number of that row among the neuron's own
         same = torch.arange(experts, device=weight.device).unsqueeze(1).repeat(1, out_features)
@@ -95,7 +100,10 @@ class RowPool:
                 same[expert] = torch.where((same[expert] == expert) & equal, earlier, same[expert])
         own = same == torch.arange(experts, device=weight.device).unsqueeze(1)
         number = torch.cumsum(own, dim=0) - 1
-        return cls.pack(weight.transpose(0, 1)[own.t()], number.gather(0, same))
+        if scale is not None:
+            scale = scale.transpose(0, 1)[own.t()]
+        rows = weight.transpose(0, 1)[own.t()]
+        return cls.pack(rows, number.gather(0, same), codec=codec, scale=scale)
 
     @property
     def versions(self) -> int:
@@ -177,16 +185,21 @@ class RowPool:
         :param dtype: by default that of a float codec, float32 for an integer codec
         """
         some = self if versions is None else self._gather(versions.long())
-        stored = some.codec.unpack(some.values, some.kept())
-        if some.mask is None:
-            dense = stored.view(-1, some.in_features)
-        else:
-            keep = unpack_bits(some.mask, some.in_features)
-            dense = torch.zeros(keep.shape, dtype=stored.dtype, device=stored.device)
-            dense[keep] = stored
+        dense, _ = some._dense()
         if some.scale is not None:
             dense = some.codec.decode(dense, some.scale)
         return dense if dtype is None else dense.to(dtype)
+
+    def _dense(self) -> tuple[Tensor, Tensor]:
+        """What is stored, dense and not yet scaled, zeros where pruned; and which are kept."""
+        stored = self.codec.unpack(self.values, self.kept())
+        if self.mask is None:
+            dense = stored.view(-1, self.in_features)
+            return dense, torch.ones_like(dense, dtype=torch.bool)
+        keep = unpack_bits(self.mask, self.in_features)
+        dense = torch.zeros(keep.shape, dtype=stored.dtype, device=stored.device)
+        dense[keep] = stored
+        return dense, keep
 
     def __getitem__(self, versions: Tensor) -> Tensor:
         return self.rows(versions)
@@ -234,12 +247,7 @@ class RowPool:
             scale = fine[:, first : first + codec.scales(stop - start)].contiguous()
         values, masks = [], []
         for part in self._chunks():
-            q = part.codec.unpack(part.values, part.kept())
-            keep = q.new_ones(part.versions, self.in_features, dtype=torch.bool)
-            if part.mask is not None:
-                keep = unpack_bits(part.mask, self.in_features)
-            dense = torch.zeros(keep.shape, dtype=q.dtype, device=q.device)
-            dense[keep] = q
+            dense, keep = part._dense()
             values.append(codec.pack(dense[:, start:stop], keep[:, start:stop]))
             masks.append(pack_bits(keep[:, start:stop]))
         mask = None if self.mask is None else torch.cat(masks)
@@ -295,6 +303,16 @@ class RowPool:
             torch.cat(maps, dim=1) if experts > 1 else None,
             torch.cat(scales) if scales else None,
         )
+
+    def smallest(self) -> "RowPool":
+        """The same rows, without the mask where storing the zeros takes fewer bytes."""
+        if self.mask is None or worth_masking(self.codec, self.kept(), self.in_features):
+            return self
+        values = []
+        for part in self._chunks():
+            dense, keep = part._dense()
+            values.append(self.codec.pack(dense, torch.ones_like(keep)))
+        return replace(self, values=torch.cat(values), mask=None)
 
     def masked(self) -> "RowPool":
         """The same rows with a mask, be it of ones."""

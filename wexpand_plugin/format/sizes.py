@@ -13,7 +13,7 @@ from torch import Tensor
 from .router import router_bytes
 from .values import ValueCodec
 
-__all__ = ["StoredBytes", "row_bytes"]
+__all__ = ["StoredBytes", "row_bytes", "worth_masking"]
 
 
 def row_bytes(codec: ValueCodec, kept: Tensor, in_features: int, *, masked: bool = True) -> Tensor:
@@ -24,6 +24,18 @@ def row_bytes(codec: ValueCodec, kept: Tensor, in_features: int, *, masked: bool
     values = codec.elements(kept) * codec.storage.itemsize
     mask = (in_features + 7) // 8 if masked else 0
     return values + mask + 2 * codec.scales(in_features)
+
+
+def worth_masking(codec: ValueCodec, kept: Tensor, in_features: int) -> bool:
+    """Whether a linear whose row versions need to keep `kept` weights has a mask.
+
+    Not if all rows are full, and not if storing the zeros as well takes no more bytes than a mask.
+    """
+    if bool((kept == in_features).all()):
+        return False
+    masked = row_bytes(codec, kept, in_features).sum()
+    full = row_bytes(codec, torch.full_like(kept, in_features), in_features, masked=False).sum()
+    return bool(masked < full)
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,9 @@ class StoredBytes:
 
     def row(self, kept: Tensor, in_features: int) -> Tensor:
         """Bytes of row versions [n] that keep so many weights: int64 [n]."""
-        return row_bytes(self.codec, kept, in_features, masked=bool((kept < in_features).any()))
+        masked = worth_masking(self.codec, kept, in_features)
+        stored = kept if masked else torch.full_like(kept, in_features)
+        return row_bytes(self.codec, stored, in_features, masked=masked)
 
     def fixed(self, out_features: int, in_features: int, experts: int) -> int:
         """Bytes of a linear that do not depend on its versions: row map and router."""

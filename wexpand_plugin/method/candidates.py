@@ -29,7 +29,7 @@ from .merge_tree import MergeTree, flat_tree, merge_tree
 from .settings import Settings
 from .solvers.sparsegpt import chunk_size, solve
 from .statistics import GroupStatistics
-from .versions import Rows, RowVersions
+from .versions import Rows, RowVersions, SolvedRows
 
 __all__ = ["Candidates", "allocate_model", "full_expansion", "propose"]
 
@@ -66,7 +66,7 @@ class Candidates:
         return self.select(torch.full((experts, out_features), nodes - 1))
 
     def shortlist(
-        self, allocations: Sequence[Allocation], keep: Callable[[Tensor], Rows]
+        self, allocations: Sequence[Allocation], keep: Callable[[SolvedRows], Rows]
     ) -> "Candidates":
         """Reduced to what is granted in any of `allocations`, and packed by `keep`."""
         granted = torch.stack([allocation.granted for allocation in allocations]).any(dim=0)
@@ -80,7 +80,7 @@ class Candidates:
 
 def full_expansion(
     weights: list[Tensor], statistics: GroupStatistics, settings: Settings
-) -> list[Tensor]:
+) -> list[SolvedRows]:
     """A sparse weight for each expert of each linear: [experts, out_i, in] for weights [out_i, in].
 
     One expert is plain SparseGPT: the Hessian of all tokens.
@@ -89,14 +89,16 @@ def full_expansion(
     total = statistics.total()
     weight = torch.cat(weights)
     if statistics.experts == 1:
-        return list(_solve(weight, total.unsqueeze(0), linears, settings).split(linears, dim=1))
-    solved = weight.new_empty(statistics.experts, *weight.shape)
+        solved = _solve(weight, total.unsqueeze(0), linears, settings)
+        return [solved[:, part] for part in _parts(linears)]
+    found = []
     for some in _chunks(statistics.experts, weight, settings):
         hessians = _shrunk(
             statistics.sums[some], statistics.solved_tokens[some], total, settings.shrinkage
         )
-        solved[some] = _solve(weight, hessians, linears, settings)
-    return list(solved.split(linears, dim=1))
+        found.append(_solve(weight, hessians, linears, settings))
+    solved = SolvedRows.join(found)
+    return [solved[:, part] for part in _parts(linears)]
 
 
 def propose(
@@ -122,13 +124,10 @@ def propose(
         tree = flat_tree(statistics.experts)
     solved, errors, allowed = _solve_tree(weight, linears, tree, statistics, settings)
     energies = _quadratic(weight.float(), statistics.sums)
-    first = 0
-    for own, bias in zip(weights, biases, strict=True):
-        part = slice(first, first + len(own))
-        first = part.stop
+    for own, bias, part in zip(weights, biases, _parts(linears), strict=True):
         versions, error = solved[:, part], errors[..., part]
-        place = torch.arange(versions.shape[0] * len(own)).view(-1, len(own))
-        cost = settings.weighs.row((versions != 0).sum(dim=2), weight.shape[1])
+        place = torch.arange(tree.nodes * len(own)).view(-1, len(own))
+        cost = settings.weighs.row((versions.weights != 0).sum(dim=2), weight.shape[1])
         values = neuron_values(settings.allocate_by, rows, own, bias, settings.seed)
         problem = AllocationProblem(
             tree,
@@ -137,7 +136,8 @@ def propose(
             cost.cpu(),
         )
         energy = float(energies[:, part].sum())
-        yield Candidates(versions.flatten(0, 1), place, error.cpu(), energy, problem)
+        rows_ = versions.apply(lambda tensor: tensor.flatten(0, 1))
+        yield Candidates(rows_, place, error.cpu(), energy, problem)
 
 
 def allocate_model(
@@ -172,11 +172,21 @@ def _chunks(count: int, weight: Tensor, settings: Settings) -> Iterator[slice]:
         yield slice(first, min(first + size, count))
 
 
-def _solve(weight: Tensor, hessians: Tensor, linears: list[int], settings: Settings) -> Tensor:
+def _parts(linears: list[int]) -> Iterator[slice]:
+    """The rows of each of several stacked linears."""
+    first = 0
+    for rows in linears:
+        yield slice(first, first + rows)
+        first += rows
+
+
+def _solve(
+    weight: Tensor, hessians: Tensor, linears: list[int], settings: Settings
+) -> SolvedRows:
     """[hessians, rows, in]"""
     return solve(
         weight, hessians, settings.sparsity, settings.structure, linears=linears,
-        block_size=settings.block_size, dampening=settings.dampening_frac,
+        block_size=settings.block_size, dampening=settings.dampening_frac, grid=settings.grid,
     )  # fmt: skip
 
 
@@ -186,13 +196,13 @@ def _solve_tree(
     tree: MergeTree,
     statistics: GroupStatistics,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[SolvedRows, Tensor, Tensor]:
     """Versions [nodes, rows, in], errors [nodes, experts, rows], allowed [nodes, rows]."""
-    rows, width = weight.shape
+    rows = len(weight)
     device = statistics.sums.device
     total, tokens = statistics.total(), statistics.solved_tokens
     members = tree.members.to(device)
-    solved = weight.new_empty(tree.nodes, rows, width)
+    solved = []
     errors = torch.zeros(tree.nodes, tree.experts, rows, device=device)
     held_out_error = _held_out_errors(weight, statistics)
     held_out = torch.zeros_like(errors)
@@ -202,9 +212,9 @@ def _solve_tree(
         hessians = _shrunk(sums, below.cpu() @ tokens.float(), total, settings.shrinkage)
         if some.stop == tree.nodes:
             hessians[-1] = total
-        solved[some] = _solve(weight, hessians, linears, settings)
-        for node in range(some.start, some.stop):
-            change = (solved[node] - weight).float()
+        solved.append(_solve(weight, hessians, linears, settings))
+        for node, version in enumerate(solved[-1].weights, some.start):
+            change = (version - weight).float()
             for expert in tree.members[node].nonzero().flatten().tolist():
                 errors[node, expert] = _quadratic(change, statistics.sums[expert : expert + 1])[0]
                 held_out[node, expert] = held_out_error(change, expert)
@@ -212,7 +222,7 @@ def _solve_tree(
     gain = torch.einsum("ne,ner->nr", members.float(), held_out[-1].unsqueeze(0) - held_out)
     allowed = gain > 0
     allowed[-1] = True
-    return solved, errors, allowed
+    return SolvedRows.join(solved), errors, allowed
 
 
 def _quadratic(rows: Tensor, sums: Tensor) -> Tensor:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Grid"]
+__all__ = ["GRIDS", "Grid"]
+
+GRIDS = {"int8": 8, "int4": 4}
+"""name in a recipe -> bits"""
 
 CLIPS = 12
 """scales that are tried: from the largest weight's own down to half of it"""

@@ -16,7 +16,7 @@ from .candidates import Candidates, full_expansion, propose
 from .clusters import Router, fit_router
 from .settings import Settings
 from .statistics import GroupStatistics, RowSample
-from .versions import RowVersions
+from .versions import RowVersions, SolvedRows
 
 __all__ = ["Batches", "GroupResult", "LinearResult", "expand_group"]
 
@@ -133,13 +133,13 @@ def _sample(batches: Batches, settings: Settings) -> Tensor:
     return sample.rows
 
 
-def _error(weight: Tensor, experts: Tensor, rows: Tensor, router: Router | None) -> float:
+def _error(weight: Tensor, experts: SolvedRows, rows: Tensor, router: Router | None) -> float:
     """Relative error of the outputs on `rows` [n, in], each by its own of `experts`."""
     rows = rows.to(weight.device)
     labels = rows.new_zeros(len(rows), dtype=torch.int64) if router is None else router.route(rows)
     change = sum(
         (rows[labels == e] @ (own - weight).float().t()).double().square().sum()
-        for e, own in enumerate(experts)
+        for e, own in enumerate(experts.weights)
     )
     energy = (rows @ weight.float().t()).double().square().sum().clamp(min=1e-12)
     return float(change / energy) ** 0.5

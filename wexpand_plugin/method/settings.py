@@ -6,12 +6,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from ..errors import WexpandError
 from .allocation import ALLOCATE_BY
+from .grids import GRIDS, Grid
 from .masks import MaskStructure
-from .versions import Rows, StoredBytes
+from .versions import Rows, SolvedRows, StoredBytes
 
 __all__ = ["MAX_EXPERTS", "Settings"]
 
@@ -19,7 +18,7 @@ MAX_EXPERTS = 256
 """A row map has one byte for each expert and neuron."""
 
 
-def _as_it_is(rows: Tensor) -> Rows:
+def _as_it_is(rows: SolvedRows) -> Rows:
     return rows
 
 
@@ -33,6 +32,10 @@ class Settings:
     sparsity: float
     mask_structure: str = "row"
     """see `MaskStructure.parse`"""
+    values: str = "auto"
+    """how kept weights are stored: one of GRIDS, or "auto": in the dtype of the dense weight"""
+    value_group: int = 128
+    """columns of a row that share a scale, with a grid"""
     num_experts: int = 16
     size_budget: float | None = None
     """bytes stored over dense bytes; None stores every expert in full"""
@@ -55,7 +58,7 @@ class Settings:
     # no recipe keys
     stored_bytes: StoredBytes | None = None
     """what things weigh; needed with a size_budget"""
-    keep: Callable[[Tensor], Rows] = _as_it_is
+    keep: Callable[[SolvedRows], Rows] = _as_it_is
     """packs the candidates that wait for a model-wide budget"""
     shortlist: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Times its share of a model-wide budget: a linear may choose again from what it would be
@@ -66,8 +69,15 @@ class Settings:
     def __post_init__(self) -> None:
         structure = MaskStructure.parse(self.mask_structure)
         object.__setattr__(self, "structure", structure)
-        if not 0 < self.sparsity < 1:
-            self._refuse("sparsity", "between 0 and 1, both excluded")
+        if self.values not in ("auto", *GRIDS):
+            self._refuse("values", f"auto or one of {', '.join(GRIDS)}")
+        if self.grid is not None and (
+            self.value_group < 8 or self.value_group % 8 or self.block_size % self.value_group
+        ):
+            right = f"a multiple of 8 that divides block_size, {self.block_size}"
+            self._refuse("value_group", right)
+        if not 0 <= self.sparsity < 1 or (self.sparsity == 0 and self.grid is None):
+            self._refuse("sparsity", "above 0 (0 with values int8 or int4) and below 1")
         if structure.m:
             if abs(self.sparsity - structure.n / structure.m) > 1e-6:
                 right = f"{structure.n / structure.m} for mask_structure {structure}"
@@ -95,6 +105,11 @@ class Settings:
                 self._refuse("size_budget", "null: with one expert there is nothing to allocate")
             if self.size_budget <= 0:
                 self._refuse("size_budget", "above 0, or null for full expansion")
+
+    @property
+    def grid(self) -> Grid | None:
+        """The values that kept weights may have; None: all."""
+        return None if self.values == "auto" else Grid(GRIDS[self.values], self.value_group)
 
     def _refuse(self, key: str, right: str) -> None:
         raise WexpandError(f"{key}: {getattr(self, key)!r} should be {right}")

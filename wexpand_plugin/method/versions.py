@@ -4,19 +4,49 @@ The method decides which rows a linear keeps; how a row is packed, and what it w
 the business of a checkpoint format. Two protocols stand for it.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["RowVersions", "Rows", "StoredBytes"]
+__all__ = ["RowVersions", "Rows", "SolvedRows", "StoredBytes"]
+
+
+@dataclass(frozen=True)
+class SolvedRows:
+    """Rows as the solver leaves them."""
+
+    weights: Tensor
+    """[..., in] in the dtype of the dense weight, +0.0 where pruned"""
+    scales: Tensor | None = None
+    """of the grid that the weights lie on: float16 [..., groups]; None without a grid"""
+
+    def __getitem__(self, index: Any) -> "SolvedRows":
+        """Those at `index`, anything that indexes the dimensions before the last."""
+        return self.apply(lambda part: part[index])
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> "SolvedRows":
+        """`change` of both tensors; it leaves the last dimension alone."""
+        return SolvedRows(
+            change(self.weights), None if self.scales is None else change(self.scales)
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence["SolvedRows"]) -> "SolvedRows":
+        """Along the first dimension."""
+        scales = [part.scales for part in parts if part.scales is not None]
+        return cls(
+            torch.cat([part.weights for part in parts]), torch.cat(scales) if scales else None
+        )
 
 
 class Rows(Protocol):
-    """Rows that may be kept packed. A Tensor [n, in] is one."""
+    """Rows that may be kept packed. SolvedRows [n, in] are some."""
 
-    def __getitem__(self, index: Tensor, /) -> Tensor:
-        """The dense rows [len(index), in] with these numbers, in this order, repeats allowed."""
+    def __getitem__(self, index: Tensor, /) -> SolvedRows:
+        """The rows [len(index), in] with these numbers, in this order, repeats allowed."""
         ...
 
 
@@ -39,7 +69,7 @@ class StoredBytes(Protocol):
 class RowVersions(NamedTuple):
     """The row versions of a linear, and which of them each expert uses."""
 
-    rows: Tensor
+    rows: SolvedRows
     """[versions, in]; versions of a neuron lie together, neuron after neuron"""
     row_map: Tensor
     """uint8 [experts, out]: the number, within its neuron, of the version that an expert uses"""
@@ -47,15 +77,19 @@ class RowVersions(NamedTuple):
     """norm of the change of the linear's outputs over the norm of the dense outputs (no bias)"""
 
     @classmethod
-    def full(cls, experts: Tensor, error: float) -> "RowVersions":
+    def full(cls, experts: SolvedRows, error: float) -> "RowVersions":
         """Every expert with its own version of every neuron: `experts` [experts, out, in]."""
-        count, out_features, _ = experts.shape
-        own = torch.arange(count, dtype=torch.uint8, device=experts.device)
-        rows = experts.transpose(0, 1).flatten(0, 1)
+        count, out_features, _ = experts.weights.shape
+        own = torch.arange(count, dtype=torch.uint8, device=experts.weights.device)
+        rows = experts.apply(lambda part: part.transpose(0, 1).flatten(0, 1))
         return cls(rows, own.unsqueeze(1).expand(count, out_features), error)
+
+    def experts(self) -> SolvedRows:
+        """The rows of each expert [experts, out, in]."""
+        count = self.row_map.amax(dim=0).long() + 1
+        first = count.cumsum(dim=0) - count
+        return self.rows[(first + self.row_map).to(self.rows.weights.device)]
 
     def dense(self) -> Tensor:
         """The weight of each expert [experts, out, in]."""
-        count = self.row_map.amax(dim=0).long() + 1
-        first = count.cumsum(dim=0) - count
-        return self.rows[(first + self.row_map).to(self.rows.device)]
+        return self.experts().weights

@@ -200,12 +200,7 @@ class _Packer:
         for columns in weight.t().unsqueeze(0).split(self.how.group, dim=1):
             scales.append(grid.scales(columns, torch.ones(1, 1, 1)))
         scale = torch.cat(scales).t().half().contiguous()
-        pools = [RowPool.pack(weight, keep=keep, codec=self.how, scale=scale)]
-        # where few weights are zero, a mask costs more than storing the zeros
-        pools.append(
-            RowPool.pack(weight, keep=torch.ones_like(keep), codec=self.how, scale=scale)
-        )
-        pool = min(pools, key=lambda pool: sum(pool.stored_bytes().values()))
+        pool = RowPool.pack(weight, keep=keep, codec=self.how, scale=scale).smallest()
         change = (pool.rows() - weight).norm() / weight.norm().clamp(min=1e-30)
         return pool, float(change)
 

