@@ -22,6 +22,7 @@ NEEDS = {
     "hf": "transformers",
     "method/test_group.py": "sklearn",
     "serve": "vllm",
+    "test_examples.py": "llmcompressor",
     "tools": "transformers",
 }
 collect_ignore = [path for path, library in NEEDS.items() if find_spec(library) is None]
