@@ -27,6 +27,8 @@ demo: env-compress env-serve
 lint: env-compress
 	$(COMPRESS)/bin/ruff check .
 	$(COMPRESS)/bin/mypy
+	$(COMPRESS)/bin/lint-imports --no-cache --no-logo
+	.ci/check-lines
 
 # tests/serve needs vLLM, everything else the compress environment. Both run, whatever fails.
 test: env-compress env-serve lint

@@ -132,7 +132,8 @@ def summary(cells: list[dict[str, Any]]) -> str:
         return tuple((k, v) for k, v in cell.items() if k != "seed")
 
     lines = [
-        f"{'setting':82}{'seeds':>6}{'loss':>16}{'recovered':>16}{'stored':>8}{'read':>7}{'weights':>8}"
+        f"{'setting':82}{'seeds':>6}{'loss':>16}{'recovered':>16}{'stored':>8}{'read':>7}"
+        f"{'weights':>8}"
     ]
     for name, group in itertools.groupby(
         sorted(cells, key=lambda c: str(key(c["cell"]))), lambda c: key(c["cell"])

@@ -153,9 +153,9 @@ def main(
     except (OSError, ValueError) as error:
         raise SystemExit(f"evals.perplexity: {error}") from error
     print(
-        f"{model} on {dataset}: loss {result.loss:.4f} nats per token, "
-        f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "
-        f"({result.tokens} tokens, context {result.context}, {dtype})"
+        f"{model} on {dataset}, {result.tokens} tokens, context {result.context}, {dtype}:\n"
+        f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.3f}, "
+        f"{result.bits_per_byte:.4f} bits per byte"
     )
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

@@ -185,12 +185,12 @@ def pack(
             typer.echo(note)
         mean = sum(done.packed.values()) / len(done.packed)
         line = f"packed {len(done.packed)} linears ({mean:.1%} zeros on average)"
-        if done.left:
-            line += (
-                f", left {len(done.left)} dense (below {done.threshold:.1%} zeros, packing would "
-                "not make them smaller)"
-            )
         typer.echo(line)
+        if done.left:
+            typer.echo(
+                f"left {len(done.left)} dense: below {done.threshold:.1%} zeros, packing would not "
+                "make them smaller"
+            )
         if done.errors:
             worst = max(done.errors, key=lambda name: done.errors[name])
             mean = sum(done.errors.values()) / len(done.errors)
