@@ -17,11 +17,12 @@ def readable_bytes(count: float) -> str:
 def table(found: Inspection) -> str:
     """One line per linear, then totals."""
     width = max((len(linear.name) for linear in found.linears), default=4)
+    balance = any(linear.balance is not None for linear in found.linears)
     lines = [
         f"{'linear':{width}}  {'out x in':>13}  experts  versions  zeros    stored  x dense"
-        "  per token  balance"
+        "  per token" + "  balance" * balance
     ]
-    lines += [_row(linear, width) for linear in found.linears]
+    lines += [_row(linear, width, balance) for linear in found.linears]
     kinds = ", ".join(f"{k} {readable_bytes(b)}" for k, b in found.bytes_by_kind().items() if b)
     dense, count = found.dense_bytes, len(found.linears)
     lines.append("")
@@ -38,12 +39,12 @@ def table(found: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _row(linear: LinearInspection, width: int) -> str:
+def _row(linear: LinearInspection, width: int, with_balance: bool) -> str:
     size = f"{linear.out_features} x {linear.in_features}"
-    balance = f"{linear.balance:7.2f}" if linear.balance is not None else f"{'-':>7}"
+    balance = f"{'-':>9}" if linear.balance is None else f"{linear.balance:9.2f}"
     return (
         f"{linear.name:{width}}  {size:>13}  {linear.experts:7}  {linear.versions:8}  "
         f"{linear.sparsity:5.1%}  {readable_bytes(linear.stored_bytes):>8}  "
         f"{linear.stored_bytes / linear.dense_bytes:7.2f}  "
-        f"{readable_bytes(linear.bytes_per_token):>9}  {balance}"
+        f"{readable_bytes(linear.bytes_per_token):>9}{balance if with_balance else ''}"
     )
