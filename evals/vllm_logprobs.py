@@ -9,9 +9,10 @@ text, its token ids, and the log-probability of every token of prompt and text b
 import gc
 import json
 import os
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 __all__ = ["logprobs"]
 
@@ -39,7 +40,11 @@ def logprobs(
     return found
 
 
-def main(jobs: Path, results: Path) -> None:
+def main(
+    jobs: Annotated[Path, typer.Argument(help="JSON: models, prompts, length, settings.")],
+    results: Annotated[Path, typer.Argument(help="JSON file to write.")],
+) -> None:
+    """Greedy texts and log-probabilities of models by vLLM."""
     import torch
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -56,4 +61,4 @@ def main(jobs: Path, results: Path) -> None:
 if __name__ == "__main__":
     # one process, which can hold one engine after another
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    typer.run(main)

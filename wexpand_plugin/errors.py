@@ -20,5 +20,5 @@ class WexpandError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """The first line of another library's error, to stand in one of our sentences."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Another library's error on one line, to stand in one of our sentences."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..errors import WexpandError
+from ..errors import WexpandError, reason
 from ..format.config import CheckpointConfig
 from ..format.model_dir import ModelDir
 from .linear import RoutedLinear
@@ -152,9 +152,8 @@ def skeleton(directory: str | Path) -> "PreTrainedModel":
     except WexpandError:
         raise
     except Exception as error:  # configs and models of transformers raise what they like
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise WexpandError(
-            f"{directory}: transformers cannot build this model: {reason}"
+            f"{directory}: transformers cannot build this model: {reason(error)}"
         ) from error
 
 

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from .. import __version__
-from ..errors import WexpandError
+from ..errors import WexpandError, reason
 from ..format.config import QUANT_METHOD, parse_config
 from ..format.model_dir import ModelDir
 from ..format.problems import problems
@@ -161,8 +161,8 @@ class WexpandConfig(QuantizationConfig):
             self.model_dir = ModelDir(self._directory(engine, download=verify))
         except Exception as error:  # also of the hub, or a vLLM with another interface
             if verify:
-                why = " ".join(str(error).split())[:300] or type(error).__name__
-                logger.warning("wexpand: WEXPAND_VERIFY: the files were not checked: %s", why)
+                why = "wexpand: WEXPAND_VERIFY: the files were not checked: %s"
+                logger.warning(why, reason(error))
         if verify and self.model_dir:
             with torch.device("cpu"):  # not the one that vLLM makes its layers on at this moment
                 for problem in problems(self.model_dir):
