@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,8 +68,7 @@ def load_model(model: str | Path, dtype: Dtype = "float32", device: str | None =
     """The model of a directory or hub id, ready to be measured; ours load like any other."""
     from transformers import AutoModelForCausalLM
 
-    import wexpand_plugin  # noqa: F401  (registers our checkpoint format with transformers)
-
+    import_module("wexpand_plugin")  # registers our checkpoint format with transformers
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     return loaded.to(device).eval()

@@ -19,6 +19,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,8 +41,7 @@ def loader(host: str, model: str) -> Callable[[], Callable[[], Any]]:
     if host == "transformers":
         import transformers
 
-        import wexpand_plugin  # noqa: F401
-
+        import_module("wexpand_plugin")
         return lambda: (
             lambda: transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         )

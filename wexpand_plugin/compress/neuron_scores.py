@@ -138,7 +138,7 @@ def load_scores(path: str | os.PathLike, model: torch.nn.Module | None = None) -
     try:
         with safe_open(file, framework="pt") as opened:
             header = (opened.metadata() or {}).get("wexpand_neuron_scores")
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     except (SafetensorError, OSError) as error:
         raise WexpandError(f"{file}: cannot be read as safetensors ({error})") from error
     if header is None:

@@ -231,7 +231,7 @@ class ModelDir:
 def _headers(file: Path) -> Iterator[tuple[str, Header]]:
     try:
         with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118
+            for name in handle.keys():
                 part = handle.get_slice(name)
                 yield name, Header(file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype()))
     except (SafetensorError, OSError) as error:
