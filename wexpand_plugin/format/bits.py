@@ -25,9 +25,15 @@ def unpack_bits(mask: Tensor, in_features: int) -> Tensor:
 
 def bit_counts(mask: Tensor) -> Tensor:
     """Set bits of each row: uint8 [rows, bytes] -> int64 [rows]."""
-    pairs = mask - ((mask >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(dim=1, dtype=torch.int64)
+    rows, width = mask.shape
+    padded = mask.new_zeros(rows, (width + 7) // 8 * 8)
+    padded[:, :width] = mask
+    # eight bytes at once: counts of pairs of bits, of nibbles, of bytes, and their sum on top
+    words = padded.view(torch.int64)
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((words * 0x0101010101010101) >> 56).sum(dim=1)
 
 
 def running(counts: Tensor) -> Tensor:

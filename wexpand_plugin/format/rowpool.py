@@ -127,6 +127,8 @@ class RowPool:
     @property
     def nnz(self) -> int:
         """Weights kept, over all row versions; a kept one may be zero."""
+        if self.codec.bits == self.codec.storage.itemsize * 8:
+            return self.values.numel()
         return int(self.kept().sum())
 
     def kept(self) -> Tensor:
