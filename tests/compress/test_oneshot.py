@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from test_modifier import logits, tiny
 from tiny import tokenizer
 
+from wexpand_plugin.compress import precision
 from wexpand_plugin.compress.oneshot import compress
 from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.format.model_dir import ModelDir
 
 GOOD = (
     "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n"
@@ -78,16 +81,34 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial*"))
 
 
-def test_fewer_tokens_than_asked_for_are_said(inputs):
+@pytest.fixture
+def said():
+    """What is logged, a line each."""
     from loguru import logger
 
-    said: list[str] = []
-    sink = logger.add(said.append, level="WARNING", format="{message}")
-    try:
-        compress(**inputs | {"samples": 1000})
-    finally:
-        logger.remove(sink)
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="INFO", format="{message}")
+    yield lines
+    logger.remove(sink)
+
+
+def test_fewer_tokens_than_asked_for_are_said(inputs, said):
+    compress(**inputs | {"samples": 1000})
     assert any("3584 tokens in 112 rows calibrate, fewer than 1000 rows of 32" in s for s in said)
+
+
+@pytest.mark.parametrize("asked", ["auto", "float32"])
+def test_a_model_is_saved_in_its_own_dtype(inputs, tmp_path, monkeypatch, said, asked):
+    """Whatever is computed in: float32 on a CPU without instructions for bfloat16."""
+    tiny("Llama", Path(inputs["model"]), torch.bfloat16)
+    monkeypatch.setattr(precision, "_cpu_multiplies", lambda dtype: dtype != torch.bfloat16)
+    compress(**inputs | {"dtype": asked})
+    why = ", as this CPU has no torch.bfloat16 instructions" * (asked == "auto")
+    assert any(f"Computing in torch.float32{why}; saving in torch.bfloat16" in s for s in said)
+    model = ModelDir(tmp_path / "out")
+    floats = {name: h.dtype for name, h in model.headers.items() if h.dtype.is_floating_point}
+    assert {d for n, d in floats.items() if "router" not in n} == {torch.bfloat16}
+    assert model.config_json["dtype"] == "bfloat16"
 
 
 def test_no_code_of_the_model_runs(inputs, tmp_path):

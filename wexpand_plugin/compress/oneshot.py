@@ -11,6 +11,7 @@ from ..errors import WexpandError, reason
 from ..format.writer import copy_others, partial_directory, require_empty
 from ..hf.hub import resolve
 from .data import calibration_rows, check_rows, load_text
+from .precision import compute_dtype, own_dtypes, set_dtypes
 from .recipes import check_recipe
 from .recipes import recipe as find_recipe
 
@@ -41,7 +42,8 @@ def compress(
     :param dataset: text file, .jsonl, .json, .csv, .parquet, saved dataset, or hub id; texts,
         chats, or rows of input_ids with or without masks
     :param samples, max_seq_length: rows of calibration tokens and their length
-    :param dtype: "float32", "bfloat16", "float16", or "auto", which keeps the checkpoint's
+    :param dtype: what is computed in: "float32", "bfloat16", "float16", or "auto": the model's own
+        where the machine is fast with it, else float32. The model is saved in its own
     :param seed: which texts or rows are taken, and their order
     :return: the output directory
 
@@ -50,7 +52,7 @@ def compress(
     import torch
     from llmcompressor import oneshot
     from loguru import logger
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if dtype not in DTYPES:
         raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -90,12 +92,23 @@ def compress(
         )
     torch.manual_seed(seed)
     with partial_directory(output) as partial:
-        done = oneshot(
-            model=model, tokenizer=tokenizer, dataset=data, recipe=recipe, precision=dtype,
-            trust_remote_code_model=False,
+        try:
+            dense = AutoModelForCausalLM.from_pretrained(
+                model, dtype="auto", trust_remote_code=False
+            )
+        except Exception as error:
+            raise WexpandError(f"model: {model!r} cannot be loaded ({reason(error)})") from error
+        own, computing = own_dtypes(dense), compute_dtype(dtype, dense.dtype)
+        if computing != dense.dtype:
+            why = f", as this CPU has no {dense.dtype} instructions" if dtype == "auto" else ""
+            logger.info(f"Computing in {computing}{why}; saving in {dense.dtype}, as the model is")
+            set_dtypes(dense, {n: computing if d == dense.dtype else d for n, d in own.items()})
+        oneshot(
+            model=dense, tokenizer=tokenizer, dataset=data, recipe=recipe,
             num_calibration_samples=len(data), max_seq_length=length,
         )  # fmt: skip
-        done.save_pretrained(str(partial))
+        set_dtypes(dense, own)
+        dense.save_pretrained(str(partial))
         if left_out := copy_others(source, partial):
             for file in left_out:  # llm-compressor copies what lies beside config.json
                 (partial / file).unlink(missing_ok=True)

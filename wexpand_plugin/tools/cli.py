@@ -97,7 +97,11 @@ def compress(
         str, typer.Option(help="Column of texts, or of chats (lists of role and content).")
     ] = "text",
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto: as the model has it.")
+        str,
+        typer.Option(
+            help="What to compute in: float32, bfloat16, float16, or auto: the model's own dtype "
+            "where this machine is fast with it, else float32. It is saved in its own."
+        ),
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Which texts are taken, and their order.")] = 0,
     quiet: Annotated[

@@ -1,0 +1,56 @@
+"""What a model computes in while it is compressed, and what it is saved in: its own dtype.
+
+A CPU without instructions for bfloat16 calculates with it many times slower than with float32, so
+there float32 is used unless something else was asked for.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+__all__ = ["compute_dtype", "own_dtypes", "set_dtypes"]
+
+# what Linux calls the instructions that multiply in these dtypes
+_INSTRUCTIONS = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+
+
+def compute_dtype(asked: str, own: torch.dtype) -> torch.dtype:
+    """The dtype to calibrate in: the one `asked` for, or for "auto" the fastest of those that lose
+    nothing.
+
+    :param own: of the model as it is saved
+    """
+    if asked != "auto":
+        return getattr(torch, asked)
+    if torch.accelerator.is_available() or _cpu_multiplies(own):
+        return own
+    return torch.float32
+
+
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions for `dtype`; also True where that cannot be found out."""
+    needed = _INSTRUCTIONS.get(dtype)
+    try:
+        return needed is None or bool(needed & set(Path("/proc/cpuinfo").read_text().split()))
+    except OSError:
+        return True
+
+
+def own_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Parameter -> its dtype."""
+    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+
+def set_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give those parameters of `model` that are named, and float, these dtypes."""
+    for name, parameter in list(model.named_parameters()):
+        dtype = dtypes.get(name, parameter.dtype)
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            owner, _, kind = name.rpartition(".")
+            module, value = model.get_submodule(owner), parameter.detach().to(dtype)
+            delattr(module, kind)  # an offloaded one would keep its dtype
+            setattr(module, kind, nn.Parameter(value, requires_grad=False))
