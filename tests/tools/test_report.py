@@ -21,6 +21,7 @@ from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.method.neurons import neuron_scores
+from wexpand_plugin.tools.pack import pack
 from wexpand_plugin.tools.report import inputs, measure, write
 from wexpand_plugin.tools.report.data import collect
 
@@ -220,7 +221,7 @@ def test_full_expansion_and_one_expert(made, tmp_path):
             write(tmp_path / path, dense=made / "dense", dataset=dataset, tokens=TOKENS, quiet=True)
         )
         assert ("Pass --baseline DIR" in page.text) == (note is not None)
-        assert ("one expert, plain sparse" in page.text) == (experts == 1)
+        assert ("one expert: each neuron" in page.text) == (experts == 1)
         assert ("Who gains" in page.text) == (experts > 1)
         assert ("full expansion" in page.text) == (path == "all")
 
@@ -239,6 +240,19 @@ def _save(model, path):
 
     wrap_save_pretrained(model, {})
     model.save_pretrained(path)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_integer_values(made, tmp_path, sparsity):
+    """Full rows, without masks, and sparse ones: scales are bytes of a kind of their own."""
+    tiny.prune(tiny.dense(), sparsity).save_pretrained(tmp_path / "model")
+    pack(tmp_path / "model", tmp_path / "ours", values="int4", quiet=True)
+    dataset = str(made / "text.jsonl")
+    page = _Page(
+        write(tmp_path / "ours", dense=made / "dense", dataset=dataset, tokens=TOKENS, quiet=True)
+    )
+    assert "int4, groups of 128" in page.text and "scale" in page.text
+    assert _pngs(tmp_path / "ours" / "report.html") == {"sizes", "wasserstein", "distributions"}
 
 
 def test_scores_beside_the_model_are_shown(made, tmp_path):

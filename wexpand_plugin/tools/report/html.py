@@ -114,7 +114,7 @@ def _shown(data: "ReportData", measured: "Measurement | None", folder: Path) -> 
         if wd:
             figures["wasserstein"] = neuron_plots.wasserstein(wd, PERCENT)
         if measured is not None:
-            name = "experts" if routed else "sparse model"
+            name = "experts" if routed else "compressed model"
             figures["distributions"] = neuron_plots.distributions(measured, name)
         if measured is not None and compared:
             figures["improvement"] = neuron_plots.improvement(measured, PERCENT)

@@ -27,13 +27,21 @@ __all__ = [
 ]
 
 INK, LINE, SOFT = "#1c2024", "#d3d8de", "#8a929c"
-BLUE, ORANGE, GREEN, YELLOW, GREY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#9aa2ac"
+BLUE, SKY, ORANGE = "#0072b2", "#56b4e9", "#d55e00"
+GREEN, YELLOW, GREY = "#009e73", "#e69f00", "#9aa2ac"
 
 DENSE, COMPRESSED, BASE = GREY, BLUE, ORANGE
 """the model before, after, and with one sparse version of each neuron"""
 HIGHLIGHT, OTHERS = ORANGE, GREY
 """Wasserstein neurons and the rest"""
-KINDS = {"values": BLUE, "mask": YELLOW, "row_map": GREEN, "router": ORANGE, "bias": GREY}
+KINDS = {
+    "values": BLUE,
+    "scale": SKY,
+    "mask": YELLOW,
+    "row_map": GREEN,
+    "router": ORANGE,
+    "bias": GREY,
+}
 """what the bytes of a linear are"""
 HEAT = "cividis"
 
