@@ -302,6 +302,8 @@ def test_compress_refuses_before_work(pruned, tmp_path):
     text.write_text("some text")
     options = ("-r", recipe, "-d", text, "-o", tmp_path / "out")
     assert "recipe.yaml: is empty" in sentence(run("compress", pruned, *options, code=1))
+    text = sentence(run("compress", pruned, "-r", "unknown", *options[2:], code=1))
+    assert "'unknown' is neither a file nor one of " in text and "sparse_expansion_budget" in text
     assert not (tmp_path / "out").exists()
 
 
