@@ -178,7 +178,7 @@ def test_a_new_directory_appears_whole(tmp_path):
 def test_a_directory_that_fails_leaves_nothing(tmp_path, error):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text("old")
-    for name in ("new", "old"):
+    for name in ("new", "folders/of/its/own", "old"):
         with pytest.raises(error), partial_directory(tmp_path / name) as partial:
             (partial / "config.json").write_text("new")
             raise error

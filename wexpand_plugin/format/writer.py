@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +221,9 @@ def partial_directory(target: str | Path) -> Iterator[Path]:
 
     A new `target` appears by one rename. In an existing one, the old config.json goes first and the
     new one comes last, model weights that the new files do not replace are removed, and all other
-    files stay. On an error the partial directory is removed and `target` is as it was. What a
-    process that was killed left there is removed by the next one with the same target.
+    files stay. On an error the partial directory is removed and `target` is as it was, folders above
+    it included. What a process that was killed left there is removed by the next one with the same
+    target.
     """
     target = Path(target).resolve()
     if target.exists():
@@ -238,12 +239,13 @@ def partial_directory(target: str | Path) -> Iterator[Path]:
         stem, parent = ".partial", target
     else:
         stem, parent = f".{target.name}.partial", target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(parent, stem)
     partial = parent / f"{stem}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(parent, stem)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         yield partial
         if target.exists():
             _move_into(partial, target)
@@ -251,6 +253,9 @@ def partial_directory(target: str | Path) -> Iterator[Path]:
             os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):  # `target` is in it, or it could not be made
+                folder.rmdir()
 
 
 def _remove_abandoned(parent: Path, stem: str) -> None:
