@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from llmcompressor import oneshot
+from loguru import logger
 from tiny import VOCAB, tokenizer
 
 from wexpand_plugin.compress.modifier import SparseExpansionModifier
@@ -196,6 +197,32 @@ def test_with_model_scope_calibration_does_not_depend_on_the_budget(tmp_path):
     assert not torch.equal(routers["layer", 0.8], routers["layer", 3.0])
 
 
+def test_the_error_that_is_logged_is_that_of_what_is_stored(tmp_path):
+    """With a model-wide budget too, although calibration goes on with the full expansion."""
+    path, said = tiny("Llama", tmp_path / "dense"), []
+    dense = transformers.AutoModelForCausalLM.from_pretrained(path).model.layers[0].mlp.gate_proj
+    sink = logger.add(said.append, level="INFO", format="{message}")
+    try:
+        model = run(path, sparsity=0.8, size_budget=0.6, targets=["re:.*mlp.*"])
+    finally:
+        logger.remove(sink)
+    lines = [line for line in said if line.startswith("model.layers.0.mlp: gate_proj + up_proj")]
+    calibrating, stored = lines
+    assert "(full expansion, for calibration)" in calibrating
+    module = model.model.layers[0].mlp.gate_proj
+    seen = []
+    module.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 32)))
+    with torch.no_grad():
+        for row in calibration()["input_ids"]:
+            model(input_ids=torch.tensor([row]))
+        rows = torch.cat(seen)
+        error = float((module(rows) - dense(rows)).norm() / dense(rows).norm())
+    logged = float(re.search(r"stored with relative error ([\d.]+)", stored)[1])
+    assert logged == pytest.approx(error, rel=0.03)
+    share = module.stored_bytes() / module.dense_bytes()
+    assert f"({share:.2f} of dense)" in stored
+
+
 def test_rules_choose_different_neurons(tmp_path):
     path, maps = tiny("Llama", tmp_path / "dense"), {}
     for rule in ("gain", "wasserstein", "gain_wasserstein", "kurtosis", "random"):
@@ -260,8 +287,18 @@ def test_yaml_recipe_with_unquoted_mask_structure(tmp_path):
         output_dir=str(tmp_path / "out"),
     )  # fmt: skip
     assert model.model.layers[0].mlp.up_proj.experts == 2
-    made_by = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert made_by["made_by"]["mask_structure"] == "2:4"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    made_by = config["made_by"]
+    assert made_by["mask_structure"] == "2:4" and made_by["targets"] == ["re:.*mlp.*"]
+    # enough to repeat the run
+    again = SparseExpansionModifier(
+        **{key: made_by[key] for key in SparseExpansionModifier.model_fields if key in made_by}
+    )
+    assert (again.sparsity, again.num_experts, again.seed) == (0.5, 2, 0)
+    assert {"block_size", "dampening_frac", "shrinkage", "router_dims", "max_bytes"} <= set(made_by)
+    assert made_by["model"] == str(tmp_path / "dense")
+    assert made_by["data"]["batches"] == 24 and made_by["data"]["tokens_counted"] == 24 * 48
+    assert set(made_by["versions"]) == {"wexpand", "llmcompressor", "transformers", "torch"}
 
 
 @pytest.mark.slow

@@ -308,14 +308,14 @@ def test_too_few_tokens(llama, tmp_path):
         )
 
 
-def test_bad_activations_name_the_linear(llama, tmp_path):
+def test_a_bad_weight_names_the_linear(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(llama)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
     model.save_pretrained(tmp_path / "broken")
     for file in llama.glob("tokenizer*"):
         (tmp_path / "broken" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(WexpandError, match="layers.1.mlp.up_proj: weight: holds NaN"):
+    with pytest.raises(WexpandError, match="layers.1.mlp.up_proj.weight: holds NaN"):
         compress(tmp_path / "broken", tmp_path / "out", [NeuronScoringModifier(targets=MLP)])
 
 

@@ -98,11 +98,14 @@ def _dense_statistics(
         found[group.linears[0]] = GroupStatistics(
             weight.shape[1], None, seed=settings.seed, device=weight.device
         )
-    for inputs in replay.inputs(list(found)):
-        for linear, rows in inputs.items():
-            found[linear].add(rows)
-    for statistics in found.values():
-        statistics.flush()
+    try:
+        for inputs in replay.inputs(list(found)):
+            for linear, rows in inputs.items():
+                found[linear].add(rows)
+        for statistics in found.values():
+            statistics.flush()
+    except WexpandError as error:
+        raise WexpandError(f"{' / '.join(group.label for group in groups)}: {error}") from None
     return found
 
 

@@ -17,8 +17,11 @@ from ..hf.linear import RoutedLinear
 from ..hf.saving import wrap_save_pretrained
 from ..method.masks import MaskStructure
 from ..method.settings import Settings
+from .calibration import CalibrationBatches, counted_tokens
+from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .estimate import working_bytes
 from .expansion import Target, allocate_targets, expand_block
+from .made_by import made_by
 from .replay import BlockReplay
 from .rows import settings_for
 from .targets import target_linears
@@ -119,6 +122,7 @@ class SparseExpansionModifier(Modifier):
     _targets: dict[str, Target] = PrivateAttr(default_factory=dict)
     _blocks: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
     _replays: dict[str, BlockReplay] = PrivateAttr(default_factory=dict)
+    _batches: CalibrationBatches = PrivateAttr(default_factory=CalibrationBatches)
 
     @field_validator("mask_structure", mode="before")
     @classmethod
@@ -134,6 +138,7 @@ class SparseExpansionModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Find the targeted linears and refuse what cannot work, before any calibration."""
+        refuse_distributed(type(self).__name__)
         model = state.model
         if any(isinstance(module, RoutedLinear) for module in model.modules()):
             raise WexpandError("model: already expanded; compress the dense model instead")
@@ -150,7 +155,12 @@ class SparseExpansionModifier(Modifier):
             self._check_linear(name, linear.weight)
         if not self._targets:
             raise WexpandError(f"targets: {self.targets} match linears outside the blocks only")
+        linears = {n: t.linear for n, t in self._targets.items() if t.linear is not None}
+        refuse_unrolled(model, linears)
+        refuse_nonfinite(linears)
         self._check_tokens(state)
+        self._batches = CalibrationBatches.watch(kwargs.get("calib_data"))
+        self._say(linears)
         return True
 
     def _check_linear(self, name: str, weight: Tensor) -> None:
@@ -179,7 +189,8 @@ class SparseExpansionModifier(Modifier):
         need = self.num_experts * TOKENS_PER_EXPERT if self.num_experts > 1 else 1
         found = 0
         for batch in state.data.calib or ():
-            found += batch["input_ids"].numel()
+            counts = counted_tokens(batch)
+            found += 0 if counts is None else int(counts.sum())
             if found >= need:
                 break
         else:
@@ -187,7 +198,8 @@ class SparseExpansionModifier(Modifier):
                 f"calibration: {found} tokens are too few for num_experts {self.num_experts}, "
                 f"which needs at least {need} ({TOKENS_PER_EXPERT} per expert, better thousands)"
             )
-        linears = {n: t.linear for n, t in self._targets.items() if t.linear is not None}
+
+    def _say(self, linears: dict[str, nn.Linear]) -> None:
         dense = sum(linear.weight.nbytes for linear in linears.values())
         size = "in full" if self.size_budget is None else f"in {self.size_budget} x their size"
         memory = working_bytes(linears, self._settings) / 2**30
@@ -201,7 +213,7 @@ class SparseExpansionModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs):
         """Record each block's arguments from now on."""
         for name, block in self._blocks.items():
-            self._replays[name] = BlockReplay(block, self.register_hook)
+            self._replays[name] = BlockReplay(block, self.register_hook, self._batches.current)
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules=None, **kwargs):
         """Expand the linears of the blocks that have just been calibrated."""
@@ -230,14 +242,20 @@ class SparseExpansionModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs) -> bool:
         """From now on saving the model writes the packed checkpoint."""
+        if not self.ended_:  # the session is reset after a run that failed
+            return self._forget()
         dense = [name for name, target in self._targets.items() if target.routed is None]
         if len(dense) == len(self._targets):
             raise WexpandError("calibration reached none of the targeted linears")
         if dense:
             logger.warning(f"no calibration token reached {', '.join(dense)}: they stay dense")
-        recipe = self.model_dump(exclude=set(Modifier.model_fields))
-        wrap_save_pretrained(state.model, {"modifier": type(self).__name__, **recipe})
-        self._targets, self._blocks = {}, {}
+        wrap_save_pretrained(state.model, made_by(self, state.model, self._batches))
+        return self._forget()
+
+    def _forget(self) -> bool:
+        self.remove_hooks()
+        self._batches.release()
+        self._targets, self._blocks, self._replays = {}, {}, {}
         return True
 
     def _settle(self) -> None:

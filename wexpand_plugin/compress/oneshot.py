@@ -51,6 +51,7 @@ def compress(
     """
     import torch
     from llmcompressor import oneshot
+    from llmcompressor.core import create_session
     from loguru import logger
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -91,7 +92,8 @@ def compress(
             f"{max_seq_length}: the text is used up, or the model takes no longer rows"
         )
     torch.manual_seed(seed)
-    with partial_directory(output) as partial:
+    # a session of its own: a run that fails leaves nothing for the next one to clear up
+    with create_session(), partial_directory(output) as partial:
         try:
             dense = AutoModelForCausalLM.from_pretrained(
                 model, dtype="auto", trust_remote_code=False

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from ..errors import WexpandError
 from ..format.rowpool import RowPool
 from ..hf.saving import wrap_save_pretrained
+from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
+from .made_by import made_by
 from .rows import replace_linear
 from .targets import HEADS, target_linears
 
@@ -50,12 +52,17 @@ class PackModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Refuse targets that match nothing, before any work."""
-        target_linears(state.model, self.targets, self.ignore)
+        refuse_distributed(type(self).__name__)
+        linears = target_linears(state.model, self.targets, self.ignore)
+        refuse_unrolled(state.model, linears)
+        refuse_nonfinite(linears)
         return True
 
     @torch.no_grad()
     def on_finalize(self, state: State, **kwargs) -> bool:
         """Pack what is smaller packed."""
+        if not self.ended_:  # the session is reset after a run that failed
+            return True
         packed = dense = count = 0
         linears = target_linears(state.model, self.targets, self.ignore)
         for name, linear in tqdm(linears.items(), "Packing", leave=False):
@@ -76,5 +83,5 @@ class PackModifier(Modifier):
             f"Packed {count} of {len(linears)} linears: {packed / 2**20:.1f} MiB, "
             f"{packed / dense:.3f} of dense"
         )
-        wrap_save_pretrained(state.model, {"modifier": type(self).__name__})
+        wrap_save_pretrained(state.model, made_by(self, state.model))
         return True

@@ -24,31 +24,35 @@ class BlockReplay:
     """Records the arguments of `block` while the pipeline calibrates, and runs it again on them.
 
     :param register_hook: of the modifier: its hooks rest while the pipeline propagates
+    :param counts: says which tokens of the batch that runs now count (`calibration`)
     """
 
-    def __init__(self, block: nn.Module, register_hook: Callable[..., Any]):
-        self.block = block
+    def __init__(
+        self,
+        block: nn.Module,
+        register_hook: Callable[..., Any],
+        counts: Callable[[], Tensor | None],
+    ):
+        self.block, self._counts_now = block, counts
+        self.counts: list[Tensor | None] = []
         self.cache = IntermediatesCache(None, torch.device("cpu"))
         register_hook(block, self._record, "forward_pre", with_kwargs=True)
 
     def _record(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
         self.cache.append({"args": args, "kwargs": kwargs})
+        self.counts.append(self._counts_now())
 
     def __len__(self) -> int:
         return len(self.cache)
 
-    def _run(self, index: int) -> None:
-        inputs = self.cache.fetch(index)
+    def _run(self, number: int) -> None:
+        inputs = self.cache.fetch(number)
         with torch.no_grad(), HooksMixin.disable_hooks():
             self.block(*inputs["args"], **inputs["kwargs"])
 
-    def _runs(self, numbers: Iterable[int] | None = None) -> Iterator[Callable[[], None]]:
-        for index in range(len(self)) if numbers is None else numbers:
-            yield partial(self._run, index)
-
     def groups(self, linears: Mapping[str, nn.Linear]) -> list[InputGroup]:
         """The input groups among `linears` (name -> module of this block), in calling order."""
-        return find_groups(linears, self._runs())
+        return find_groups(linears, (partial(self._run, number) for number in range(len(self))))
 
     def inputs(
         self, linears: Sequence[nn.Module], numbers: Iterable[int] | None = None
@@ -57,8 +61,10 @@ class BlockReplay:
 
         A linear that a batch does not reach is missing from that batch's dict.
         """
-        for seen in record_inputs(linears, self._runs(numbers)):
-            yield {module: token_rows(x, None) for module, x in seen.items()}
+        numbers = list(range(len(self)) if numbers is None else numbers)
+        found = record_inputs(linears, (partial(self._run, number) for number in numbers))
+        for number, seen in zip(numbers, found, strict=True):
+            yield {module: token_rows(x, self.counts[number]) for module, x in seen.items()}
 
 
 class ReplayedInputs:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.distributed import is_source_process
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field, PrivateAttr
@@ -22,6 +22,8 @@ from ..errors import WexpandError
 from ..method.inputs import Readers, token_rows
 from ..method.neurons import MAX_BYTES, MIN_TOKENS, NeuronScores, neuron_scores
 from ..method.statistics import RowSample
+from .calibration import CalibrationBatches
+from .checks import refuse_distributed, refuse_nonfinite
 from .neuron_scores import FOLDER, ModelScores, ScoredLinear, fingerprint, save_scores
 from .targets import HEADS, target_linears
 
@@ -89,6 +91,7 @@ class NeuronScoringModifier(Modifier):
 
     # private variables
     _names: dict[torch.nn.Linear, str] = PrivateAttr(default_factory=dict)
+    _batches: CalibrationBatches = PrivateAttr(default_factory=CalibrationBatches)
     _readers: Readers = PrivateAttr(default_factory=Readers)
     # of each linear that has been called, the one that reads the same tensor first, which samples
     _first: dict[torch.nn.Module, torch.nn.Module] = PrivateAttr(default_factory=dict)
@@ -101,8 +104,11 @@ class NeuronScoringModifier(Modifier):
 
         :raises WexpandError: if targets and ignore leave none
         """
+        refuse_distributed(type(self).__name__)
         model = state.model
         linears = target_linears(model, self.targets, self.ignore)
+        refuse_nonfinite(linears)
+        self._batches = CalibrationBatches.watch(kwargs.get("calib_data"))
         self._names = {linear: name for name, linear in linears.items()}
         self._scores = ModelScores(
             model=str(getattr(model, "name_or_path", "")),
@@ -132,6 +138,10 @@ class NeuronScoringModifier(Modifier):
 
         :raises WexpandError: if no linear saw enough tokens to be scored
         """
+        self._batches.release()
+        if not self.ended_:  # the session is reset after a run that failed
+            self.remove_hooks()
+            return True
         for name in self._names.values():
             if name not in self._scores.linears and name not in self._scores.skipped:
                 self._scores.skipped[name] = "saw no calibration tokens"
@@ -167,10 +177,10 @@ class NeuronScoringModifier(Modifier):
             # seeded by name: a linear's sample does not depend on which others are scored
             seed = self.seed + zlib.crc32(self._names[module].encode())
             self._samples[module] = RowSample(self.sample_tokens, seed)
-        state = active_session().state
-        masks = getattr(state, "loss_masks", None)
-        mask = masks[state.current_batch_idx] if masks else None
-        self._samples[module].add(token_rows(x, None if mask is None else mask.bool()))
+        try:
+            self._samples[module].add(token_rows(x, self._batches.current()))
+        except WexpandError as error:
+            raise WexpandError(f"{self._names[module]}: {error}") from None
 
     @torch.no_grad()
     def score_linears(self):

@@ -14,7 +14,7 @@ Nothing of transformers is imported with this module: it may be imported while t
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 __all__ = [
     "check_fit",
     "check_headers",
+    "empty_model",
     "install_linears",
     "linear_tensors",
+    "missing_tensors",
     "module_tensor_names",
+    "saved_names",
     "skeleton",
 ]
 
@@ -110,14 +113,30 @@ def check_headers(model: "PreTrainedModel", directory: ModelDir) -> None:
             )
     if type(model).__name__ not in (model.config.architectures or ()):
         return
-    found = {target for _, target, _ in _renamed(model, headers)}
+    if missing := missing_tensors(model, headers):
+        raise WexpandError(
+            f"{missing[0]}: missing; {type(model).__name__} has it by config.json", missing[0]
+        )
+
+
+def missing_tensors(model: "PreTrainedModel", names: Iterable[str]) -> list[str]:
+    """The tensors of `model` that a checkpoint with these tensor names would leave out."""
+    found = {target for _, target, _ in _renamed(model, names)}
     found |= {t for t, source in model.all_tied_weights_keys.items() if source in found}
     optional = model._keys_to_ignore_on_load_missing or ()
-    for name in known:
-        if name not in found and not any(re.search(pattern, name) for pattern in optional):
-            raise WexpandError(
-                f"{name}: missing; {type(model).__name__} has it by config.json", name
-            )
+    return [
+        name
+        for name in model.state_dict()
+        if name not in found and not any(re.search(pattern, name) for pattern in optional)
+    ]
+
+
+def saved_names(model: "PreTrainedModel") -> list[str]:
+    """The tensor names that transformers writes when it saves `model` as it is now."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    return list(revert_weight_conversion(model, tensors))
 
 
 def check_fit(directory: ModelDir) -> None:
@@ -137,9 +156,6 @@ def skeleton(directory: str | Path) -> "PreTrainedModel":
 
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
-            if hasattr(part, "quantization_config"):
-                del part.quantization_config
         name = (config.architectures or ["none named"])[0]
         class_ = getattr(transformers, name, None)
         if not (isinstance(class_, type) and issubclass(class_, transformers.PreTrainedModel)):
@@ -147,14 +163,22 @@ def skeleton(directory: str | Path) -> "PreTrainedModel":
                 f"{directory}: config.json: architectures: {name} is no model class of "
                 f"transformers {transformers.__version__}, so its linears are not known"
             )
-        with torch.device("meta"):
-            return class_._from_config(config)
+        return empty_model(class_, config)
     except WexpandError:
         raise
     except Exception as error:  # configs and models of transformers raise what they like
         raise WexpandError(
             f"{directory}: transformers cannot build this model: {reason(error)}"
         ) from error
+
+
+def empty_model(class_: type["PreTrainedModel"], config: Any) -> "PreTrainedModel":
+    """The dense model of that class and configuration, which is changed, on the meta device."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    with torch.device("meta"):
+        return class_._from_config(config)
 
 
 def linear_tensors(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:

@@ -1,0 +1,173 @@
+"""What cannot be compressed is refused before calibration, by name; a failure leaves nothing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from llmcompressor import oneshot
+from llmcompressor.core import create_session
+from loguru import logger
+from test_modifier import calibration, logits, run, tiny
+from tiny import VOCAB, tokenizer
+
+from wexpand_plugin.compress.modifier import SparseExpansionModifier
+from wexpand_plugin.compress.packing import PackModifier
+from wexpand_plugin.compress.scoring import NeuronScoringModifier
+from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.hf.linear import RoutedLinear
+
+MODIFIERS = [
+    SparseExpansionModifier(sparsity=0.5, num_experts=2, ignore=["lm_head"]),
+    NeuronScoringModifier(),
+    PackModifier(),
+]
+
+
+def apply(modifier, model, **arguments):
+    return oneshot(
+        model=model, dataset=calibration(), recipe=[modifier.model_copy(deep=True)],
+        processor=tokenizer(), max_seq_length=64, num_calibration_samples=24, **arguments,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def no_calibration(monkeypatch):
+    """What is refused at initialize is refused before the pipeline starts."""
+
+    def pipeline(*args, **kwargs):
+        pytest.fail("calibration began")
+
+    monkeypatch.setattr("llmcompressor.pipelines.CalibrationPipeline.from_modifiers", pipeline)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("modifier", MODIFIERS, ids=lambda m: type(m).__name__)
+def test_weights_that_are_not_finite(modifier, value, tmp_path, no_calibration):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("Llama", tmp_path))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(WexpandError, match=r"^model.layers.1.mlp.up_proj.weight: holds NaN"):
+        apply(modifier, str(tmp_path))
+
+
+def test_a_broken_weight_that_is_no_target_is_left_alone(tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("Llama", tmp_path))
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan
+    model.save_pretrained(tmp_path)
+    run(tmp_path, targets=["re:.*layers.0.mlp.*"], size_budget=2.0)
+
+
+def moe(kind, path):
+    sizes = dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, intermediate_size=48,
+    )  # fmt: skip
+    if kind == "mixtral":
+        sizes |= dict(num_local_experts=4)
+    else:
+        sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("modifier", [MODIFIERS[0], MODIFIERS[2]], ids=lambda m: type(m).__name__)
+def test_unrolled_experts_are_refused_with_what_to_ignore(modifier, tmp_path, no_calibration):
+    with pytest.raises(WexpandError) as refused:
+        apply(modifier, str(moe("qwen3_moe", tmp_path)))
+    assert str(refused.value).startswith("model.layers.0.mlp.experts.0.")
+    assert r"ignore: ['re:.*\.experts\..*']" in str(refused.value)
+
+
+def test_the_rest_of_a_mixture_can_be_expanded(tmp_path):
+    path = moe("qwen3_moe", tmp_path / "dense")
+    model = run(path, tmp_path / "out", ignore=["lm_head", r"re:.*\.experts\..*"])
+    assert sum(isinstance(m, RoutedLinear) for m in model.modules()) == 8
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(again), logits(model))
+    dense = transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
+    experts = [name for name in dense if ".experts." in name]
+    assert len(experts) == 4
+    for name in experts:
+        assert torch.equal(again.state_dict()[name], dense[name])
+
+
+def test_a_mixture_that_the_host_saves_under_other_names_is_refused(tmp_path, no_calibration):
+    with pytest.raises(WexpandError, match="unrolls the experts of a MixtralForCausalLM"):
+        run(moe("mixtral", tmp_path), targets=["re:.*self_attn.*"])
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]),
+                        world_size=2)
+from types import SimpleNamespace
+from wexpand_plugin import SparseExpansionModifier, NeuronScoringModifier, PackModifier
+state = SimpleNamespace(model=torch.nn.Linear(2, 2))
+for modifier in (SparseExpansionModifier(sparsity=0.5), NeuronScoringModifier(), PackModifier()):
+    try:
+        modifier.initialize(state)
+    except ValueError as error:
+        print(error)
+dist.barrier()
+"""
+
+
+@pytest.mark.slow
+def test_more_than_one_process(tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path / "meet"), str(rank)],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        found, _ = rank.communicate(timeout=300)
+        lines = [line for line in found.splitlines() if "2 processes" in line]
+        assert [line.split(":")[0] for line in lines] == [type(m).__name__ for m in MODIFIERS]
+
+
+def test_more_than_one_process_is_refused(monkeypatch, tmp_path):
+    """As above, with torch.distributed that only says so."""
+    path = str(tiny("Llama", tmp_path))
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda *_: 2)
+    for modifier in MODIFIERS:
+        state = type("State", (), {"model": model})
+        with pytest.raises(WexpandError, match="2 processes .* are not supported"):
+            modifier.model_copy(deep=True).initialize(state)
+
+
+@pytest.mark.parametrize("modifier", MODIFIERS, ids=lambda m: type(m).__name__)
+def test_a_run_does_not_begin_with_the_warnings_of_one_that_failed(modifier, tmp_path, monkeypatch):
+    path = str(tiny("Llama", tmp_path))
+    said: list[str] = []
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("stopped in the middle")
+
+    sink = logger.add(said.append, level="WARNING", format="{message}")
+    try:
+        with create_session():
+            with monkeypatch.context() as broken:
+                broken.setattr(type(modifier), "on_calibration_end", fail)
+                with pytest.raises(RuntimeError, match="in the middle"):
+                    apply(modifier, path)
+            said.clear()
+            apply(SparseExpansionModifier(sparsity=0.5, num_experts=1, ignore=["lm_head"]), path)
+    finally:
+        logger.remove(sink)
+    assert not [line for line in said if "finalizing" in line or "stay dense" in line], said
+    assert not [line for line in said if "not scored" in line], said

@@ -1,0 +1,106 @@
+"""The calibration batches: which of their tokens count, and what is known about them.
+
+A token counts when the batch's attention_mask and, where there is one, its loss_mask say so;
+padding does not. llm-compressor's pipelines read the data loader themselves, shuffled anew at each
+pass, and hand on what the model's forward takes. So the loader is watched: what the batches of its
+last pass said is what runs.
+"""
+
+import zlib
+from typing import Any
+
+import torch
+from llmcompressor.core import active_session
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..errors import WexpandError
+
+__all__ = ["CalibrationBatches", "counted_tokens"]
+
+
+def counted_tokens(batch: Any) -> Tensor | None:
+    """Which tokens of a batch count: booleans like its input_ids; None if it has none.
+
+    :raises WexpandError: a mask that does not fit the token ids
+    """
+    ids = batch.get("input_ids")
+    if ids is None:
+        return None
+    counts = torch.ones(ids.shape, dtype=torch.bool)
+    for key in ("attention_mask", "loss_mask"):
+        mask = batch.get(key)
+        if mask is None:
+            continue
+        if mask.shape != ids.shape:
+            raise WexpandError(
+                f"calibration: {key} {list(mask.shape)} should have the shape of input_ids, "
+                f"{list(ids.shape)}: one value for each token"
+            )
+        counts &= mask.bool().cpu()
+    return counts
+
+
+class CalibrationBatches:
+    """What the batches of a data loader's last pass, or of the pass that goes on, are known by."""
+
+    def __init__(self) -> None:
+        self._loader: DataLoader | None = None
+        self._kind: type[DataLoader] = DataLoader
+        self._begin()
+
+    def _begin(self) -> None:
+        self.counts: list[Tensor | None] = []
+        """of each batch, which tokens count"""
+        self.tokens = 0
+        """that count, in all batches"""
+        self._crc = 0
+
+    def _see(self, batch: Any) -> None:
+        counts = counted_tokens(batch)
+        self.counts.append(counts)
+        if counts is not None:
+            ids = batch["input_ids"].cpu()[counts].to(torch.int64)
+            self.tokens += len(ids)
+            self._crc = zlib.crc32(ids.numpy().astype("<i8").tobytes(), self._crc)
+
+    def current(self) -> Tensor | None:
+        """Which tokens of the batch that runs now count (`counted_tokens`)."""
+        number = active_session().state.current_batch_idx
+        return self.counts[number] if 0 <= number < len(self.counts) else None
+
+    def about(self) -> dict[str, Any]:
+        """What tells one run's data from another's; the crc32 is of the ids that count, int64."""
+        return {
+            "batches": len(self.counts),
+            "tokens_counted": self.tokens,
+            "crc32": f"{self._crc:08x}",
+        }
+
+    @classmethod
+    def watch(cls, loader: DataLoader | None) -> "CalibrationBatches":
+        """Of `loader`, until `release`; the same ones for all who watch it."""
+        if isinstance(loader, _Watched):
+            return loader.calibration_batches
+        found = cls()
+        if loader is not None:
+            found._loader, found._kind = loader, type(loader)
+            # the pipeline holds this very object, so it is its class that has to change
+            loader.__class__ = type(f"Watched{found._kind.__name__}", (_Watched, found._kind), {})
+            loader.calibration_batches = found  # type: ignore[attr-defined]
+        return found
+
+    def release(self) -> None:
+        """Leave the loader as it was."""
+        if self._loader is not None:
+            self._loader.__class__, self._loader = self._kind, None
+
+
+class _Watched(DataLoader):
+    calibration_batches: CalibrationBatches
+
+    def __iter__(self):
+        self.calibration_batches._begin()
+        for batch in super().__iter__():
+            self.calibration_batches._see(batch)
+            yield batch
