@@ -30,13 +30,13 @@ def alone(monkeypatch):
     as_rank(monkeypatch, 0, 1)
 
 
-def qkv(bias=True, sizes=(16, 8, 8), router=None, dtype=torch.float32) -> Checkpoint:
+def qkv(bias=True, sizes=(16, 8, 8), router=None, dtype=torch.float32, values=None) -> Checkpoint:
     router = router or random_router(EXPERTS, WIDTH)
     return Checkpoint(
         [
             Linear(
                 f"{ATTENTION}.{name}",
-                random_pool(EXPERTS, size, WIDTH, dtype),
+                random_pool(EXPERTS, size, WIDTH, dtype, values),
                 router,
                 torch.randn(size, dtype=dtype) if bias else None,
             )
@@ -155,6 +155,16 @@ def test_values_are_cast_to_the_served_dtype_and_the_router_is_not(
     assert_close(y, expected(checkpoint, x), 3e-2)
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_integers_with_scales(values):
+    checkpoint = qkv(values=values)
+    layer = qkv_layer(checkpoint, disable_tp=True)
+    assert layer.weight.dtype == checkpoint.linears[0].pool.codec.storage
+    checkpoint.fill(layer, QKV)
+    x = torch.randn(9, WIDTH)
+    assert_close(run(layer, x), expected(checkpoint, x))
+
+
 def test_replicated_linear_plain_sparse():
     linear = Linear("lm.gate", random_pool(1, 7, WIDTH), None, torch.randn(7))
     checkpoint = Checkpoint([linear])
@@ -259,10 +269,11 @@ def test_fused_on_disk_of_every_rank(monkeypatch):
         assert_close(run(layer, x), torch.cat(mine, dim=1))
 
 
+@pytest.mark.parametrize("values", [None, "int4"])
 @pytest.mark.parametrize("experts", [1, 4])
-def test_row_parallel_of_both_ranks(monkeypatch, experts):
+def test_row_parallel_of_both_ranks(monkeypatch, experts, values):
     """Columns 0-9 and 10-19: a byte of the mask is cut in two. Routers need every column."""
-    linear = Linear(f"{MLP}.down_proj", random_pool(experts, 9, WIDTH),
+    linear = Linear(f"{MLP}.down_proj", random_pool(experts, 9, WIDTH, values=values),
                     random_router(experts, WIDTH) if experts > 1 else None,
                     torch.randn(9))  # fmt: skip
     checkpoint = Checkpoint([linear])

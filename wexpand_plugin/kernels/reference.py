@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..format.rowpool import RowPool
-from ..format.values import codec, codec_of
+from ..format.values import ValueCodec, codec_of
 from . import LayerShape
 
 __all__ = ["logits", "multiply", "name", "prepare", "run", "unavailable"]
@@ -43,7 +43,8 @@ def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: i
     if values.is_floating_point():
         how = codec_of(values.dtype)
     else:
-        how = codec("int8" if values.dtype == torch.int8 else "int4", group.shape[1])
+        # not `codec`: a tensor-parallel rank's columns may begin anywhere in a group
+        how = ValueCodec("int8" if values.dtype == torch.int8 else "int4", group.shape[1])
     pool = RowPool(how, width.shape[1], values, mask, row_map, scale)
     return multiply(x, experts, pool.expert, pool.experts, out_features)
 

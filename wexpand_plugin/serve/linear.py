@@ -77,14 +77,6 @@ class WexpandLinearMethod(LinearMethodBase):
         layer.weight_loader = self.parameters["bias"].load
         self.shards, self.out_features = len(output_partition_sizes), sum(output_partition_sizes)
         self.dtype = params_dtype
-        shape = kernels.LayerShape(
-            input_size_per_partition,
-            self.out_features,
-            max(entry.experts for entry in entries),
-            1 - sum(e.nnz for e in entries) / sum(e.versions * e.in_features for e in entries),
-        )
-        self.kernel, sentence = kernels.choose(layer.weight.device, params_dtype, shape)
-        logger.info_once("wexpand: %s", sentence)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         device = layer.weight.device
@@ -99,8 +91,10 @@ class WexpandLinearMethod(LinearMethodBase):
         neurons, columns = neurons_of(layer, linears, self.out_features), columns_of(layer)
         self._set_bias(layer, linears, neurons)
         pool = RowPool.concat([linear.pool for linear in linears]).take(neurons, columns)
-        # no kernel computes with integers yet: theirs become floats here
-        layout = self.kernel.prepare(pool.decoded(self.dtype).to(device))
+        pool = pool.to(device, self.dtype)
+        self.kernel, sentence = kernels.choose(device, self.dtype, kernels.LayerShape.of(pool))
+        logger.info_once("wexpand: %s", sentence)
+        layout = self.kernel.prepare(pool)
         self.quant_config.note_layout(self.kernel.name, layout)
         self.layout = [f"layout_{number}" for number in range(len(layout))]
         for name, tensor in zip(self.layout, layout, strict=True):
