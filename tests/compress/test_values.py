@@ -51,7 +51,7 @@ def test_int4_in_full_is_close_to_dense(tmp_path):
     for values in ("int4", "int8"):
         model = run(path, values=values, value_group=32, sparsity=0.0, num_experts=1)
         change[values] = float((logits(model) - dense).norm() / dense.norm())
-    assert change["int8"] < 0.02 and change["int4"] < 0.3 and change["int8"] < change["int4"] / 5
+    assert change["int8"] < 0.05 and change["int4"] < 0.5 and change["int8"] < change["int4"] / 5
 
 
 @pytest.mark.parametrize("name", ["int4", "sparse_int4"])
