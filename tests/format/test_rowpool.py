@@ -14,6 +14,7 @@ from samples import CODECS, changed, masks, pools, rows_of, same_bits
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format import rowpool
 from wexpand_plugin.format.bits import bit_counts, pack_bits, unpack_bits
+from wexpand_plugin.format.checks import check_pool
 from wexpand_plugin.format.rowpool import RowPool, finite, kept
 from wexpand_plugin.format.values import codec
 
@@ -51,7 +52,7 @@ def test_bits_round_trip(keep):
 @few
 def test_rows_round_trip(sample):
     """Bit for bit for floats; integers lose nothing either where rows are multiples of scales."""
-    pool, rows, versions = sample.pool.validate(), sample.rows, len(sample.rows)
+    pool, rows, versions = check_pool(sample.pool), sample.rows, len(sample.rows)
     same = torch.equal if pool.codec.scaled else same_bits
     assert same(pool.rows(), rows) and pool.rows().dtype == rows.dtype
     backwards = torch.arange(versions).flip(0).repeat(2)
@@ -105,7 +106,7 @@ def test_integers_come_within_half_a_scale(how, keep, data):
     rows = torch.where(keep, torch.from_numpy(values), 0)
     rows[rows.abs() < 1e-2] = 0  # scales of denormals have few bits
     rows = rows if how.scaled else rows.to(how.storage)
-    pool = RowPool.pack(rows, keep=keep, codec=how).validate()
+    pool = check_pool(RowPool.pack(rows, keep=keep, codec=how))
     if how.scaled:
         half = pool.scale.float().repeat_interleave(how.group, dim=1)[:, : keep.shape[1]] / 2
         assert bool(((pool.rows() - rows).abs() <= half * 1.001).all())
@@ -118,7 +119,7 @@ def test_integers_come_within_half_a_scale(how, keep, data):
 @few
 def test_by_default_all_but_plus_zero_is_kept(how, keep, data):
     rows, _ = data.draw(rows_of(how, keep))
-    pool = RowPool.pack(rows).validate()
+    pool = check_pool(RowPool.pack(rows))
     assert pool.codec == how and pool.row_map is None and same_bits(pool.rows(), rows)
     assert torch.equal(unpacked_mask(pool), kept(rows))
     assert torch.equal(kept(rows), (rows != 0) | torch.signbit(rows))
@@ -137,7 +138,7 @@ def test_experts_round_trip_and_share_equal_rows(sample, experts, data):
         data.draw(arrays.arrays("int64", (experts, out), elements=st.integers(0, len(rows) - 1)))
     )
     weight = rows[choice]
-    pool = RowPool.pack_experts(weight).validate()
+    pool = check_pool(RowPool.pack_experts(weight))
     assert pool.experts == experts and pool.out_features == out
     for expert in range(experts):
         # equal by value: rows that differ in the sign of a zero may be shared
@@ -162,7 +163,7 @@ def test_take(chunk, sample, data):
     stop = data.draw(st.integers(start + 1, pool.in_features))
     columns = data.draw(st.sampled_from([None, (start, stop)]))
     with mock.patch.object(rowpool, "_CHUNK", chunk):
-        taken = pool.take(neurons, columns).validate()
+        taken = check_pool(pool.take(neurons, columns))
     places = range(out) if neurons is None else neurons.tolist()
     part = slice(None) if columns is None else slice(*columns)
     same = torch.equal if pool.codec.scaled else same_bits
@@ -196,7 +197,7 @@ def test_columns_that_begin_inside_a_group_of_scales():
 def test_concatenation_keeps_every_expert(many, one, reverse):
     """Any codecs, any masks; a linear with one expert gives all experts its rows."""
     parts = [one, many] if reverse else [many, one, many]
-    joined = RowPool.concat([part.pool for part in parts]).validate()
+    joined = check_pool(RowPool.concat([part.pool for part in parts]))
     codecs = {part.pool.codec for part in parts}
     for expert in range(3):
         right = [part.expert(0 if part is one else expert) for part in parts]
@@ -254,19 +255,19 @@ def test_pools_that_do_not_fit_together():
 def test_decoded_and_masked(chunk, sample):
     pool = sample.pool
     with mock.patch.object(rowpool, "_CHUNK", chunk):
-        decoded = pool.decoded(torch.float32).validate()
+        decoded = check_pool(pool.decoded(torch.float32))
     assert decoded.codec == codec("float32") and torch.equal(decoded.rows(), sample.rows.float())
     assert torch.equal(unpacked_mask(decoded), sample.keep)
-    masked = pool.masked().validate()
+    masked = check_pool(pool.masked())
     assert masked.mask is not None and torch.equal(masked.rows(), pool.rows())
 
 
 def test_to_changes_floats_only():
     rows = torch.randn(3, 20)
-    half = RowPool.pack(rows).to(dtype=torch.float16).validate()
+    half = check_pool(RowPool.pack(rows).to(dtype=torch.float16))
     assert half.codec == codec("float16") and same_bits(half.rows(), rows.half())
     pool = RowPool.pack(rows, codec=codec("int4"))
-    moved = pool.to("cpu", torch.bfloat16).validate()
+    moved = check_pool(pool.to("cpu", torch.bfloat16))
     assert moved.codec == pool.codec and same_bits(moved.rows(), pool.rows())
 
 
@@ -391,16 +392,16 @@ REFUSALS = [
     ("message", "sound", "change"), REFUSALS, ids=[m[0][:50] for m in REFUSALS]
 )
 def test_validate_refuses(message, sound, change):
-    sound.validate("NAME")
+    check_pool(sound, "NAME")
     with pytest.raises(WexpandError, match=re.escape(f"NAME.{message}")) as error:
-        replace(sound, **change).validate("NAME")
+        check_pool(replace(sound, **change), "NAME")
     assert str(error.value).startswith(f"{error.value.tensor}: ")
 
 
 def test_validate_accepts():
-    assert pool().validate("NAME").versions == 6
-    assert pool().to(dtype=torch.float16).validate()
+    assert check_pool(pool(), "NAME").versions == 6
+    assert check_pool(pool().to(dtype=torch.float16))
     # a version that no expert uses; a scale of zero; a neuron without a weight
-    assert replace(pool(), row_map=changed(pool().row_map, 0, 1)).validate().versions == 6
-    assert replace(int4(), scale=torch.zeros(2, 2).half()).validate()
-    assert RowPool.pack(torch.zeros(2, 12)).validate().nnz == 0
+    assert check_pool(replace(pool(), row_map=changed(pool().row_map, 0, 1))).versions == 6
+    assert check_pool(replace(int4(), scale=torch.zeros(2, 2).half()))
+    assert check_pool(RowPool.pack(torch.zeros(2, 12))).nnz == 0

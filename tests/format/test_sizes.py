@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from samples import CODECS, pools
 
+from wexpand_plugin.format.checks import check_pool
 from wexpand_plugin.format.router import StoredRouter, router_bytes
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.format.sizes import StoredBytes, row_bytes
@@ -78,6 +79,6 @@ def test_a_few_zeros_are_stored_rather_than_a_mask():
     assert sizes.row(torch.tensor([16, 15]), 16).tolist() == [32, 32]
     pool = RowPool.pack(rows)
     assert pool.row_bytes().tolist() == [34, 32]
-    full = pool.smallest().validate()
+    full = check_pool(pool.smallest())
     assert full.mask is None and torch.equal(full.rows(), rows)
     assert full.row_bytes().tolist() == [32, 32]

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.format.checks import check_pool
 from wexpand_plugin.format.router import ROUTER_DTYPES, StoredRouter
 from wexpand_plugin.serve import config
 
@@ -503,6 +504,6 @@ def test_op_passes_torchs_own_checks():
 
 def test_builders_share_and_prune_rows():
     """The random pools have what makes loading hard: shared rows, an empty row, odd widths."""
-    pool = builders.random_pool(EXPERTS, 16, WIDTH).validate()
+    pool = check_pool(builders.random_pool(EXPERTS, 16, WIDTH))
     assert pool.versions < pool.experts * pool.out_features
     assert not pool.mask[0].any()

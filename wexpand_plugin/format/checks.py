@@ -68,8 +68,8 @@ def check_form(
         raise WexpandError(f"{tensor}: dtype {dtype} should be {right}", tensor)
 
 
-def check_pool(pool: RowPool, name: str = "row pool") -> None:
-    """Check every rule of a pool that its tensors alone can break.
+def check_pool(pool: RowPool, name: str = "row pool") -> RowPool:
+    """Check every rule of a pool that its tensors alone can break; return it.
 
     :raises WexpandError: naming `name`.weight, .weight_mask, .weight_scale or .row_map, the value
         found and the value expected
@@ -124,6 +124,7 @@ def check_pool(pool: RowPool, name: str = "row pool") -> None:
         ends = pool.starts()[1:][kept % 2 == 1]
         if bool((pool.values[ends - 1] >> 4).any()):
             raise _error(name, "weight", "sets a half byte past a row's last weight")
+    return pool
 
 
 def _check_row_map(pool: RowPool, name: str) -> None:

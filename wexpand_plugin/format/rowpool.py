@@ -352,18 +352,6 @@ class RowPool:
             codec, self.in_features, values, move(self.mask), move(self.row_map), move(self.scale)
         )
 
-    def validate(self, name: str = "row pool") -> "RowPool":
-        """Check every rule of the format; return self.
-
-        Raises WexpandError naming `name`.weight, .weight_mask, .weight_scale or .row_map, the value
-        found and the value expected.
-        """
-        # here, as most who use a pool never check one
-        from .checks import check_pool
-
-        check_pool(self, name)
-        return self
-
 
 def finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; as isfinite().all(), in one pass and without copies."""

@@ -221,9 +221,8 @@ def partial_directory(target: str | Path) -> Iterator[Path]:
 
     A new `target` appears by one rename. In an existing one, the old config.json goes first and the
     new one comes last, model weights that the new files do not replace are removed, and all other
-    files stay. On an error the partial directory is removed and `target` is as it was, folders above
-    it included. What a process that was killed left there is removed by the next one with the same
-    target.
+    files stay. On an error the partial directory is removed and `target` is as it was, with the
+    folders above it. What a process that was killed left is removed by the next one of that target.
     """
     target = Path(target).resolve()
     if target.exists():
