@@ -13,6 +13,7 @@ from wexpand_plugin.compress import precision
 from wexpand_plugin.compress.oneshot import compress
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.model_dir import ModelDir
+from wexpand_plugin.tools.inspect import inspect
 
 GOOD = (
     "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n"
@@ -102,6 +103,7 @@ def test_a_model_is_saved_in_its_own_dtype(inputs, tmp_path, monkeypatch, said, 
     """Whatever is computed in: float32 on a CPU without instructions for bfloat16."""
     tiny("Llama", Path(inputs["model"]), torch.bfloat16)
     monkeypatch.setattr(precision, "_cpu_multiplies", lambda dtype: dtype != torch.bfloat16)
+    inputs["recipe"].write_text(GOOD + "      size_budget: 0.7\n      shrinkage: 0.1\n")
     compress(**inputs | {"dtype": asked})
     why = ", as this CPU has no torch.bfloat16 instructions" * (asked == "auto")
     assert any(f"Computing in torch.float32{why}; saving in torch.bfloat16" in s for s in said)
@@ -109,6 +111,8 @@ def test_a_model_is_saved_in_its_own_dtype(inputs, tmp_path, monkeypatch, said, 
     floats = {name: h.dtype for name, h in model.headers.items() if h.dtype.is_floating_point}
     assert {d for n, d in floats.items() if "router" not in n} == {torch.bfloat16}
     assert model.config_json["dtype"] == "bfloat16"
+    sizes = inspect(model.path)
+    assert 0.6 < sizes.linear_bytes / sizes.dense_bytes <= 0.7, "of what is saved"
 
 
 def test_no_code_of_the_model_runs(inputs, tmp_path):

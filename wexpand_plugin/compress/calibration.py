@@ -16,7 +16,10 @@ from torch.utils.data import DataLoader
 
 from ..errors import WexpandError
 
-__all__ = ["CalibrationBatches", "counted_tokens"]
+__all__ = ["MASKS", "CalibrationBatches", "counted_tokens"]
+
+MASKS = ("attention_mask", "loss_mask")
+"""where a batch has them, which of its tokens count"""
 
 
 def counted_tokens(batch: Any) -> Tensor | None:
@@ -28,7 +31,7 @@ def counted_tokens(batch: Any) -> Tensor | None:
     if ids is None:
         return None
     counts = torch.ones(ids.shape, dtype=torch.bool)
-    for key in ("attention_mask", "loss_mask"):
+    for key in MASKS:
         mask = batch.get(key)
         if mask is None:
             continue

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["calibration_rows", "check_rows", "load_text"]
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-MASKS = ("attention_mask", "loss_mask")
 
 
 def load_text(
@@ -127,6 +126,10 @@ def check_rows(rows: "Dataset", vocabulary: int | None, length: int) -> int:
     :raises WexpandError: a row without tokens, a mask of another length, a token that the model
         does not know
     """
+    import torch
+
+    from .calibration import MASKS, counted_tokens
+
     found = 0
     for number, row in enumerate(rows):
         ids = row["input_ids"]
@@ -138,12 +141,8 @@ def check_rows(rows: "Dataset", vocabulary: int | None, length: int) -> int:
                 f"dataset: row {number} holds token id {wrong[0]}, outside the {vocabulary} of the "
                 "model's vocabulary; tokenise the data with this model's tokenizer"
             )
-        counts = [True] * len(ids)
-        for mask in (row[name] for name in MASKS if row.get(name) is not None):
-            if len(mask) != len(ids):
-                raise WexpandError(
-                    f"dataset: row {number} has {len(ids)} tokens and a mask of {len(mask)}"
-                )
-            counts = [old and bool(new) for old, new in zip(counts, mask, strict=True)]
-        found += sum(counts[:length])
+        tensors = {name: torch.tensor(row[name]) for name in ("input_ids", *MASKS) if row.get(name)}
+        counts = counted_tokens(tensors)
+        assert counts is not None
+        found += int(counts[:length].sum())
     return found

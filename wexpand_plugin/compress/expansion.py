@@ -19,6 +19,7 @@ from ..method.group import expand_group
 from ..method.inputs import InputGroup
 from ..method.settings import Settings
 from ..method.statistics import GroupStatistics
+from .precision import stored_dtype
 from .replay import BlockReplay, ReplayedInputs
 from .rows import codec_for, packed, replace_linear, settings_for
 
@@ -57,11 +58,12 @@ def expand_block(
         start, first = time.perf_counter(), group.linears[0]
         weights = [linear.weight.detach() for linear in group.linears]
         biases = [None if m.bias is None else m.bias.detach() for m in group.linears]
-        how = codec_for(weights[0].dtype, settings)
+        dtype = stored_dtype(model, weights[0])
+        how = codec_for(dtype, settings)
         try:
             result = expand_group(
                 weights, biases, ReplayedInputs(replay, first),
-                settings_for(weights[0].dtype, settings), known.get(first),
+                settings_for(dtype, settings), known.get(first),
             )  # fmt: skip
         except WexpandError as error:
             raise WexpandError(f"{group.label}: {error}") from None

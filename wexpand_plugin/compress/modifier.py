@@ -10,7 +10,7 @@ from llmcompressor.utils.helpers import calibration_forward_context
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import WexpandError
 from ..hf.linear import RoutedLinear
@@ -22,6 +22,7 @@ from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .estimate import working_bytes
 from .expansion import Target, allocate_targets, expand_block
 from .made_by import made_by
+from .precision import stored_dtype
 from .replay import BlockReplay
 from .rows import settings_for
 from .targets import target_linears
@@ -152,7 +153,7 @@ class SparseExpansionModifier(Modifier):
             self._blocks[owner] = blocks[owner]
             depth_weight = 1 - list(blocks).index(owner) / len(blocks)
             self._targets[name] = Target(linear, owner, depth_weight)
-            self._check_linear(name, linear.weight)
+            self._check_linear(name, linear.weight.shape, stored_dtype(model, linear.weight))
         if not self._targets:
             raise WexpandError(f"targets: {self.targets} match linears outside the blocks only")
         linears = {n: t.linear for n, t in self._targets.items() if t.linear is not None}
@@ -160,11 +161,11 @@ class SparseExpansionModifier(Modifier):
         refuse_nonfinite(linears)
         self._check_tokens(state)
         self._batches = CalibrationBatches.watch(kwargs.get("calib_data"))
-        self._say(linears)
+        self._say(model, linears)
         return True
 
-    def _check_linear(self, name: str, weight: Tensor) -> None:
-        structure, (out, width) = self._settings.structure, weight.shape
+    def _check_linear(self, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+        structure, (out, width) = self._settings.structure, shape
         if structure.m and width % structure.m:
             raise WexpandError(
                 f"mask_structure: {structure} needs in_features that {structure.m} divides; "
@@ -173,7 +174,7 @@ class SparseExpansionModifier(Modifier):
         if self.size_budget is None:
             return
         # row versions of a neuron are alike in size, so the base versions' size is known beforehand
-        weighs = settings_for(weight.dtype, self._settings).weighs
+        weighs = settings_for(dtype, self._settings).weighs
         kept = torch.tensor([round(width * (1 - self.sparsity))])
         base = out * int(weighs.row(kept, width)) + weighs.fixed(out, width, self.num_experts)
         least = base / weighs.dense(out, width)
@@ -181,7 +182,7 @@ class SparseExpansionModifier(Modifier):
             raise WexpandError(
                 f"size_budget: {self.size_budget} is below {least:.3f}, the size of the base "
                 f"versions, row map and router of {name} alone (sparsity {self.sparsity}, "
-                f"{self.num_experts} experts, {weight.dtype}); raise the budget or the "
+                f"{self.num_experts} experts, {dtype}); raise the budget or the "
                 "sparsity, or use fewer experts"
             )
 
@@ -199,8 +200,11 @@ class SparseExpansionModifier(Modifier):
                 f"which needs at least {need} ({TOKENS_PER_EXPERT} per expert, better thousands)"
             )
 
-    def _say(self, linears: dict[str, nn.Linear]) -> None:
-        dense = sum(linear.weight.nbytes for linear in linears.values())
+    def _say(self, model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+        dense = sum(
+            weight.numel() * stored_dtype(model, weight).itemsize
+            for weight in (linear.weight for linear in linears.values())
+        )
         size = "in full" if self.size_budget is None else f"in {self.size_budget} x their size"
         memory = working_bytes(linears, self._settings) / 2**30
         logger.info(

@@ -12,6 +12,7 @@ from ..format.rowpool import RowPool
 from ..hf.saving import wrap_save_pretrained
 from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .made_by import made_by
+from .precision import stored_dtype
 from .rows import replace_linear
 from .targets import HEADS, target_linears
 
@@ -66,7 +67,7 @@ class PackModifier(Modifier):
         packed = dense = count = 0
         linears = target_linears(state.model, self.targets, self.ignore)
         for name, linear in tqdm(linears.items(), "Packing", leave=False):
-            weight = linear.weight.detach()
+            weight = linear.weight.detach().to(stored_dtype(state.model, linear.weight))
             # a pruned weight may be -0.0: multiplication by a mask leaves the sign
             pool = RowPool.pack(weight, keep=weight != 0)
             stored = sum(pool.stored_bytes().values())

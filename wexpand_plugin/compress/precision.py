@@ -5,11 +5,12 @@ there float32 is used unless something else was asked for.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["compute_dtype", "own_dtypes", "set_dtypes"]
+__all__ = ["compute_dtype", "own_dtypes", "set_dtypes", "stored_dtype"]
 
 # what Linux calls the instructions that multiply in these dtypes
 _INSTRUCTIONS = {
@@ -38,6 +39,12 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
         return needed is None or bool(needed & set(Path("/proc/cpuinfo").read_text().split()))
     except OSError:
         return True
+
+
+def stored_dtype(model: Any, weight: torch.Tensor) -> torch.dtype:
+    """The dtype that a weight of `model` is saved in: config.json's, whatever it is held in now."""
+    found = getattr(model.config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else weight.dtype
 
 
 def own_dtypes(model: nn.Module) -> dict[str, torch.dtype]:

@@ -16,6 +16,7 @@ from ..hf.linear import RoutedLinear
 from ..method.clusters import Router
 from ..method.settings import Settings
 from ..method.versions import RowVersions, SolvedRows
+from .precision import stored_dtype
 
 __all__ = ["codec_for", "packed", "replace_linear", "settings_for"]
 
@@ -74,9 +75,9 @@ def replace_linear(
     :param group: name of its input group
     :param tokens: calibration tokens per expert
     """
-    bias = None if old.bias is None else old.bias.detach()
+    dtype = old.dtype if isinstance(old, RoutedLinear) else stored_dtype(model, old.weight)
+    bias = None if old.bias is None else old.bias.detach().to(dtype)
     stored = None if router is None else StoredRouter(*router)
-    dtype = old.dtype if isinstance(old, RoutedLinear) else old.weight.dtype
     module = RoutedLinear.from_pool(
         pool, stored, bias, group=group, tokens=tokens, dtype=dtype
     )
