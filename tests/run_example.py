@@ -17,5 +17,5 @@ def run(source: Path, folder: Path, **constants) -> str:
     script = folder / source.name
     script.write_text(text)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"[-9000:]
     return done.stdout

@@ -10,7 +10,9 @@ from wexpand_plugin.format.model_dir import ModelDir
 
 @pytest.mark.slow
 def test_pack_and_serve(root, tmp_path):
-    model = tiny.prune(tiny.dense(dtype=torch.bfloat16))
+    # heads of 64, which vLLM has attention for in bfloat16
+    model = tiny.dense(dtype=torch.bfloat16, hidden_size=128, num_attention_heads=2)
+    tiny.prune(model)
     model.save_pretrained(tmp_path / "Tiny")
     tiny.tokenizer().save_pretrained(tmp_path / "Tiny")
     printed = run_example.run(

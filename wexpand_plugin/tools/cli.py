@@ -159,7 +159,7 @@ def pack(
     """Make a model whose linears hold zeros small: same weights, no calibration.
 
     For models pruned by SparseGPT, Wanda, magnitude or 2:4 and saved dense, as llm-compressor does.
-    A linear is packed where that makes it smaller, from about 7% zeros in bfloat16; the rest stays
+    A linear is packed where that makes it smaller, above 6.25% zeros in bfloat16; the rest stays
     as it is. With --values int8 or int4 kept weights are rounded, zeros or not, and what that
     costs is said; a recipe with calibration text loses less. W4A16 and W8A16 models that
     llm-compressor quantised (symmetric, in groups or channels) are packed bit for bit.
