@@ -1,18 +1,16 @@
-"""The command line, `wexpand`. Each command's body is one call; the work is in the modules.
+"""The command line, `wexpand`: its commands stand in `commands`.
 
 Exit codes: 0 all is well; 1 a problem was found or the work could not be done; 2 wrong use. Errors
 are one sentence on standard error, with --debug a traceback.
 """
 
-import json
 import os
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import __version__
+from . import commands
 from .cli_errors import ErrorGroup
 
 __all__ = ["app", "main"]
@@ -56,316 +54,22 @@ def wexpand(
     Exit codes: 0 all is well, 1 a problem was found, 2 wrong use.
     """
 
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model directory, or its id on the Hugging Face hub.")
-]
-Directory = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Model directory written by wexpand.")
-]
-Out = Annotated[
-    Path, typer.Argument(metavar="OUT", help="New directory; it must not exist, or be empty.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
-
-
-@app.command()
-def compress(
-    model: Model,
-    recipe: Annotated[
-        str,
-        typer.Option("--recipe", "-r", help="YAML file, or a recipe of the package by its name."),
-    ],
-    dataset: Annotated[
-        str,
-        typer.Option(
-            "--dataset",
-            "-d",
-            help="Calibration text or chats: .txt, .jsonl, .csv or .parquet file, saved data set, "
-            "or hub id.",
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New directory.")],
-    samples: Annotated[int, typer.Option(min=1, help="Rows of calibration tokens.")] = 128,
-    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
-    dataset_config: Annotated[
-        str | None, typer.Option(help="Configuration of a hub data set.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
-    text_column: Annotated[
-        str, typer.Option(help="Column of texts, or of chats (lists of role and content).")
-    ] = "text",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="What to compute in: float32, bfloat16, float16, or auto: the model's own dtype "
-            "where this machine is fast with it, else float32. It is saved in its own."
-        ),
-    ] = "auto",
-    seed: Annotated[int, typer.Option(help="Which texts are taken, and their order.")] = 0,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No summary (llm-compressor has its own bars).")
-    ] = False,
-) -> None:
-    """Prune MODEL by a recipe, through llm-compressor.
-
-    \b
-    Example:
-      wexpand compress Qwen/Qwen3-0.6B -r sparse_expansion_budget -d notes.txt -o OUT
-
-    The recipe says which linears, how sparse, how many experts and how many bytes; an unknown name
-    lists those of the package, whose files explain their keys. More experts want more calibration
-    tokens (samples x length): some thousands for each.
-    """
-    from ..compress.oneshot import compress
-
-    compress(
-        model=model, recipe=recipe, dataset=dataset, output=output, samples=samples,
-        max_seq_length=max_seq_length, dataset_config=dataset_config, split=split,
-        text_column=text_column, dtype=dtype, seed=seed,
-    )  # fmt: skip
-    if not quiet:
-        from ..format.model_dir import ModelDir
-
-        further = f"wexpand inspect {output}, vllm serve {output}"
-        if not ModelDir(output).ours:  # a recipe without a modifier of ours that packs
-            further = f"wexpand pack {output} PACKED if it is pruned"
-        typer.echo(f"wrote {output}; next: {further}")
-
-
-@app.command()
-def pack(
-    model: Model,
-    out: Out,
-    values: Annotated[
-        str | None,
-        typer.Option(help="int8 or int4: round what is kept. Otherwise values stay as they are."),
-    ] = None,
-    value_group: Annotated[
-        int, typer.Option(help="With --values: columns that share a scale.")
-    ] = 128,
-    keep_negative_zeros: Annotated[
-        bool,
-        typer.Option(
-            "--keep-negative-zeros",
-            help="Store -0.0, which pruning by multiplication leaves, like a weight, so that "
-            "unpack gives back every bit. Otherwise it counts as zero.",
-        ),
-    ] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Make a model whose linears hold zeros small: same weights, no calibration.
-
-    For models pruned by SparseGPT, Wanda, magnitude or 2:4 and saved dense, as llm-compressor does.
-    A linear is packed where that makes it smaller, above 6.25% zeros in bfloat16; the rest stays
-    as it is. With --values int8 or int4 kept weights are rounded, zeros or not, and what that
-    costs is said; a recipe with calibration text loses less. W4A16 and W8A16 models that
-    llm-compressor quantised (symmetric, in groups or channels) are packed bit for bit.
-
-    \b
-    Example:
-      wexpand pack PRUNED OUT
-      vllm serve OUT
-    """
-    from dataclasses import asdict
-
-    from .inspect_table import readable_bytes
-    from .pack import pack
-
-    done = pack(
-        model,
-        out,
-        values=values,
-        value_group=value_group,
-        keep_negative_zeros=keep_negative_zeros,
-        quiet=quiet or as_json,
-    )
-    if as_json:
-        typer.echo(json.dumps(asdict(done), indent=2))
-    elif not quiet:
-        for note in done.notes:
-            typer.echo(note)
-        mean = sum(done.packed.values()) / len(done.packed)
-        line = f"packed {len(done.packed)} linears ({mean:.1%} zeros on average)"
-        typer.echo(line)
-        if done.left:
-            typer.echo(
-                f"left {len(done.left)} dense: below {done.threshold:.1%} zeros, packing would not "
-                "make them smaller"
-            )
-        if done.errors:
-            worst = max(done.errors, key=lambda name: done.errors[name])
-            mean = sum(done.errors.values()) / len(done.errors)
-            typer.echo(
-                f"rounding changes weights by {mean:.4f} of their norm on average, by "
-                f"{done.errors[worst]:.4f} in {worst}"
-            )
-        ratio = done.bytes_after / done.bytes_before
-        before, after = readable_bytes(done.bytes_before), readable_bytes(done.bytes_after)
-        typer.echo(f"{before} -> {after} ({ratio:.2f} x)")
-
-
-@app.command()
-def unpack(
-    directory: Directory,
-    out: Out,
-    expert: Annotated[
-        int | None,
-        typer.Option(min=0, help="Which expert to write, for a model with several."),
-    ] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Write a packed model dense again, zeros included: bit for bit what was packed.
-
-    A model with several experts per linear has no dense equal: --expert writes one of them, which
-    is a different model.
-    """
-    from .unpack import unpack
-
-    unpack(directory, out, expert=expert, quiet=quiet)
-    if not quiet:
-        typer.echo(f"wrote {out}")
-
-
-@app.command()
-def inspect(directory: Directory, as_json: Json = False) -> None:
-    """Show what each linear weighs: zeros, experts, bytes on disk, bytes that a token reads.
-
-    Reads headers, masks and row maps only, so a model of any size takes seconds. A dense model
-    directory works too, for comparison.
-    """
-    from .inspect import inspect
-    from .inspect_table import table
-
-    found = inspect(directory)
-    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else table(found))
-
-
-@app.command()
-def verify(directory: Directory, quiet: Quiet = False, as_json: Json = False) -> None:
-    """Check a checkpoint: every tensor, every checksum, the config, the index.
-
-    Makes the checks that transformers and vLLM make when they load it, and lists all problems
-    rather than the first, one per line. Exit code 1 if there are any.
-
-    \b
-    Example:
-      wexpand verify OUT && vllm serve OUT
-    """
-    from .verify import verify
-
-    problems = verify(directory, quiet=quiet or as_json)
-    if as_json:
-        typer.echo(json.dumps({"directory": str(directory), "problems": problems}, indent=2))
-    else:
-        for problem in problems:
-            typer.echo(problem)
-        if not problems and not quiet:
-            typer.echo(f"{directory}: no problem found")
-    if problems:
-        raise typer.Exit(1)
-
-
-@app.command()
-def report(
-    directory: Directory,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="HTML file; by default DIR/report.html.")
-    ] = None,
-    dense: Annotated[
-        str | None, typer.Option(help="The model before compression: directory or hub id.")
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option("--dataset", "-d", help="Text to run it on, not the calibration text."),
-    ] = None,
-    baseline: Annotated[
-        Path | None,
-        typer.Option(help="The same model pruned without experts, to compare neurons with."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")] = 8192,
-    quiet: Quiet = False,
-) -> None:
-    """Write an HTML page about a compressed model: sizes, shared rows, tokens per expert.
-
-    With --dense and --dataset it also shows what neurons do: Wasserstein distances, output
-    distributions before and after, and which neurons gain from experts.
-
-    \b
-    Example:
-      wexpand report OUT --dense MODEL --dataset held_out.txt
-    """
-    from .report import write
-
-    written = write(
-        directory, output, dense=dense, dataset=dataset, baseline=baseline, tokens=tokens,
-        quiet=quiet,
-    )  # fmt: skip
-    if not quiet:
-        typer.echo(f"wrote {written}")
-
-
-@app.command()
-def synth(
-    out: Out,
-    hidden: Annotated[int, typer.Option(help="Model width.")] = 512,
-    ffn: Annotated[int, typer.Option(help="Feed-forward width.")] = 1376,
-    layers: Annotated[int, typer.Option(help="Decoder blocks.")] = 4,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 8,
-    kv_heads: Annotated[
-        int | None, typer.Option(help="Key-value heads; by default as many as heads.")
-    ] = None,
-    vocab: Annotated[int, typer.Option(help="Vocabulary, at least 258.")] = 1024,
-    context: Annotated[int, typer.Option(help="Longest sequence.")] = 4096,
-    experts: Annotated[int, typer.Option(help="Experts per linear; 1 is plain sparse.")] = 16,
-    sparsity: Annotated[float, typer.Option(help="Share of zeros in each row.")] = 0.8,
-    budget: Annotated[
-        float | None,
-        typer.Option(help="Stored bytes, x the dense bytes; by default every expert in full."),
-    ] = None,
-    targets: Annotated[str, typer.Option(help="mlp or all: which linears.")] = "mlp",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    dense: Annotated[
-        bool, typer.Option("--dense", help="The dense model of this shape, for comparison.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    quiet: Quiet = False,
-) -> None:
-    """Make a Llama of any shape with random weights, masks and routers, to measure speed with.
-
-    \b
-    Example, the shape of Llama-3.2-1B:
-      wexpand synth OUT --hidden 2048 --ffn 8192 --layers 16 --heads 32 --kv-heads 8 \\
-        --vocab 128256 --experts 16 --sparsity 0.8 --budget 1.0
-    """
-    from .synth import Shape, synth
-
-    synth(
-        out, Shape(hidden, ffn, layers, heads, kv_heads, vocab, context), experts=experts,
-        sparsity=sparsity, budget=budget, targets=targets, dtype=dtype, dense=dense, seed=seed,
-        quiet=quiet,
-    )  # fmt: skip
-    if not quiet:
-        typer.echo(f"wrote {out}")
-
-
-@app.command(
+for command in (
+    commands.compress,
+    commands.pack,
+    commands.unpack,
+    commands.inspect,
+    commands.verify,
+    commands.report,
+    commands.synth,
+):
+    app.command()(command)
+# lm-eval has options and a help of its own
+app.command(
     "lm-eval",
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-)
-def lm_eval(context: typer.Context) -> None:
-    """Run lm-eval, with `--model hf` able to read our models; --help is lm-eval's own.
-
-    lm-eval and transformers load no plugins, so `lm_eval --model hf` alone calls the quantization
-    type unknown. `lm_eval --model vllm` needs no help.
-    """
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.argv = ["lm-eval", *context.args]
-    cli_evaluate()
+)(commands.lm_eval)
 
 
 def main() -> None:
