@@ -34,6 +34,7 @@ RESULTS = ROOT / "evals" / "results" / "real_model.json"
 
 
 def _ours(sparsity: float, values: str, **more: Any) -> dict[str, Any]:
+    values = "auto" if values == "bfloat16" else values  # what the model is
     keys = {"sparsity": sparsity, "values": values, "num_experts": 1, "targets": MLP}
     return {"SparseExpansionModifier": keys | more}
 
@@ -57,6 +58,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         f"{sparsity:.0%} {values}": _ours(sparsity, values)
         for sparsity in (0.5, 0.8, 0.3, 0.7)
         for values in ("bfloat16", "int4", "int8")
+    },
+    **{
+        f"{sparsity:.0%} {values} tuned": _ours(sparsity, values, tune_epochs=8)
+        for sparsity, values in ((0.5, "int4"), (0.8, "bfloat16"), (0.0, "int4"), (0.8, "int4"))
     },
     "2:4 bfloat16": _ours(0.5, "bfloat16", mask_structure="2:4"),
     "2:4 int4": _ours(0.5, "int4", mask_structure="2:4"),
@@ -150,8 +155,9 @@ def run(name: str, model: Path, valid: str, test: str, out: Path) -> dict[str, A
         file.write_text(recipe(VARIANTS[name]))
         begin = time.monotonic()
         compress(
-            str(model), file, str(text), saved, samples=TOKENS // CONTEXT, max_seq_length=CONTEXT
-        )
+            str(model), file, str(text), saved, samples=TOKENS // CONTEXT, max_seq_length=CONTEXT,
+            batch_size=8,
+        )  # fmt: skip
         seconds = time.monotonic() - begin
         found: dict[str, Any] = {"loss": held_out(saved, test), "seconds": round(seconds)}
         if "GPTQModifier" not in VARIANTS[name]:

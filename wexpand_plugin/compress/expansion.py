@@ -7,6 +7,7 @@ Inputs come from replaying a block (`replay`); what the method finds for an inpu
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loguru import logger
 from torch import nn
@@ -22,8 +23,18 @@ from ..method.statistics import GroupStatistics
 from .precision import stored_dtype
 from .replay import BlockReplay, ReplayedInputs
 from .rows import codec_for, packed, replace_linear, settings_for
+from .tuning import DensePath, tune
 
-__all__ = ["Target", "allocate_targets", "expand_block"]
+__all__ = ["Block", "Target", "allocate_targets", "expand_block"]
+
+
+class Block(NamedTuple):
+    """A block that holds targets."""
+
+    name: str
+    module: nn.Module
+    place: int
+    """its number among all blocks of the model"""
 
 
 @dataclass
@@ -45,12 +56,20 @@ class Target:
 
 
 def expand_block(
-    model: nn.Module, targets: Mapping[str, Target], replay: BlockReplay, settings: Settings
+    model: nn.Module,
+    block: Block,
+    targets: Mapping[str, Target],
+    replay: BlockReplay,
+    settings: Settings,
+    path: DensePath,
 ) -> None:
-    """Replace the `targets` of one block, group by group, calibrated by `replay`.
+    """Replace the `targets` of one block, group by group, calibrated by `replay`, and tune them.
 
     Until they are dematerialised, the new linears compute with what calibrates later ones.
+
+    :param path: the dense model's hidden states, followed where blocks are tuned
     """
+    outputs = path.targets(replay, block.place) if settings.tune_epochs else []
     groups = replay.groups({n: t.linear for n, t in targets.items() if t.linear is not None})
     # one expert is plain SparseGPT, as llm-compressor does it: all groups on dense inputs
     known = _dense_statistics(groups, replay, settings) if settings.num_experts == 1 else {}
@@ -88,6 +107,10 @@ def expand_block(
             f"{int(tokens.min())}/{int(tokens.median())}/{int(tokens.max())} (min/median/max), "
             f"relative error {', '.join(errors)}{which}, {time.perf_counter() - start:.1f} s"
         )
+    if settings.tune_epochs:
+        routed = {name: t.routed for name, t in targets.items() if t.routed is not None}
+        for name, linear in tune(block.name, model, routed, replay, outputs, settings).items():
+            targets[name].routed = linear
 
 
 def _dense_statistics(

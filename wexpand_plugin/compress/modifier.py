@@ -20,12 +20,13 @@ from ..method.settings import Settings
 from .calibration import CalibrationBatches, counted_tokens
 from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .estimate import working_bytes
-from .expansion import Target, allocate_targets, expand_block
+from .expansion import Block, Target, allocate_targets, expand_block
 from .made_by import made_by
 from .precision import stored_dtype
 from .replay import BlockReplay
 from .rows import settings_for
 from .targets import target_linears
+from .tuning import DensePath
 
 __all__ = ["SparseExpansionModifier"]
 
@@ -85,6 +86,9 @@ class SparseExpansionModifier(Modifier):
     :param dampening_frac: damping of the Hessian, as a fraction of its mean diagonal
     :param shrinkage: weight of all tokens' Hessian in each expert's, in multiples of in_features
         tokens
+    :param tune_epochs: passes of block tuning: after a block has been solved, its kept values,
+        scales and biases are trained to give the dense model's hidden states; 0 for none
+    :param tune_lr: its learning rate (Adam, falling linearly)
     :param router_dims: PCA dimensions for clustering; in_features / 32, at least 8, if null
     :param router_samples: rows of an input group that are clustered
     :param router_restarts: k-means starts
@@ -109,6 +113,8 @@ class SparseExpansionModifier(Modifier):
     block_size: int = Settings.block_size
     dampening_frac: float = Settings.dampening_frac
     shrinkage: float = Settings.shrinkage
+    tune_epochs: int = Settings.tune_epochs
+    tune_lr: float = Settings.tune_lr
 
     # router arguments
     router_dims: int | None = Settings.router_dims
@@ -121,9 +127,10 @@ class SparseExpansionModifier(Modifier):
     # private variables
     _settings: Settings = PrivateAttr()
     _targets: dict[str, Target] = PrivateAttr(default_factory=dict)
-    _blocks: dict[str, nn.Module] = PrivateAttr(default_factory=dict)
+    _blocks: dict[str, Block] = PrivateAttr(default_factory=dict)
     _replays: dict[str, BlockReplay] = PrivateAttr(default_factory=dict)
     _batches: CalibrationBatches = PrivateAttr(default_factory=CalibrationBatches)
+    _path: DensePath = PrivateAttr(default_factory=DensePath)
 
     @field_validator("mask_structure", mode="before")
     @classmethod
@@ -150,8 +157,9 @@ class SparseExpansionModifier(Modifier):
             if owner is None:
                 logger.warning(f"{name} is in none of the blocks {patterns}: it stays dense")
                 continue
-            self._blocks[owner] = blocks[owner]
-            depth_weight = 1 - list(blocks).index(owner) / len(blocks)
+            place = list(blocks).index(owner)
+            self._blocks[owner] = Block(owner, blocks[owner], place)
+            depth_weight = 1 - place / len(blocks)
             self._targets[name] = Target(linear, owner, depth_weight)
             self._check_linear(name, linear.weight.shape, stored_dtype(model, linear.weight))
         if not self._targets:
@@ -217,18 +225,22 @@ class SparseExpansionModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs):
         """Record each block's arguments from now on."""
         for name, block in self._blocks.items():
-            self._replays[name] = BlockReplay(block, self.register_hook, self._batches.current)
+            counts = self._batches.current
+            self._replays[name] = BlockReplay(block.module, self.register_hook, counts)
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules=None, **kwargs):
         """Expand the linears of the blocks that have just been calibrated."""
         self._settle()
         ready = [n for n, replay in self._replays.items() if len(replay)]
         if modules is not None:
-            ready = [n for n in ready if any(m is self._blocks[n] for m in modules)]
+            ready = [n for n in ready if any(m is self._blocks[n].module for m in modules)]
         for name in ready:
             with torch.no_grad(), calibration_forward_context(state.model):
                 targets = {n: t for n, t in self._targets.items() if t.block == name}
-                expand_block(state.model, targets, self._replays.pop(name), self._settings)
+                expand_block(
+                    state.model, self._blocks[name], targets, self._replays.pop(name),
+                    self._settings, self._path,
+                )  # fmt: skip
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         """Drop hooks; settle what the whole model competes for."""

@@ -31,6 +31,7 @@ def compress(
     dataset_config: str | None = None,
     split: str = "train",
     text_column: str = "text",
+    batch_size: int = 1,
     dtype: str = "auto",
     seed: int = 0,
 ) -> Path:
@@ -42,6 +43,7 @@ def compress(
     :param dataset: text file, .jsonl, .json, .csv, .parquet, saved dataset, or hub id; texts,
         chats, or rows of input_ids with or without masks
     :param samples, max_seq_length: rows of calibration tokens and their length
+    :param batch_size: rows at a time; a few make calibration faster
     :param dtype: what is computed in: "float32", "bfloat16", "float16", or "auto": the model's own
         where the machine is fast with it, else float32. The model is saved in its own
     :param seed: which texts or rows are taken, and their order
@@ -107,7 +109,8 @@ def compress(
             set_dtypes(dense, {n: computing if d == dense.dtype else d for n, d in own.items()})
         oneshot(
             model=dense, tokenizer=tokenizer, dataset=data, recipe=recipe,
-            num_calibration_samples=len(data), max_seq_length=length,
+            num_calibration_samples=len(data), max_seq_length=length, batch_size=batch_size,
+            data_collator="padding",
         )  # fmt: skip
         set_dtypes(dense, own)
         dense.save_pretrained(str(partial))

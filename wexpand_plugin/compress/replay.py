@@ -46,9 +46,23 @@ class BlockReplay:
         return len(self.cache)
 
     def _run(self, number: int) -> None:
+        with torch.no_grad():
+            self.output(number)
+
+    def output(self, number: int, hidden: Tensor | None = None) -> Tensor:
+        """The hidden states that the block gives for a batch; with gradients where they are on.
+
+        :param hidden: hidden states to read, instead of those that were recorded
+        """
         inputs = self.cache.fetch(number)
-        with torch.no_grad(), HooksMixin.disable_hooks():
-            self.block(*inputs["args"], **inputs["kwargs"])
+        args, kwargs = list(inputs["args"]), dict(inputs["kwargs"])
+        if hidden is not None and args:
+            args[0] = hidden.to(args[0])
+        elif hidden is not None:
+            kwargs["hidden_states"] = hidden.to(kwargs["hidden_states"])
+        with HooksMixin.disable_hooks():
+            found = self.block(*args, **kwargs)
+        return found[0] if isinstance(found, tuple) else found
 
     def groups(self, linears: Mapping[str, nn.Linear]) -> list[InputGroup]:
         """The input groups among `linears` (name -> module of this block), in calling order."""

@@ -69,14 +69,17 @@ def replace_linear(
     *,
     group: str = "",
     tokens: Sequence[int] = (),
+    bias: Tensor | None = None,
 ) -> RoutedLinear:
-    """Put a routed linear in the place of `old`, with its bias, offloaded like it.
+    """Put a routed linear in the place of `old`, offloaded like it.
 
     :param group: name of its input group
     :param tokens: calibration tokens per expert
+    :param bias: by default that of `old`
     """
     dtype = old.dtype if isinstance(old, RoutedLinear) else stored_dtype(model, old.weight)
-    bias = None if old.bias is None else old.bias.detach().to(dtype)
+    if bias is None and old.bias is not None:
+        bias = old.bias.detach().to(dtype)
     stored = None if router is None else StoredRouter(*router)
     module = RoutedLinear.from_pool(
         pool, stored, bias, group=group, tokens=tokens, dtype=dtype

@@ -48,6 +48,10 @@ class Settings:
     block_size: int = 128
     dampening_frac: float = 0.01
     shrinkage: float = 0.03
+    tune_epochs: int = 0
+    """passes of block tuning over the calibration batches, at most; 0: none"""
+    tune_lr: float = 1e-3
+    """learning rate of block tuning"""
     router_dims: int | None = None
     router_samples: int = 8192
     router_restarts: int = 3
@@ -98,6 +102,10 @@ class Settings:
             self._refuse("allocate_by", f"one of {', '.join(ALLOCATE_BY)}")
         if self.dampening_frac <= 0:
             self._refuse("dampening_frac", "above 0")
+        if self.tune_epochs < 0:
+            self._refuse("tune_epochs", "0 or above")
+        if self.tune_lr <= 0:
+            self._refuse("tune_lr", "above 0")
         if self.shrinkage < 0:
             self._refuse("shrinkage", "0 or above")
         if self.size_budget is not None:
@@ -105,6 +113,9 @@ class Settings:
                 self._refuse("size_budget", "null: with one expert there is nothing to allocate")
             if self.size_budget <= 0:
                 self._refuse("size_budget", "above 0, or null for full expansion")
+            if self.tune_epochs and self.budget_scope == "model":
+                right = "layer with tune_epochs: a block is tuned before the model shares a budget"
+                self._refuse("budget_scope", right)
 
     @property
     def grid(self) -> Grid | None:

@@ -59,6 +59,9 @@ def compress(
     text_column: Annotated[
         str, typer.Option(help="Column of texts, or of chats (lists of role and content).")
     ] = "text",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows at a time; a few make calibration faster.")
+    ] = 1,
     dtype: Annotated[
         str,
         typer.Option(
@@ -86,7 +89,7 @@ def compress(
     compress(
         model=model, recipe=recipe, dataset=dataset, output=output, samples=samples,
         max_seq_length=max_seq_length, dataset_config=dataset_config, split=split,
-        text_column=text_column, dtype=dtype, seed=seed,
+        text_column=text_column, batch_size=batch_size, dtype=dtype, seed=seed,
     )  # fmt: skip
     if not quiet:
         from ..format.model_dir import ModelDir

@@ -1,0 +1,65 @@
+"""Block tuning inside a run: smaller error of the model's outputs, at the same bytes."""
+
+import pytest
+import torch
+from test_modifier import logits, run, tiny
+from transformers import AutoModelForCausalLM
+
+from wexpand_plugin.hf.linear import RoutedLinear
+from wexpand_plugin.tools.verify import verify
+
+
+def routed(model) -> list[RoutedLinear]:
+    return [module for module in model.modules() if isinstance(module, RoutedLinear)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(num_experts=1),
+        dict(num_experts=1, values="int4", value_group=16, sparsity=0.5),
+        dict(num_experts=3, size_budget=1.2, budget_scope="layer"),
+        pytest.param(dict(num_experts=1, values="int4", sparsity=0.0), marks=pytest.mark.slow),
+        pytest.param(dict(num_experts=1, mask_structure="2:4", sparsity=0.5),
+                     marks=pytest.mark.slow),
+        pytest.param(dict(num_experts=3), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_comes_closer_to_the_dense_model_at_the_same_bytes(tmp_path, keys):
+    path = tiny("Qwen2", tmp_path / "dense")
+    dense = logits(AutoModelForCausalLM.from_pretrained(path))
+    keys = {"sparsity": 0.6, "targets": ["re:.*mlp.*", "re:.*q_proj"]} | keys
+    errors, sizes = {}, {}
+    for epochs in (0, 6):
+        torch.manual_seed(0)
+        out = tmp_path / f"out{epochs}"
+        model = run(path, out, tune_epochs=epochs, tune_lr=3e-3, **keys)
+        errors[epochs] = float((logits(model) - dense).norm() / dense.norm())
+        sizes[epochs] = sum(m.stored_bytes() for m in routed(model))
+        assert verify(out) == []
+        loaded = AutoModelForCausalLM.from_pretrained(out)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    assert errors[6] < 0.95 * errors[0]
+    assert sizes[6] == pytest.approx(sizes[0], rel=0.05)
+
+
+def test_masks_stay(tmp_path):
+    path = tiny("Llama", tmp_path / "dense")
+    masks = []
+    for epochs in (0, 2):
+        torch.manual_seed(0)
+        model = run(path, tune_epochs=epochs, num_experts=1, targets=["re:.*layers.0.mlp.up_proj"])
+        masks.append([m.weight_mask for m in routed(model)])
+    assert len(masks[0]) == 1 and torch.equal(masks[0][0], masks[1][0])
+
+
+def test_a_run_that_explodes_keeps_what_was_solved(tmp_path, caplog):
+    path = tiny("Llama", tmp_path / "dense")
+    plain, wild = [], []
+    for found, epochs in ((plain, 0), (wild, 3)):
+        torch.manual_seed(0)
+        model = run(path, tune_epochs=epochs, tune_lr=1e30, num_experts=1, targets=["re:.*mlp.*"])
+        found.extend(m.pool.rows() for m in routed(model))
+    for a, b in zip(plain, wild, strict=True):
+        torch.testing.assert_close(a, b)

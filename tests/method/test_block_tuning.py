@@ -1,0 +1,107 @@
+"""Training row versions, on one linear whose best answer is known."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from wexpand_plugin.method.clusters import Router
+from wexpand_plugin.method.grids import Grid
+from wexpand_plugin.method.tuning import TunableLinear, tune_block
+from wexpand_plugin.method.versions import SolvedRows
+
+
+def linear(rows: Tensor, grid=None, scales=None, router=None, version_map=None, bias=None):
+    if version_map is None:
+        version_map = torch.arange(len(rows)).unsqueeze(0)
+    return TunableLinear(SolvedRows(rows, scales), rows != 0, version_map, grid, router, bias)
+
+
+def batches(width: int = 12, count: int = 32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator)
+    return [torch.randn(1, 64, width, generator=generator) @ mix for _ in range(count)]
+
+
+def test_reaches_the_least_squares_answer():
+    """With a fixed mask the best values of each row are a regression on the kept columns."""
+    generator = torch.Generator().manual_seed(1)
+    dense, inputs = torch.randn(4, 12, generator=generator), batches()
+    keep = torch.rand(4, 12, generator=generator) < 0.5
+    module = linear(dense * keep)
+    targets = [x @ dense.t() for x in inputs]
+    found = tune_block(
+        lambda n: module(inputs[n]), targets, [module], epochs=60, lr=0.03, quiet=True
+    )
+    x, y = torch.cat(inputs).flatten(0, 1), torch.cat(targets).flatten(0, 1)
+    best = 0.0
+    for row in range(4):
+        answer = torch.linalg.lstsq(x[:, keep[row]], y[:, row : row + 1]).solution
+        best += float((x[:, keep[row]] @ answer - y[:, row : row + 1]).square().sum())
+    error = float((x @ module.solved().weights.t() - y).square().sum())
+    assert best <= error * 1.0001 and error < 1.05 * best
+    assert found.after < found.before and not found.diverged
+    assert torch.equal(module.solved().weights != 0, keep)
+
+
+def test_shared_versions_get_the_gradient_of_all_their_experts():
+    inputs = batches()
+    router = Router(torch.randn(3, 12, generator=torch.Generator().manual_seed(2)), torch.zeros(3))
+    rows = torch.randn(4, 12, generator=torch.Generator().manual_seed(3))
+    version_map = torch.tensor([[0, 2], [0, 3], [1, 3]])  # of two neurons
+    module = linear(rows, router=router, version_map=version_map, bias=torch.ones(2))
+    y = module(inputs[0])
+    labels = router.route(inputs[0][0])
+    for token in range(64):
+        expected = rows[version_map[labels[token]]] @ inputs[0][0, token] + 1
+        torch.testing.assert_close(y[0, token], expected)
+    y.sum().backward()
+    for version, (experts, _) in enumerate([([0, 1], 0), ([2], 0), ([0], 1), ([1, 2], 1)]):
+        own = torch.isin(labels, torch.tensor(experts))
+        torch.testing.assert_close(module.values.grad[version], inputs[0][0, own].sum(dim=0))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_values_stay_on_their_grid(bits):
+    grid, inputs = Grid(bits, 8), batches()
+    dense = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    parts = dense.t().unsqueeze(0).split(8, dim=1)
+    scales = torch.cat([grid.scales(part, torch.ones(1, 1, 1)) for part in parts]).t()
+    columns = scales.repeat_interleave(8, 1)[:, :12]
+    module = linear(grid.round(dense, columns), grid, scales.half())
+    targets = [x @ dense.t() for x in inputs]
+    found = tune_block(
+        lambda n: module(inputs[n]), targets, [module], epochs=30, lr=3e-3, quiet=True
+    )
+    solved = module.solved()
+    q = solved.weights / solved.scales.float().repeat_interleave(8, 1)[:, :12]
+    assert (q - q.round()).abs().max() < 1e-3 and q.abs().max() <= 2 ** (bits - 1)
+    assert found.after <= found.before and found.after < 0.9 * found.before
+
+
+def test_what_does_not_count_is_not_learned_from():
+    inputs = batches(count=8)
+    dense = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    targets = [x @ dense.t() for x in inputs]
+    counts = [torch.arange(64).unsqueeze(0) < 40 for _ in inputs]
+    for target in targets:
+        target[:, 40:] = 1e6
+    module = linear(dense)
+    found = tune_block(
+        lambda n: module(inputs[n]), targets, [module], epochs=2, lr=1e-2, counts=counts,
+        quiet=True,
+    )  # fmt: skip
+    assert found.before < 1e-9
+    torch.testing.assert_close(module.solved().weights, dense)
+
+
+def test_an_explosion_leaves_the_best_values():
+    inputs = batches(count=8)
+    dense = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    start = dense * (torch.rand(4, 12, generator=torch.Generator().manual_seed(4)) < 0.5)
+    module = linear(start)
+    targets = [x @ dense.t() for x in inputs]
+    found = tune_block(
+        lambda n: module(inputs[n]), targets, [module], epochs=3, lr=1e20, quiet=True
+    )
+    assert found.diverged and found.after == found.before
+    torch.testing.assert_close(module.solved().weights, start)

@@ -1,0 +1,122 @@
+"""Block tuning in llm-compressor's pipeline: the dense path beside the compressed one.
+
+The pipeline hands every block the outputs of compressed blocks only. What a block should give,
+though, is what the dense model has at that place, so its hidden states are kept here, block after
+block, and run through each block before it is compressed. Where they are not known, as the block
+before was not one of the recipe's, the block's own inputs stand for them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from ..hf.linear import RoutedLinear
+from ..method.clusters import Router
+from ..method.settings import Settings
+from ..method.tuning import TunableLinear, TuneResult, tune_block
+from ..method.versions import RowVersions, SolvedRows
+from .replay import BlockReplay
+from .rows import codec_for, packed, replace_linear
+
+__all__ = ["DensePath", "tune"]
+
+
+class DensePath:
+    """The hidden states of the dense model between two blocks."""
+
+    def __init__(self) -> None:
+        self._states: list[Tensor] | None = None
+        self._place = -1
+
+    @torch.no_grad()
+    def targets(self, replay: BlockReplay, place: int) -> list[Tensor]:
+        """What the block of `replay`, still dense, gives on the dense path, for each batch.
+
+        :param place: number of the block among all of the model's
+        """
+        known = self._states if place == self._place + 1 else None
+        outputs = [
+            replay.output(number, None if known is None else known[number]).cpu()
+            for number in range(len(replay))
+        ]
+        self._states, self._place = outputs, place
+        return outputs
+
+
+def tune(
+    name: str,
+    model: nn.Module,
+    linears: Mapping[str, RoutedLinear],
+    replay: BlockReplay,
+    targets: list[Tensor],
+    settings: Settings,
+) -> dict[str, RoutedLinear]:
+    """Train what the routed `linears` of a block keep, and put the result in their places.
+
+    :param targets: from `DensePath.targets`
+    :return: the new linears, by name
+    """
+    tunable = {key: _tunable(linear, settings) for key, linear in linears.items()}
+    frozen = [p for p in replay.block.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for key, linear in tunable.items():
+        model.set_submodule(key, linear)
+    try:
+        result = tune_block(
+            replay.output,
+            targets,
+            list(tunable.values()),
+            epochs=settings.tune_epochs,
+            lr=settings.tune_lr,
+            seed=settings.seed,
+            counts=replay.counts,
+        )
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    _say(name, result)
+    found = {}
+    for key, linear in tunable.items():
+        old = linears[key]
+        row_map = old.pool.row_map
+        if row_map is None:
+            row_map = torch.zeros(1, old.out_features, dtype=torch.uint8)
+        versions = RowVersions(linear.solved(), row_map, 0.0)
+        pool = packed(versions, codec_for(old.dtype, settings))
+        bias = None if linear.bias is None else linear.bias.detach().to(old.dtype)
+        found[key] = replace_linear(
+            model, key, old, pool, old.router, group=old.group, tokens=old.tokens, bias=bias
+        )
+        found[key].materialise()
+    return found
+
+
+def _tunable(linear: RoutedLinear, settings: Settings) -> TunableLinear:
+    pool, stored = linear.pool, linear.router
+    rows = SolvedRows(pool.rows(dtype=linear.dtype), pool.scale)
+    keep = torch.ones_like(rows.weights, dtype=torch.bool)
+    if pool.mask is not None:
+        keep = rows.weights != 0
+    return TunableLinear(
+        rows,
+        keep,
+        pool.version_map().long(),
+        settings.grid,
+        None if stored is None else Router(*stored),
+        None if linear.bias is None else linear.bias.detach(),
+    )
+
+
+def _say(name: str, result: TuneResult) -> None:
+    if result.diverged:
+        logger.warning(
+            f"{name}: tuning led to values that are not finite after {result.epochs} epochs; the "
+            "best before that are kept (a smaller tune_lr may help)"
+        )
+    logger.info(
+        f"{name}: tuned for {result.epochs} epochs, relative squared error of the block's outputs "
+        f"{result.before:.4f} -> {result.after:.4f} on held-out tokens"
+    )
