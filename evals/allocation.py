@@ -91,8 +91,6 @@ class Bench:
 
     def cells(self, wanted: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Loss and sizes of cells that share sparsity, seed, experts and path."""
-        from dataclasses import asdict
-
         from evals.expansion import expand_network, install, reallocate, sizes
         from wexpand_plugin.errors import WexpandError
         from wexpand_plugin.method.settings import Settings
@@ -116,7 +114,7 @@ class Bench:
                     continue
                 for linear, pool in zip(expanded, pools, strict=True):
                     install(network, linear, pool)
-            yield {"cell": cell, "loss": self.loss(network), **asdict(sizes(expanded, pools))}
+            yield {"cell": cell, "loss": self.loss(network), **sizes(expanded, pools)._asdict()}
 
 
 def summary(cells: list[dict[str, Any]]) -> str:

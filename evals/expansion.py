@@ -10,9 +10,9 @@ A later linear is calibrated on what the earlier ones, already replaced, give it
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.method.allocation import allocate, neuron_values, weighted
 from wexpand_plugin.method.candidates import Candidates, allocate_model
 from wexpand_plugin.method.clusters import Router
-from wexpand_plugin.method.group import expand_group
+from wexpand_plugin.method.group import GroupResult, expand_group
 from wexpand_plugin.method.inputs import InputGroup, find_groups, record_inputs, token_rows
 from wexpand_plugin.method.settings import Settings
 from wexpand_plugin.method.statistics import RowSample
@@ -39,18 +39,14 @@ DTYPE = torch.bfloat16
 WEIGHS = StoredBytes(codec_of(DTYPE), DTYPE)
 
 
-@dataclass
-class ExpandedLinear:
+class ExpandedLinear(NamedTuple):
     """One linear of the network after `expand_network`."""
 
     name: str
-    group: str
     weight: Tensor
     """dense, bfloat16"""
     bias: Tensor | None
-    router: Router | None
-    tokens: Tensor
-    """calibration tokens per expert"""
+    group: GroupResult
     pool: RowPool
     """what took its place"""
     candidates: Candidates | None
@@ -59,8 +55,7 @@ class ExpandedLinear:
     """what each way to allocate says of the neurons"""
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Bytes over the dense bytes of the same linears."""
 
     stored: float
@@ -118,10 +113,8 @@ def expand_network(
                 allocation = allocate([found.candidates.problem], share)[0]
                 versions = found.candidates.select(allocation.use)
             values = {r: neuron_values(r, sample.rows, weight, bias, settings.seed) for r in rules}
-            linear = ExpandedLinear(
-                name, group.label, weight, bias, result.router, result.tokens,
-                packed(versions, WEIGHS.codec), found.candidates, values,
-            )  # fmt: skip
+            pool = packed(versions, WEIGHS.codec)
+            linear = ExpandedLinear(name, weight, bias, result, pool, found.candidates, values)
             install(network, linear, linear.pool)
             expanded.append(linear)
     return expanded
@@ -129,8 +122,8 @@ def expand_network(
 
 def install(network: nn.Module, linear: ExpandedLinear, pool: RowPool) -> RoutedLinear:
     """Put `pool` in the place of `linear`, unpacked and in float32 for speed."""
-    router = None if linear.router is None else StoredRouter(*linear.router)
-    module = RoutedLinear.from_pool(pool.to(dtype=torch.float32), router, linear.bias)
+    pool = pool.to(dtype=torch.float32)
+    module = RoutedLinear.from_pool(pool, _stored(linear.group.router), linear.bias)
     module.materialise()
     network.set_submodule(linear.name, module)
     return module
@@ -162,11 +155,16 @@ def sizes(expanded: Sequence[ExpandedLinear], pools: Sequence[RowPool]) -> Sizes
     dense = stored = read = weights = 0.0
     groups = set()
     for linear, pool in zip(expanded, pools, strict=True):
-        router = 0 if linear.router is None else sum(part.nbytes for part in linear.router)
+        router = _stored(linear.group.router)
+        size = 0 if router is None else router.nbytes
         dense += linear.weight.nbytes
-        stored += sum(pool.stored_bytes().values()) + router
-        one = pool.bytes_per_token(linear.tokens)
-        read += one + (router if linear.group not in groups else 0)
+        stored += sum(pool.stored_bytes().values()) + size
+        one = pool.bytes_per_token(linear.group.tokens)
+        read += one + (size if id(linear.group) not in groups else 0)
         weights += one - (pool.out_features if pool.experts > 1 else 0)
-        groups.add(linear.group)
+        groups.add(id(linear.group))
     return Sizes(stored / dense, read / dense, weights / dense)
+
+
+def _stored(router: Router | None) -> StoredRouter | None:
+    return None if router is None else StoredRouter(*router)
