@@ -359,3 +359,31 @@ def test_rounding_says_what_it_costs(tmp_path, values, sparsity):
 def test_impossible_values_are_refused_before_work(tmp_path, how, message):
     with pytest.raises(WexpandError, match=message):
         pack(tmp_path / "nowhere", tmp_path / "packed", quiet=True, **how)
+
+
+def test_experts_of_a_mixture_stay_dense_and_that_is_said(tmp_path):
+    """They are fused in the model, whether the file has them one by one or not."""
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=96, num_experts=4,
+        num_experts_per_tok=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "self_attn" in name and weight.dim() == 2:
+                weight[torch.rand_like(weight) < 0.6] = 0
+    model.save_pretrained(tmp_path / "dense")
+    done = pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+    assert len(done.packed) == 8
+    (note,) = (note for note in done.notes if note.startswith("left dense: "))
+    experts = 2 * 4 * 3 * 64 * 64 * 4
+    share = experts / done.bytes_before
+    assert f"{experts / 1e3:.3g} kB, {share:.0%} of the model" in note and ".experts." in note
+    assert verify(tmp_path / "packed") == []
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tiny.tokens()).logits, model(tiny.tokens()).logits)

@@ -34,6 +34,7 @@ from ..format.writer import (
 )
 from ..hf.hub import resolve
 from ..method.grids import Grid
+from .inspect_table import readable_bytes
 from .quantised import is_quantised, quantised_linears, quantised_pool
 from .sources import drop_leftovers
 
@@ -128,7 +129,7 @@ class _Packer:
     """Decides for each tensor of a model what is written in its place."""
 
     def __init__(self, source: ModelDir, how: ValueCodec | None, keep_negative_zeros: bool):
-        from ..hf.names import linear_tensors, skeleton
+        from ..hf.names import linear_tensors, module_tensor_names, skeleton
 
         self.source, self.how, self.keep_negative_zeros = source, how, keep_negative_zeros
         self.done = Packed()
@@ -144,8 +145,28 @@ class _Packer:
                 )
         self.done.notes += drop_leftovers(self.config_json, source.path)
         names = [*source.headers, *(f"{name}.weight" for name in self.parts.values())]
-        self.linears = linear_tensors(skeleton(source.path), names)
+        model = skeleton(source.path)
+        self.linears = linear_tensors(model, names)
         """tensor of a dense weight -> linear"""
+        self._say_mixtures(set(module_tensor_names(model, source.headers)))
+
+    def _say_mixtures(self, single: set[str]) -> None:
+        """Note what is left dense as the model has it fused: the experts of a mixture.
+
+        :param single: tensors that are one tensor of the model each
+        """
+        fused = {
+            name: header.nbytes
+            for name, header in self.source.headers.items()
+            if len(header.shape) > 2 or (len(header.shape) == 2 and name not in single)
+            if name not in self.parts
+        }
+        if fused:
+            size, every = sum(fused.values()), self.source.disk_bytes
+            self.done.notes.append(
+                f"left dense: {len(fused)} tensors of experts of a mixture, "
+                f"{readable_bytes(size)}, {size / every:.0%} of the model (such as {min(fused)})"
+            )
 
     def add(self, name: str, tensor: Tensor, writer: TensorWriter) -> None:
         """Write a tensor of the source, or the row pool that takes its place."""
