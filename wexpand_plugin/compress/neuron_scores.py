@@ -13,7 +13,6 @@ a checkpoint without an index for weights, and stops at the first name it does n
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import WexpandError
+from ..format.writer import atomic
 from ..method.neuron_summary import summary
 from ..method.neurons import NeuronScores
 
@@ -117,13 +117,15 @@ def save_scores(scores: ModelScores, directory: str | os.PathLike) -> None:
         if values is not None
     }
     metadata = {"wexpand_neuron_scores": json.dumps(_header(scores))}
-    _replace(directory / SCORES_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    with atomic(directory / SCORES_FILE) as path:
+        save_file(tensors, path, metadata=metadata)
     shown = _header(scores)
     percent = scores.settings.get("percent", 3.0)
     for name, scored in scores.linears.items():
         shown["linears"][name] |= summary(scored.scores, percent)
     text = json.dumps(shown, indent=1, allow_nan=False)
-    _replace(directory / SUMMARY_FILE, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    with atomic(directory / SUMMARY_FILE) as path:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def load_scores(path: str | os.PathLike, model: torch.nn.Module | None = None) -> ModelScores:
@@ -228,13 +230,3 @@ def _find(path: Path) -> Path:
     raise WexpandError(
         f"{path}: holds no neuron scores; expected {SCORES_FILE} there or in {FOLDER}/ below it"
     )
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path` first, then rename: a reader sees the old file or the new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

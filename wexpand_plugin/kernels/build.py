@@ -15,8 +15,9 @@ import shlex
 import shutil
 import stat
 import subprocess
-import tempfile
 from pathlib import Path
+
+from ..format.writer import atomic
 
 __all__ = ["DEFAULT_FLAGS", "BuildError", "build"]
 
@@ -48,13 +49,9 @@ def build(source: Path, flags: tuple[str, ...] = DEFAULT_FLAGS) -> Path:
         if library.stat().st_uid != os.getuid():
             raise BuildError(f"{library} belongs to another user; remove it")
         return library
-    handle, temporary = tempfile.mkstemp(suffix=".so", prefix=f".{source.stem}-", dir=folder)
-    os.close(handle)
-    try:
-        _run([*compiler, *flags, str(source), "-o", temporary], f"could not compile {source.name}")
-        os.replace(temporary, library)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with atomic(library) as partial:
+        command = [*compiler, *flags, str(source), "-o", str(partial)]
+        _run(command, f"could not compile {source.name}")
     return library
 
 
