@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.tools.verify import verify
 
-
 SLOW = pytest.mark.slow
 
 
