@@ -1,7 +1,8 @@
 """One linear at a time: dense as a device runs it best against packed, side by side.
 
     python -m evals.bench.kernel [--quick] [--kernel cpu|triton|reference] [--device cpu|cuda]
-        [--dtype bfloat16] [--sparsity 0.5] [--experts 1] [--tokens 1] [--layer down] [--json FILE]
+        [--dtype bfloat16] [--values int4] [--sparsity 0.5] [--experts 1] [--tokens 1]
+        [--layer down] [--json FILE]
 
 Options of a cell may be repeated: `--tokens 1 --tokens 512`. On a CPU run it in the serve
 environment: the dense side is then the very function that vLLM's CPU worker calls (its choice is
@@ -9,9 +10,10 @@ printed), otherwise, and on a GPU, torch's linear. Times are medians; on a GPU t
 CUDA events. Weights and masks are random; with several experts each token draws its expert at
 random, and only the weight memory differs between experts. `floor` is the time that reading a
 call's weight bytes takes at the memory bandwidth measured first. Copies of the weights take turns,
-so they come from memory and not from cache, as in a model. `ratio` is dense time over packed time,
-by medians and by the fastest repetitions (`best`); on a machine with other work a spread far above
-100% says that the medians measure the other work.
+so they come from memory and not from cache, as in a model. `values` says how kept weights are
+stored: in the dtype of the inputs ("float") or as integers; sparsity 0 is full rows. `ratio` is
+dense time over packed time, by medians and by the fastest repetitions (`best`); on a machine with
+other work a spread far above 100% says that the medians measure the other work.
 """
 
 import importlib.util
@@ -29,6 +31,7 @@ from torch import Tensor
 from evals.bench.timing import alternate, copies_beyond_cache, machine, read_bandwidth, write_json
 from wexpand_plugin import kernels
 from wexpand_plugin.format.rowpool import RowPool
+from wexpand_plugin.format.values import GROUP, ValueCodec, codec
 from wexpand_plugin.kernels import cpu
 
 SHAPES = {  # out, in of the linears as vLLM fuses them
@@ -94,19 +97,24 @@ def random_mask(out: int, width: int, sparsity: str) -> Tensor:
     return torch.rand(out, width) >= float(sparsity)
 
 
-def random_pool(out: int, width: int, sparsity: str, experts: int, dtype: torch.dtype) -> RowPool:
+def random_pool(out: int, width: int, sparsity: str, experts: int, how: ValueCodec) -> RowPool:
     """`experts` full experts, each in memory of its own; their masks are equal copies."""
     keep = random_mask(out, width, sparsity)
-    one = RowPool.pack(torch.randn(out, width).to(dtype) * keep, keep=keep)
+    rows = torch.randn(out, width) * keep
+    one = RowPool.pack(rows if how.scaled else rows.to(how.storage), keep=keep, codec=how)
     versions = torch.arange(out).repeat_interleave(experts)
     row_map = torch.arange(experts, dtype=torch.uint8).unsqueeze(1).repeat(1, out)
     return replace(one.take(versions), row_map=row_map if experts > 1 else None)
 
 
 def measure(
-    linear: Linear, sparsities: list[str], all_experts: list[int], all_tokens: list[int]
+    linear: Linear,
+    codecs: list[ValueCodec],
+    sparsities: list[str],
+    all_experts: list[int],
+    all_tokens: list[int],
 ) -> list[dict]:
-    """All sparsities, expert counts and token counts of one layer and dtype."""
+    """All codecs, sparsities, expert counts and token counts of one layer and dtype."""
     model, layer, dtype, device, kernel, bandwidth, seconds = linear
     out, width = SHAPES[model][layer]
     dense_bytes = out * width * dtype.itemsize
@@ -114,13 +122,13 @@ def measure(
     copies = range(copies_beyond_cache(dense_bytes))
     dense, used = zip(*(dense_linear(weight.clone()) for _ in copies), strict=True)
     results = []
-    for sparsity, experts in product(sparsities, all_experts):
-        pool = random_pool(out, width, sparsity, experts, dtype).to(device)
+    for how, sparsity, experts in product(codecs, sparsities, all_experts):
+        pool = random_pool(out, width, sparsity, experts, how).to(device)
         shape = kernels.LayerShape.of(pool)
         if reason := kernel.unavailable(torch.device(device), dtype, shape):
             raise typer.BadParameter(f"{kernel.name}: {reason}", param_hint="--kernel")
         copies = range(copies_beyond_cache(sum(pool.stored_bytes().values())))
-        layouts = [kernel.prepare(pool) for _ in copies]
+        layouts = [kernel.prepare(pool, dtype) for _ in copies]
         per_expert = pool.bytes_per_token()
         del pool
         for tokens in all_tokens:
@@ -146,6 +154,8 @@ def measure(
                     "kernel": kernel.name,
                     "dtype": str(dtype).removeprefix("torch."),
                     "dense_path": used[0],
+                    "values": how.name,
+                    "value_group": how.group,
                     "sparsity": sparsity,
                     "experts": experts,
                     "tokens": tokens,
@@ -164,8 +174,8 @@ def measure(
 
 SIDE = f"{'us':>9}{'best':>8}{'spread':>7}{'floor':>7}{'MB read':>8}"
 HEAD = (
-    f"{'':42}|{'dense':>9}{'':30}|{'packed':>9}{'':30}| dense/packed\n"
-    f"{'dtype':9} {'layer':8}{'experts':>8}{'sparsity':>9}{'tokens':>7}|{SIDE}|{SIDE}|"
+    f"{'':52}|{'dense':>9}{'':30}|{'packed':>9}{'':30}| dense/packed\n"
+    f"{'dtype':9} {'values':9} {'layer':8}{'experts':>8}{'sparsity':>9}{'tokens':>7}|{SIDE}|{SIDE}|"
     f"{'ratio':>6}{'best':>6}{'bytes':>6}"
 )
 
@@ -183,7 +193,8 @@ def line(r: dict) -> str:
 
     bytes_ratio = r["dense_bytes"] / r["packed_bytes"]
     return (
-        f"{r['dtype']:9} {r['layer']:8}{r['experts']:8}{r['sparsity']:>9}{r['tokens']:7}|"
+        f"{r['dtype']:9} {r['values']:9} {r['layer']:8}"
+        f"{r['experts']:8}{r['sparsity']:>9}{r['tokens']:7}|"
         f"{side('dense')}|{side('packed')}|"
         f"{r['ratio']:6.2f}{r['best_ratio']:6.2f}{bytes_ratio:6.2f}"
     )
@@ -193,9 +204,9 @@ def summary(results: list[dict]) -> None:
     """Per model: the linears of a block together, dense time over packed time, median and best."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for r in results:
-        groups[r["model"], r["dtype"], r["experts"], r["sparsity"]].append(r)
+        groups[r["model"], r["dtype"], r["values"], r["experts"], r["sparsity"]].append(r)
     print("\nAll measured linears of a block together: dense time / packed time, median (best)")
-    for (model, dtype, experts, sparsity), rows in groups.items():
+    for (model, dtype, values, experts, sparsity), rows in groups.items():
         cells = []
         for tokens in sorted({r["tokens"] for r in rows}):
             cell = [r for r in rows if r["tokens"] == tokens]
@@ -204,8 +215,8 @@ def summary(results: list[dict]) -> None:
                 for key in ("median", "fastest")
             )
             cells.append(f"T={tokens} {median:.2f}x ({best:.2f}x)")
-        label = f"{model} {dtype} {experts} experts, sparsity {sparsity}"
-        print(f"{label:52}", "  ".join(cells))
+        label = f"{model} {dtype}, {values} values, {experts} experts, sparsity {sparsity}"
+        print(f"{label:70}", "  ".join(cells))
 
 
 def main(
@@ -213,7 +224,9 @@ def main(
     kernel: Annotated[str, typer.Option(help="cpu, triton or reference")] = "cpu",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[list[Dtype] | None, typer.Option()] = None,
-    sparsity: Annotated[list[str] | None, typer.Option(help="0.5 0.7 0.8 0.9 2:4")] = None,
+    values: Annotated[list[str] | None, typer.Option(help="float int8 int4")] = None,
+    group: Annotated[int, typer.Option(help="columns that share a scale")] = GROUP,
+    sparsity: Annotated[list[str] | None, typer.Option(help="0 0.5 0.7 0.8 0.9 2:4")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="qkv o gate_up down")] = None,
     experts: Annotated[list[int] | None, typer.Option(help="1 16")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="1 4 16 64 512")] = None,
@@ -224,7 +237,7 @@ def main(
     torch.manual_seed(0)
     module, bandwidth = kernels.get(kernel), read_bandwidth(device)
     print(", ".join(f"{k} {v}" for k, v in machine().items()))
-    how = f" ({cpu.instructions()})" if module is cpu else ""
+    how = f" ({cpu.instructions(torch.bfloat16)})" if module is cpu else ""
     print(f"{kernel} kernel{how} on {device}; memory read {bandwidth / 1e9:.1f} GB/s")
     results = []
     for model in list(SHAPES)[: 1 if quick else None]:
@@ -232,8 +245,10 @@ def main(
         for kind, name in product(dtype or DTYPES, layer or SHAPES[model]):
             numbers = getattr(torch, kind)
             linear = Linear(model, name, numbers, device, module, bandwidth, seconds)
+            names = [kind if v == "float" else v for v in values or ["float"]]
             results += measure(
                 linear,
+                [codec(v, group) for v in names],
                 sparsity or ["0.5", "0.7", "0.8", "0.9", "2:4"],
                 experts or [1, 16],
                 tokens or [1, 4, 16, 64, 512],

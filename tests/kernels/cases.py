@@ -3,29 +3,38 @@
 import torch
 
 from wexpand_plugin.format.rowpool import RowPool
+from wexpand_plugin.format.values import codec
 from wexpand_plugin.kernels import reference
 
-__all__ = ["assert_logits_match", "assert_matches", "random_case", "random_pool"]
+__all__ = ["INTEGERS", "assert_logits_match", "assert_matches", "random_case", "random_pool"]
+
+INTEGERS = [codec(name, group) for name in ("int8", "int4") for group in (128, 64, 32, 8, 24, 320)]
+"""codecs of integers, with groups of many steps of a kernel, of one and of a part of one"""
 
 
-def random_pool(experts, out, width, density, dtype) -> RowPool:
-    """Rows of mixed density (empty and full ones too), shared by experts at random."""
+def random_pool(experts, out, width, density, values) -> RowPool:
+    """Rows shared by experts at random, of mixed density, some empty and some full; all of them
+    full at a density of 1. `values` is a codec, or the dtype of float ones.
+    """
     row_map = torch.randint(experts, (experts, out))
     # numbers without gaps within a neuron
     row_map = torch.stack([column.unique(return_inverse=True)[1] for column in row_map.t()], dim=1)
     versions = int((row_map.amax(dim=0) + 1).sum())
-    share = torch.full((versions, 1), density)
-    share[0::5] = 0.0
-    share[1::5] = 1.0
+    share = torch.full((versions, 1), float(density))
+    if density < 1:
+        share[0::5] = 0.0
+        share[1::5] = 1.0
     keep = torch.rand(versions, width) < share
-    rows = torch.randn(versions, width).to(dtype) * keep
-    return RowPool.pack(rows, row_map, keep=keep)
+    rows = torch.randn(versions, width) * keep
+    if isinstance(values, torch.dtype):
+        return RowPool.pack(rows.to(values), row_map, keep=keep)
+    return RowPool.pack(rows, row_map, keep=keep, codec=values)
 
 
-def random_case(seed, experts, out, width, density, tokens, dtype, device="cpu"):
-    """A random pool, x, and the chosen experts."""
+def random_case(seed, experts, out, width, density, tokens, dtype, device="cpu", values=None):
+    """A random pool, x, and the chosen experts; `values` as `random_pool`'s, by default `dtype`."""
     torch.manual_seed(seed)
-    pool = random_pool(experts, out, width, density, dtype)
+    pool = random_pool(experts, out, width, density, values or dtype)
     x = torch.randn(tokens, width).to(dtype).to(device)
     chosen = torch.randint(experts, (tokens,)).to(device) if experts > 1 else None
     return pool.to(device), x, chosen

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.router import ROUTER_DTYPES
 from wexpand_plugin.format.rowpool import RowPool
-from wexpand_plugin.kernels import LayerShape, build, cpu
+from wexpand_plugin.format.values import codec
+from wexpand_plugin.kernels import LayerShape, build, choose, cpu
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(64, 32, experts=4, sparsity=0.5)
@@ -47,14 +48,13 @@ def code_path(request, monkeypatch):
     if request.param != "native":
         if not torch.cpu._is_avx2_supported():
             pytest.skip("not an x86 CPU with AVX2")
-        extra = CODE_PATHS[request.param]
-        library = cpu.load((*build.DEFAULT_FLAGS, *extra))
-        monkeypatch.setattr(cpu, "load", lambda: library)
+        load, flags = cpu.load, (*build.DEFAULT_FLAGS, *CODE_PATHS[request.param])
+        monkeypatch.setattr(cpu, "load", lambda dtype: load(dtype, flags))
     return request.param
 
 
 def assert_matches(pool, x, chosen):
-    y = cpu.run(x, chosen, cpu.prepare(pool), pool.out_features)
+    y = cpu.run(x, chosen, cpu.prepare(pool, x.dtype), pool.out_features)
     cases.assert_matches(y, pool, x, chosen, TOLERANCE)
 
 
@@ -74,6 +74,65 @@ def test_matches_the_reference(code_path, dtype):
         assert_matches(*random_case(seed, experts, out, width, density, tokens, dtype))
 
     check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_match_the_reference(code_path, dtype):
+    """Exactly, up to the rounding of float32 sums: neither q nor x is rounded."""
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(
+        seed=st.integers(0, 2**20),
+        experts=st.sampled_from([1, 3, 16]),
+        out=st.integers(1, 40),
+        width=st.sampled_from([1, 7, 8, 63, 64, 65, 128, 172, 385, 1100]),
+        density=st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0]),
+        tokens=st.sampled_from([1, 2, 3, 5, 6, 8, 9, 15, 24, 33, 150]),
+        values=st.sampled_from(cases.INTEGERS),
+    )
+    def check(seed, experts, out, width, density, tokens, values):
+        case = random_case(seed, experts, out, width, density, tokens, dtype, values=values)
+        assert_matches(*case)
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_every_integer_is_read_as_it_is(code_path, dtype, name):
+    """One weight a row, all q there are, scales that are powers of two: no rounding at all."""
+    smallest = -codec(name).largest - 1
+    q = torch.arange(smallest, -smallest, dtype=torch.float32)
+    for width in (len(q), len(q) + 100):
+        for keep in (torch.eye(len(q), width).bool(), torch.ones(len(q), width).bool()):
+            rows = torch.zeros(len(q), width)
+            rows.diagonal().copy_(q / 4)
+            scale = torch.full((len(q), codec(name).scales(width)), 0.25).half()
+            pool = RowPool.pack(rows, keep=keep, codec=codec(name), scale=scale)
+            for tokens in (1, 8, 40):
+                x = torch.full((tokens, width), 2.0, dtype=dtype)
+                y = cpu.run(x, None, cpu.prepare(pool, dtype), len(q))
+                assert torch.equal(y, (q / 2).to(dtype).expand(tokens, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", cases.INTEGERS[::6], ids=str)
+def test_wide_integer_layers_cross_every_tile_and_column_block(code_path, dtype, values):
+    for density, tokens in ((0.1, 300), (0.5, 40), (1.0, 70), (0.5, 1), (1.0, 7)):
+        width = 5632 + 72
+        case = random_case(7, 3, 150, width, density, tokens, dtype, values=values)
+        assert_matches(*case)
+
+
+def test_groups_too_narrow_for_the_kernel_go_to_the_reference():
+    """Where tensor parallelism splits a group at a column that is no multiple of 8."""
+    pool, _, _ = random_case(1, 1, 8, 64, 0.5, 1, torch.float32, values=codec("int8", 32))
+    shard = pool.take(columns=(4, 64))
+    shape = LayerShape.of(shard)
+    assert "groups of 4 columns" in cpu.unavailable(CPU, torch.float32, shape)
+    assert choose(CPU, torch.float32, shape)[0].name == "reference"
+    with pytest.raises(WexpandError, match="row pool: groups of 4 columns"):
+        cpu.prepare(shard, torch.float32)
 
 
 @pytest.mark.parametrize("weight_dtype", ROUTER_DTYPES, ids=str)
@@ -97,12 +156,12 @@ def test_what_does_not_fit_the_router_is_refused():
 
 def test_nothing_depends_on_torchs_default_dtype_and_device():
     pool, x, chosen = random_case(3, 4, 40, 64, 0.3, 9, torch.float32)
-    layout, weight = cpu.prepare(pool), torch.randn(4, 64)
+    layout, weight = cpu.prepare(pool, x.dtype), torch.randn(4, 64)
     right = cpu.run(x, chosen, layout, 40), cpu.logits(x, weight)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            found = cpu.run(x, chosen, cpu.prepare(pool), 40), cpu.logits(x, weight)
+            found = cpu.run(x, chosen, cpu.prepare(pool, x.dtype), 40), cpu.logits(x, weight)
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
@@ -111,7 +170,7 @@ def test_nothing_depends_on_torchs_default_dtype_and_device():
 def test_inputs_of_another_width_are_refused():
     pool, x, _ = random_case(3, 1, 40, 64, 0.3, 9, torch.float32)
     with pytest.raises(WexpandError, match="x: 48 columns do not fit"):
-        cpu.run(x[:, :48], None, cpu.prepare(pool), 40)
+        cpu.run(x[:, :48], None, cpu.prepare(pool, x.dtype), 40)
 
 
 @pytest.mark.parametrize("experts", [1, 3])
@@ -160,7 +219,7 @@ def test_rounds_to_the_nearest_even_like_torch(code_path, dtype):
     rows = torch.eye(512).to(dtype)
     rows[1:] += rows[:-1].clone()
     pool = RowPool.pack(rows)
-    y = cpu.run(values.unsqueeze(0), None, cpu.prepare(pool), 512)
+    y = cpu.run(values.unsqueeze(0), None, cpu.prepare(pool, dtype), 512)
     sums = values.float()
     sums[1:] += values.float()[:-1].clone()
     assert torch.equal(y[0], sums.to(dtype))
@@ -172,14 +231,14 @@ def test_infinities_and_nan_reach_the_output(code_path, dtype):
     full = pool.kept() == pool.in_features
     assert full.any()
     x[0, 5], x[1, 39] = float("nan"), float("inf")
-    y = cpu.run(x, None, cpu.prepare(pool), 10)
+    y = cpu.run(x, None, cpu.prepare(pool, x.dtype), 10)
     assert y[0, full].isnan().all()
     assert not y[1, full].isfinite().any()
 
 
 def test_result_does_not_depend_on_threads_or_companions():
     pool, x, chosen = random_case(5, 4, 50, 385, 0.3, 64, torch.float32)
-    layout = cpu.prepare(pool)
+    layout = cpu.prepare(pool, x.dtype)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -193,31 +252,31 @@ def test_result_does_not_depend_on_threads_or_companions():
 
 def test_strided_x_is_accepted():
     pool, x, _ = random_case(6, 1, 9, 32, 0.5, 8, torch.float32)
-    layout = cpu.prepare(pool)
+    layout = cpu.prepare(pool, x.dtype)
     wide = torch.cat([x, x], dim=1)
     assert torch.equal(cpu.run(wide[:, :32], None, layout, 9), cpu.run(x, None, layout, 9))
 
 
 def test_missing_expert_and_wrong_dtype_are_refused():
     pool, x, _ = random_case(6, 3, 9, 32, 0.5, 2, torch.float32)
-    layout = cpu.prepare(pool)
+    layout = cpu.prepare(pool, x.dtype)
     with pytest.raises(WexpandError, match="experts"):
         cpu.run(x, torch.tensor([0, 3]), layout, 9)
     with pytest.raises(WexpandError, match="float32"):
         cpu.run(x.bfloat16(), torch.tensor([0, 1]), layout, 9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layout_adds_less_than_five_percent(dtype):
-    pool, _, _ = random_case(8, 4, 400, 1024, 0.1, 1, dtype)
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, *cases.INTEGERS[::6]], ids=str)
+def test_layout_adds_less_than_five_percent(values):
+    pool, x, _ = random_case(8, 4, 400, 2048, 0.3, 1, torch.float32, values=values)
     packed = sum(pool.stored_bytes().values())
-    held = sum(t.numel() * t.element_size() for t in cpu.prepare(pool))
+    held = sum(tensor.nbytes for tensor in cpu.prepare(pool, x.dtype))
     assert packed <= held < 1.05 * packed
 
 
 def test_concurrent_callers_agree():
     pool, x, chosen = random_case(9, 4, 50, 200, 0.3, 64, torch.bfloat16)
-    layout = cpu.prepare(pool)
+    layout = cpu.prepare(pool, x.dtype)
     expected = cpu.run(x, chosen, layout, 50)
     results = []
 

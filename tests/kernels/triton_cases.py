@@ -25,7 +25,7 @@ assert_matches = partial(cases.assert_matches, tolerance=TOLERANCE)
 
 
 def run(pool, x, chosen):
-    return kernel.run(x, chosen, kernel.prepare(pool), pool.out_features)
+    return kernel.run(x, chosen, kernel.prepare(pool, x.dtype), pool.out_features)
 
 
 def test_is_available():
@@ -106,7 +106,7 @@ def test_no_tokens(experts):
 
 def test_strided_x_is_accepted():
     pool, x, _ = random_case(6, 1, 5, 32, 0.5, 8, torch.float32)
-    layout = kernel.prepare(pool)
+    layout = kernel.prepare(pool, DTYPES[0])
     expected = kernel.run(x, None, layout, 5)
     assert torch.equal(kernel.run(torch.cat([x, x], dim=1)[:, :32], None, layout, 5), expected)
     assert torch.equal(kernel.run(x.t().contiguous().t(), None, layout, 5), expected)
@@ -116,7 +116,7 @@ def test_wide_row_starts_give_the_same():
     """Row starts are int64 from 2**31 kept weights on."""
     for tokens in (2, 20):
         pool, x, chosen = random_case(7, 3, 9, 64, 0.3, tokens, torch.float32)
-        values, mask, starts, row_map = kernel.prepare(pool)
+        values, mask, starts, row_map = kernel.prepare(pool, DTYPES[0])
         assert starts.dtype == torch.int32
         expected = kernel.run(x, chosen, [values, mask, starts, row_map], 9)
         got = kernel.run(x, chosen, [values, mask, starts.long(), row_map], 9)
@@ -140,7 +140,7 @@ def test_layout_is_as_documented(monkeypatch):
     """Group q of a span is columns q, 64+q, 128+q, 192+q, and keeps its values in that order."""
     monkeypatch.setattr(kernel, "AT_ONCE", 2 * 512)  # two rows at a time
     pool, _, _ = random_case(8, 2, 5, 300, 0.4, 1, torch.float32)
-    values, mask, starts, row_map = (t.cpu() for t in kernel.prepare(pool))
+    values, mask, starts, row_map = (t.cpu() for t in kernel.prepare(pool, DTYPES[0]))
     assert torch.equal(row_map, pool.version_map().cpu())
     rows = torch.zeros(pool.versions, 512)
     for version, words in enumerate(mask.tolist()):
@@ -160,7 +160,7 @@ def test_layout_adds_less_than_five_percent(density):
     keep = torch.rand(400, 2048 + 128) < density
     pool = RowPool.pack(keep.bfloat16(), torch.arange(2).unsqueeze(1).repeat(1, 200), keep=keep)
     packed = sum(pool.stored_bytes().values())
-    held = sum(t.numel() * t.element_size() for t in kernel.prepare(pool))
+    held = sum(t.numel() * t.element_size() for t in kernel.prepare(pool, DTYPES[0]))
     assert packed <= held < 1.05 * packed
 
 
@@ -169,7 +169,7 @@ def test_layout_adds_less_than_five_percent(density):
 def test_replays_in_a_cuda_graph(tokens):
     """Captured with one set of inputs and experts, right for another: nothing was decided early."""
     pool, x, chosen = random_case(9, 4, 70, 300, 0.3, tokens, torch.bfloat16)
-    layout = kernel.prepare(pool)
+    layout = kernel.prepare(pool, DTYPES[0])
     kernel.run(x, chosen, layout, 70)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -118,9 +118,8 @@ def test_only_the_layout_stays_in_memory():
     stored = sum(t.nbytes for name, t in checkpoint.tensors.items() if ".router" not in name)
     router = sum(t.nbytes for t in checkpoint.linears[0].router)
     pools = [linear.pool for linear in checkpoint.linears]
-    starts = 8 * (sum(pool.versions for pool in pools) + 1)
-    row_maps = 3 * sum(pool.row_map.numel() for pool in pools)  # four bytes for one
-    assert stored + router <= held <= stored + router + starts + row_maps
+    each = 24 * sum(pool.versions for pool in pools)  # where a row begins, and whole words
+    assert stored + router <= held <= stored + router + each + 512
     assert not hasattr(layer, "row_map") and not hasattr(layer.quant_method, "parameters")
 
 
@@ -148,7 +147,7 @@ def test_values_are_cast_to_the_served_dtype_and_the_router_is_not(
     checkpoint = qkv(router=StoredRouter(weight.to(stored), bias))
     layer = qkv_layer(checkpoint, disable_tp=True, params_dtype=dtype)
     checkpoint.fill(layer, QKV)
-    assert layer.layout_0.dtype == dtype and layer.bias.dtype == dtype
+    assert layer.bias.dtype == dtype
     assert layer.router_weight.dtype == stored and layer.router_bias.dtype == torch.float32
     x = torch.randn(9, WIDTH, dtype=dtype)
     y = run(layer, x)

@@ -56,8 +56,8 @@ class Kernel(Protocol):
     ) -> str | None:
         """Why it cannot run a layer of this shape on `device` for x of `dtype`; None if it can."""
 
-    def prepare(self, pool: RowPool) -> list[Tensor]:
-        """The row pool in this kernel's own layout, made once at load."""
+    def prepare(self, pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
+        """The row pool in this kernel's own layout for x of `dtype`, made once at load."""
 
     def run(
         self, x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int

@@ -1,76 +1,130 @@
 // y = W[expert of the token] x over a row pool, on CPUs. Plain C++17 and OpenMP, no torch headers;
 // called through ctypes.
 //
-// The row pool (see format/rowpool.py; padding and row starts are added by cpu.py): kept values,
-// row after row; one bit per weight; where each row starts; which row each (expert, neuron) uses.
 // Reading fewer bytes is the gain, so the work per weight must stay below the time memory takes to
-// deliver it. Two ways, chosen here by the compiler's predefined macros, for each type of values:
-// cpu_avx512.h where the CPU expands packed values in one instruction, cpu_avx2.h elsewhere.
+// deliver it. In the order in which one reads it:
+//
+//   cpu_common.h    number types                cpu_pool.h      the row pool in memory
+//   cpu_vectors.h   vectors, their products     cpu_decoders.h  from a record to vectors of
+//   weights:
+//                                               cpu_avx512.h, cpu_avx2.h
+//   cpu_few.h       few tokens of one expert: decode in registers
+//   cpu_panels.h    many tokens: panels of x;   cpu_lists.h     ... times what is kept
+//                                               cpu_tiles.h     ... times decoded rows
+//   cpu_call.h      tokens by expert, threads   cpu_router.h    the router
+//
+// The compiler's predefined macros choose the instructions, and WEXPAND_X the type of x and y.
 
+#include <utility>
 #include <vector>
 
 #include "cpu_avx2.h"
 #include "cpu_avx512.h"
+#include "cpu_few.h"
+#include "cpu_lists.h"
 #include "cpu_router.h"
+#include "cpu_tiles.h"
 
 namespace {
 
 constexpr const char* INSTRUCTIONS =
-#if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
+#if defined(WEXPAND_AVX512) && defined(__AVX512BF16__)
     "avx512-vbmi2-bf16";
-#elif defined(__AVX512VBMI2__)
+#elif defined(WEXPAND_AVX512)
     "avx512-vbmi2";
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif defined(WEXPAND_AVX2)
     "avx2";
 #else
     "plain";
 #endif
+constexpr Type TYPE_OF_X = std::is_same_v<X, float>  ? FLOAT32
+                           : std::is_same_v<X, Bf16> ? BFLOAT16
+                                                     : FLOAT16;
 
-// The tokens of a batch, expert by expert, and where each expert's begin; `chosen` is null if there
-// is one expert.
-struct Groups {
-    std::vector<int32_t> order;
-    std::vector<int64_t> begins;
+// Tokens of one expert from which lists, and tiles, are faster than what is faster for fewer. From
+// measurements on Zen 5, that of AVX2 with its code on the same machine (evals/LOG.md of
+// 2026-11-27).
+constexpr int64_t NEVER = int64_t(1) << 62;
 
-    void sort(const int64_t* chosen, int64_t tokens,
-              int64_t experts) {  // by counts, running sums, and placing backwards
-        order.resize(tokens);
-        begins.assign(experts + 1, 0);
-        for (int64_t t = 0; t < tokens; ++t) ++begins[chosen ? chosen[t] : 0];
-        for (int64_t e = 0, sum = 0; e <= experts; ++e) {
-            sum += begins[e];
-            begins[e] = sum;
-        }
-        for (int64_t t = tokens - 1; t >= 0; --t)
-            order[--begins[chosen ? chosen[t] : 0]] = int32_t(t);
+template <class V, bool PAIRS> int64_t lists_from(double density) {
+    if (LANES == 8)
+        return density > 0.75 ? NEVER : int64_t((IS_INTEGER<V> ? 10 : 5) + 19 * density);
+    if (PAIRS && IS_INTEGER<V>) return density > 0.25 ? NEVER : int64_t(600 * density);
+    if (PAIRS) return density > 0.38 ? NEVER : int64_t(16 + 20 * density);
+    if (IS_INTEGER<V>) return density > 0.45 ? NEVER : int64_t(10 + 90 * density);
+    return density > 0.6 ? NEVER : int64_t(4 + 12 * density + 90 * density * density);
+}
+template <class V, bool PAIRS> int64_t tiles_from(bool masked) {
+    if (LANES == 8) return masked ? 17 : 8;
+    return PAIRS ? 20 : 15;
+}
+
+template <class V, bool MASKED, class FewProducts, class TileProducts> void multiply(Call& call) {
+    // int8 take longer to make pairs of, which pays for several tokens
+    using FewestProducts = std::conditional_t<std::is_same_v<V, Int8>, Floats, FewProducts>;
+    constexpr int64_t FEWEST = 4;
+    const Few<V, MASKED, FewestProducts> fewest(call);
+    const Few<V, MASKED, FewProducts> few(call);
+    const Lists<V> lists(call);
+    const Tiles<V, MASKED, TileProducts> tiles(call);
+    const int64_t few_lists = lists_from<V, HAS_PAIRS>(call.pool.density());
+    const int64_t few_tiles = tiles_from<V, HAS_PAIRS>(MASKED);
+    // work(way) with the way that suits an expert's tokens
+    const auto with_way = [&](int64_t expert, auto work) {
+        const int64_t count = call.count(expert);
+        if (MASKED && count >= few_lists) work(lists);
+        else if (count >= few_tiles) work(tiles);
+        else if (count > FEWEST) work(few);
+        else work(fewest);
+    };
+
+    struct Part {
+        int64_t expert, number;
+    };
+    thread_local std::vector<Part> parts;
+    thread_local std::vector<int64_t> begins;
+    thread_local Buffer buffer;
+    parts.clear();
+    begins.assign(call.experts, 0);
+    int64_t bytes = 0;
+    for (int64_t e = 0; e < call.experts; ++e)
+        with_way(e, [&](const auto& way) {
+            begins[e] = bytes;
+            bytes += round_up(way.packed_bytes(e), 64);
+            for (int64_t i = 0; i < way.parts(e); ++i) parts.push_back({e, i});
+        });
+    uint8_t* const packed = buffer.get<uint8_t>(bytes);
+    const Part* const part = parts.data();  // of this thread: another would see its own
+    const int64_t* const begin = begins.data();
+    const int64_t number = int64_t(parts.size());
+#pragma omp parallel for num_threads(call.threads) if (bytes > 1 << 16)
+    for (int64_t i = 0; i < number; ++i)
+        with_way(part[i].expert, [&](const auto& way) {
+            way.pack(part[i].expert, part[i].number, packed + begin[part[i].expert]);
+        });
+    call.share(PANEL_ROWS, [&](int64_t expert, int64_t first, int64_t last) {
+        with_way(expert, [&](const auto& way) {
+            way.multiply(expert, first, last, packed + begin[expert]);
+        });
+    });
+}
+
+template <class V, bool MASKED> void multiply(Call& call) {
+    if constexpr (!HAS_PAIRS) {
+        multiply<V, MASKED, Floats, Floats>(call);
+    } else if constexpr (!IS_INTEGER<V>) {
+        multiply<V, MASKED, Pairs, Pairs>(call);
+    } else {
+        // tiles of pairs scale sums over whole steps
+        const bool whole_steps = call.pool.group >= Decoder<V, MASKED, Pairs>::STEP;
+        if (whole_steps) multiply<V, MASKED, Pairs, Pairs>(call);
+        else multiply<V, MASKED, Pairs, Floats>(call);
     }
-};
+}
 
-template <class V> void linear(const void* x, const int64_t* chosen, int64_t tokens, int64_t in,
-                               int64_t out, int64_t experts, const void* values,
-                               const uint8_t* mask, const uint32_t* starts, const int32_t* row_map,
-                               void* y, double density, int threads) {
-    thread_local Groups groups;
-    constexpr int64_t batch = 1024;  // bounds the packed x, which is kept
-    for (int64_t t = 0; t < tokens; t += batch) {
-        const int64_t count = tokens - t < batch ? tokens - t : batch;
-        groups.sort(chosen ? chosen + t : nullptr, count, experts);
-        const Call<V> call{(const V*)x + t * in,
-                           in,
-                           out,
-                           (const V*)values,
-                           mask,
-                           starts,
-                           row_map,
-                           (V*)y + t * out,
-                           groups.order.data(),
-                           groups.begins.data(),
-                           experts,
-                           density,
-                           threads};
-        if constexpr (HAS_EXPAND<V>) Avx512<V>{call}.run();
-        else Avx2<V>{call}.run();
-    }
+template <class V> void multiply(Call& call) {
+    if (call.pool.masked) multiply<V, true>(call);
+    else multiply<V, false>(call);
 }
 
 }  // namespace
@@ -79,33 +133,46 @@ extern "C" {
 
 const char* wexpand_instructions() { return INSTRUCTIONS; }
 
+// Bytes of the block that begins with `pool`, see cpu_pool.h, of which cpu.py wrote the sizes.
+int64_t wexpand_pool_bytes(Pool* pool, const uint8_t* mask) {
+    measure(*pool, {nullptr, mask, nullptr, nullptr, nullptr});
+    return pool->bytes;
+}
+
+// Fills that block, which is zero behind its sizes, from the tensors of the checkpoint.
+void wexpand_pool_fill(Pool* pool, const uint8_t* values, const uint8_t* mask,
+                       const uint16_t* scales, const int32_t* firsts, const uint8_t* map) {
+    const Source source{values, mask, scales, firsts, map};
+    measure(*pool, source);
+    fill(*pool, source);
+}
+
 // y [tokens, out] = x [tokens, in] times the rows of each token's expert. `chosen` [tokens], or
-// null for the first expert. type: 0 float32, 1 bfloat16, 2 float16. density: kept weights over
-// all, which decides the way only. Returns 0, or 1 if a chosen expert does not exist (y is then not
-// written).
-int wexpand_linear(int type, const void* x, const int64_t* chosen, int64_t tokens, int64_t in,
-                   int64_t out, int64_t experts, const void* values, const uint8_t* mask,
-                   const uint32_t* starts, const int32_t* row_map, void* y, double density,
-                   int threads) {
+// null for the first expert. Returns what does not fit, and then writes nothing: 1 in, 2 out, 3
+// type of the values, 4 chosen.
+int wexpand_linear(Pool* pool, const X* x, const int64_t* chosen, int64_t tokens, int64_t in,
+                   int64_t out, X* y, int threads) {
+    if (in != pool->in) return 1;
+    if (out != pool->out) return 2;
+    if (pool->type <= FLOAT16 && pool->type != TYPE_OF_X) return 3;
     for (int64_t t = 0; chosen && t < tokens; ++t)
-        if (chosen[t] < 0 || chosen[t] >= experts) return 1;
-    const auto call = type == 0 ? linear<float> : type == 1 ? linear<Bf16> : linear<Fp16>;
-    call(x, chosen, tokens, in, out, chosen ? experts : 1, values, mask, starts, row_map, y,
-         density, threads);
+        if (chosen[t] < 0 || chosen[t] >= pool->experts) return 4;
+    constexpr int64_t BATCH = 1024;  // bounds the packed x, which is kept
+    for (int64_t t = 0; t < tokens; t += BATCH) {
+        Call call(*pool, x + t * in, y + t * out, threads, chosen ? chosen + t : nullptr,
+                  min(BATCH, tokens - t));
+        if (pool->type == INT8) multiply<Int8>(call);
+        else if (pool->type == INT4) multiply<Int4>(call);
+        else multiply<X>(call);
+    }
     return 0;
 }
 
-// logits [tokens, experts] = x [tokens, in] times weight [experts, in]. x_type as above,
-// weight_type 0 or 2.
-void wexpand_logits(int x_type, int weight_type, const void* x, const void* weight, int64_t tokens,
-                    int64_t in, int64_t experts, float* y, int threads) {
-    const auto call = weight_type == 0 ? (x_type == 0   ? logits<float, float>
-                                          : x_type == 1 ? logits<Bf16, float>
-                                                        : logits<Fp16, float>)
-                                       : (x_type == 0   ? logits<float, Fp16>
-                                          : x_type == 1 ? logits<Bf16, Fp16>
-                                                        : logits<Fp16, Fp16>);
-    call(x, weight, tokens, in, experts, y, threads);
+// logits [tokens, experts] = x [tokens, in] times weight [experts, in], float16 or else float32.
+void wexpand_logits(int is_float16, const X* x, const void* weight, int64_t tokens, int64_t in,
+                    int64_t experts, float* y, int threads) {
+    if (is_float16) logits(x, (const Fp16*)weight, tokens, in, experts, y, threads);
+    else logits(x, (const float*)weight, tokens, in, experts, y, threads);
 }
 
 }  // extern "C"

@@ -1,18 +1,18 @@
 """The CPU kernel: `cpu.cpp`, compiled on first use, called through ctypes (which frees the GIL).
 
-Its layout is the checkpoint's own, made safe for vector loads. `prepare` returns
+Its layout is one uint8 tensor, described in `cpu_pool.h`: the sizes, the row map, where each row
+version begins, and the versions, each with its scales, mask and values side by side. That is the
+checkpoint, about 8 bytes more for a row version and 4 for a neuron, whatever fills full rows up to
+a multiple of 128 columns, and where int4 rows keep more in one half than in the other a byte for
+each two weights too many (1% of a layer of 2048 columns at 50%).
 
-    values   [nnz + 64 bytes]                    as in the checkpoint, then zeros
-    mask     uint8 [versions * ceil(in/8) + 8]   as in the checkpoint, flat, then zeros
-    starts   int32 (all 32 bits) [versions]      where each row version begins in `values`
-    row_map  int32 [experts, out]                as in the checkpoint
-
-The kernel reads the mask 8 to 64 bits at a time wherever a row begins and cuts off what belongs to
-the next row, so only the last row needs padding: 4 bytes per row version and 72 bytes are added.
+Values of a float codec must be of the dtype of x. Integers are multiplied as they are, with x as
+it is: what comes out differs from the reference by the rounding of float32 sums.
 """
 
 import ctypes
 import functools
+import math
 import warnings
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import WexpandError
 from ..format.router import ROUTER_DTYPES
 from ..format.rowpool import RowPool
+from ..format.values import ValueCodec
 from . import LayerShape
 from .build import DEFAULT_FLAGS, BuildError, build
 
@@ -30,50 +31,40 @@ __all__ = ["instructions", "load", "logits", "name", "prepare", "run", "unavaila
 name = "cpu"
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-MASK_PADDING = 8
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
+VALUES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+SIZES = 15  # numbers at the beginning of the layout, of which `prepare` writes the first seven
+STEP = 128  # columns: groups of scales divide it or are a multiple of it
 
 
 @functools.cache
-def load(flags: tuple[str, ...] = DEFAULT_FLAGS) -> ctypes.CDLL:
-    """The compiled library, built with `flags` if need be. Raises BuildError."""
-    path = build(SOURCE, flags)
+def load(dtype: torch.dtype, flags: tuple[str, ...] = DEFAULT_FLAGS) -> ctypes.CDLL:
+    """The library for x of this dtype, compiled with `flags` if need be. Raises BuildError."""
+    path = build(SOURCE, (*flags, f"-DWEXPAND_X={TYPES[dtype]}"))
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"cannot load {path}: {error}") from error
-    pointer, long = ctypes.c_void_p, ctypes.c_int64
-    shape, pool = [long] * 4, [pointer] * 4
-    library.wexpand_linear.argtypes = [
-        ctypes.c_int,
-        pointer,
-        pointer,
-        *shape,
-        *pool,
-        pointer,
-        ctypes.c_double,
-        ctypes.c_int,
-    ]
-    library.wexpand_linear.restype = ctypes.c_int
-    library.wexpand_logits.argtypes = [
-        *[ctypes.c_int] * 2,
-        pointer,
-        pointer,
-        *[long] * 3,
-        pointer,
-        ctypes.c_int,
-    ]
-    library.wexpand_logits.restype = None
-    library.wexpand_instructions.argtypes = []
-    library.wexpand_instructions.restype = ctypes.c_char_p
+    number, long, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    multiply = [pointer, pointer, pointer, long, long, long, pointer, number]
+    signatures = {
+        "wexpand_instructions": (ctypes.c_char_p, []),
+        "wexpand_pool_bytes": (long, [pointer] * 2),
+        "wexpand_pool_fill": (None, [pointer] * 6),
+        "wexpand_linear": (number, multiply),
+        "wexpand_logits": (None, [number, *multiply[1:]]),
+    }
+    for function, (result, arguments) in signatures.items():
+        getattr(library, function).restype = result
+        getattr(library, function).argtypes = arguments
     return library
 
 
 @functools.cache
-def _problem() -> str | None:
-    """Why the library cannot be had, or None. Warns once."""
+def _problem(dtype: torch.dtype) -> str | None:
+    """Why the library cannot be had, or None. Warns once for each dtype."""
     try:
-        load()
+        load(dtype)
     except BuildError as error:
         message = f"wexpand: no compiled CPU kernel, sparse layers will be slow ({error})"
         warnings.warn(message, stacklevel=2)
@@ -85,39 +76,51 @@ def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> 
     """Why this kernel cannot run on `device` for `dtype`, or None. Compiles on the first call."""
     if device.type != "cpu":
         return f"runs on cpu, not on {device.type}"
-    if shape.codec:
-        return f"has no {shape.codec.name} values"
     if dtype not in TYPES:
         return f"{dtype} is not float32, bfloat16 or float16"
-    return _problem()
+    return _narrow(shape.codec) or _problem(dtype)
 
 
-def instructions() -> str:
+def _narrow(codec: ValueCodec | None) -> str | None:
+    """Why groups of scales are too narrow, or None; columns split between workers can be."""
+    if codec and codec.scaled and math.gcd(codec.group, STEP) < 8:
+        return f"groups of {codec.group} columns share a scale, multiples of 8 should"
+    return None
+
+
+def instructions(dtype: torch.dtype) -> str:
     """The instruction set that the library was compiled for, for a log or a table."""
-    return load().wexpand_instructions().decode()
+    return load(dtype).wexpand_instructions().decode()
 
 
-def prepare(pool: RowPool) -> list[Tensor]:
-    """The layout described above: `values`, `mask`, `starts`, `row_map`.
+def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
+    """The layout described above, one uint8 tensor, whatever the `dtype` of x.
 
     Shares no memory with the pool, whose tensors may be views of a mapped file that would stay
-    mapped. Raises WexpandError from 2**32 values on.
+    mapped. Raises WexpandError from 32 GiB on.
     """
-    if pool.nnz >= 1 << 32:
-        raise WexpandError(f"row pool: {pool.nnz} kept weights in one linear should be below 2**32")
-    values = pool.values.new_zeros(pool.nnz + _padding(pool.values))
-    values[: pool.nnz] = pool.values
-    bits = pool.masked().mask
-    assert bits is not None
-    mask = bits.new_zeros(bits.numel() + MASK_PADDING)
-    mask[: bits.numel()] = bits.flatten()
-    starts = pool.starts()[:-1].to(torch.int32)  # past 2**31 the sign bit is the 32nd bit
-    return [values, mask, starts, pool.version_map()]
-
-
-def _padding(values: Tensor) -> int:
-    """Values that fill 64 bytes."""
-    return 64 // values.element_size()
+    if reason := _narrow(pool.codec):
+        raise WexpandError(f"row pool: {reason}")
+    group, scale = pool.codec.group, pool.scale
+    if scale is not None and group % STEP:
+        narrow = math.gcd(group, STEP)
+        scale = scale.repeat_interleave(group // narrow, dim=1)
+        group, scale = narrow, scale[:, : -(-pool.in_features // narrow)]
+    sizes = [VALUES[pool.codec.name], int(pool.mask is not None), group, pool.in_features]
+    sizes += [pool.out_features, pool.experts, pool.versions]
+    header = torch.tensor(sizes + [0] * (SIZES - len(sizes)), dtype=torch.int64, device="cpu")
+    firsts = pool.first_versions()[:-1].to(torch.int32)
+    parts = (pool.values, pool.mask, scale, firsts, pool.row_map)
+    tensors = [None if part is None else part.contiguous() for part in parts]
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    library = load(dtype)
+    size = library.wexpand_pool_bytes(header.data_ptr(), pointers[1])
+    if size >= 1 << 35:
+        raise WexpandError(f"row pool: {size} bytes in one linear should be below 32 GiB")
+    layout = torch.zeros(size, dtype=torch.uint8, device="cpu")
+    layout[: header.nbytes] = header.view(torch.uint8)
+    library.wexpand_pool_fill(layout.data_ptr(), *pointers)
+    return [layout]
 
 
 def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int) -> Tensor:
@@ -125,38 +128,41 @@ def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: i
 
     Uses as many threads as torch does. Raises WexpandError if an expert does not exist.
     """
-    values, mask, starts, row_map = layout
-    if x.dtype != values.dtype:
-        raise WexpandError(f"x: dtype {x.dtype} should be {values.dtype}, that of the weights")
     x = x.contiguous()
     tokens, in_features = x.shape
-    if mask.numel() - MASK_PADDING != starts.numel() * ((in_features + 7) // 8):
-        raise WexpandError(f"x: {in_features} columns do not fit the layout's rows")
-    y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-    if tokens == 0:
-        return y
+    y = x.new_empty(tokens, out_features)
     if experts is not None:
         experts = experts.contiguous()
-    failed = load().wexpand_linear(
-        TYPES[x.dtype],
+    problem = load(x.dtype).wexpand_linear(
+        layout[0].data_ptr(),
         x.data_ptr(),
         None if experts is None else experts.data_ptr(),
         tokens,
         in_features,
         out_features,
-        row_map.shape[0],
-        values.data_ptr(),
-        mask.data_ptr(),
-        starts.data_ptr(),
-        row_map.data_ptr(),
         y.data_ptr(),
-        (values.numel() - _padding(values)) / (starts.numel() * in_features),
         torch.get_num_threads(),
     )
-    if failed and experts is not None:
-        low, high = (int(v) for v in experts.aminmax())
-        raise WexpandError(f"experts: {low} to {high} should be within 0 to {row_map.shape[0] - 1}")
+    if problem:
+        _refuse(problem, x, experts, layout, out_features)
     return y
+
+
+def _refuse(
+    problem: int, x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int
+) -> None:
+    """Say what the library found not to fit."""
+    values, _, _, in_features, out, number = layout[0][: 6 * 8].view(torch.int64).tolist()
+    if problem == 1:
+        raise WexpandError(f"x: {x.shape[1]} columns do not fit the {in_features} of the weights")
+    if problem == 2:
+        raise WexpandError(f"out_features: {out_features} should be {out}, those of the weights")
+    if problem == 3:
+        wanted = [name for name, number in VALUES.items() if number == values]
+        raise WexpandError(f"x: dtype {x.dtype} should be {wanted[0]}, that of the weights")
+    assert experts is not None
+    low, high = (int(v) for v in experts.aminmax())
+    raise WexpandError(f"experts: {low} to {high} should be within 0 to {number - 1}")
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -171,9 +177,8 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
         )
     x, weight = x.contiguous(), weight.contiguous()
     found = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
-    load().wexpand_logits(
-        TYPES[x.dtype],
-        TYPES[weight.dtype],
+    load(x.dtype).wexpand_logits(
+        weight.dtype == torch.float16,
         x.data_ptr(),
         weight.data_ptr(),
         len(x),

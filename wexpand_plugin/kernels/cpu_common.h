@@ -1,5 +1,4 @@
-// What both CPU kernels (cpu_avx512.h, cpu_avx2.h) share: number types, a buffer that is kept, the
-// arguments of a call.
+// What all parts of the CPU kernel share: number types and their conversions, and buffers.
 
 #pragma once
 
@@ -7,7 +6,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,8 +19,29 @@ struct Bf16 {
 struct Fp16 {
     uint16_t bits;
 };
+struct Int8 {  // q, see format/values.py
+    int8_t q;
+};
+struct Int4 {  // two q
+    uint8_t pair;
+};
 
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+// Of values, as cpu.py numbers them.
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
+
+// Of x and y: the library is compiled for one.
+#if !defined(WEXPAND_X)
+#define WEXPAND_X Bf16
+#endif
+using X = WEXPAND_X;
+
+template <class V> constexpr bool IS_INTEGER = std::is_same_v<V, Int8> || std::is_same_v<V, Int4>;
+template <class V> constexpr int64_t BITS = std::is_same_v<V, Int4> ? 4 : 8 * sizeof(V);
+
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 template <class To, class From> To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "same size");
@@ -31,9 +50,9 @@ template <class To, class From> To bit_cast(From from) {
     return to;
 }
 
-template <class Bits> Bits load_bits(const uint8_t* mask) {
+template <class Bits> Bits load_bits(const void* from) {
     Bits bits;
-    std::memcpy(&bits, mask, sizeof bits);
+    std::memcpy(&bits, from, sizeof bits);
     return bits;
 }
 
@@ -49,22 +68,21 @@ inline float to_float(Fp16 v) {
 inline void store(float* y, float v) { *y = v; }
 inline void store(Bf16* y, float v) {
     const uint32_t u = bit_cast<uint32_t>(v);
-    y->bits =
-        v != v ? 0x7fc0 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);  // nearest, ties to even
+    // nearest, ties to even
+    y->bits = v != v ? 0x7fc0 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 inline void store(Fp16* y, float v) {
     const uint32_t u = bit_cast<uint32_t>(v), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
     uint32_t half;
     if (magnitude > 0x7f800000) half = 0x7e00;
     else if (magnitude >= 0x477ff000) half = 0x7c00;  // 65520 and above round to infinity
-    else if (magnitude <
-             0x38800000)  // subnormal: adding 0.5 lines the half's last bit up with the float's
+    else if (magnitude < 0x38800000)  // subnormal: adding 0.5 lines the half's last bit up
         half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
     else half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
     y->bits = uint16_t(sign | half);
 }
 
-// Float8 values as floats.
+// Eight values as floats.
 typedef float Float8 __attribute__((vector_size(32), may_alias, aligned(4)));
 
 template <class V> inline Float8 load8(const V* p) {
@@ -84,59 +102,14 @@ struct Buffer {  // grows to the largest call seen and is kept: no allocation on
     void* data = nullptr;
     size_t size = 0;
     ~Buffer() { std::free(data); }
-    void* get(size_t bytes) {
+    template <class T> T* get(int64_t count) {
+        const size_t bytes = count * sizeof(T);
         if (bytes > size) {
             std::free(data);
-            size = (bytes + 63) / 64 * 64;
+            size = round_up(bytes, 64);
             data = std::aligned_alloc(64, size);
         }
-        return data;
-    }
-};
-
-// The arguments of one call. See cpu.py for the row pool's layout: values end in 64 bytes of
-// padding, the mask in 8.
-template <class V> struct Call {
-    const V* x;
-    int64_t in, out;
-    const V* values;
-    const uint8_t* mask;
-    const uint32_t* starts;
-    const int32_t* row_map;
-    V* y;
-    const int32_t* order;   // the tokens, expert by expert
-    const int64_t* begins;  // [experts + 1] where each expert's tokens begin in `order`
-    int64_t experts;
-    double density;  // kept weights over all
-    int threads;
-
-    int64_t mask_bytes() const { return (in + 7) / 8; }
-    int64_t count(int64_t expert) const { return begins[expert + 1] - begins[expert]; }
-
-    // Where each expert's part begins in a buffer that gives it size(expert); returns the size of
-    // all.
-    template <class Size> int64_t place(std::vector<int64_t>& places, Size size) const {
-        int64_t all = 0;
-        places.resize(experts);
-        for (int64_t e = 0; e < experts; all += size(e++)) places[e] = all;
-        return all;
-    }
-
-    // work(expert, first, last): every expert that has tokens, a range of at most `most` output
-    // rows at a time, on all threads. While x fits the caches experts take alternate over a range,
-    // as they share row versions: what one reads from memory the next finds nearby. Of more tokens
-    // an expert's x should stay near instead.
-    template <class Work> void share(int64_t most, Work work) const {
-        int64_t rows = out / (4 * threads) / 4 * 4;  // some items for each thread
-        rows = rows < 4 ? 4 : rows > most ? most : rows;
-        const int64_t chunks = (out + rows - 1) / rows;
-        const bool alternate = begins[experts] * in <= 1 << 20;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-        for (int64_t item = 0; item < experts * chunks; ++item) {
-            const int64_t expert = alternate ? item % experts : item / chunks;
-            const int64_t first = (alternate ? item / experts : item % chunks) * rows;
-            if (count(expert)) work(expert, first, min(first + rows, out));
-        }
+        return (T*)data;
     }
 };
 

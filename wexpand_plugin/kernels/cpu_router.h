@@ -33,7 +33,7 @@ template <class V> struct Rest {
 };
 
 // y[t * stride + n] = token t's x times expert n's row of the map; both are `in` long.
-template <int T, int N, class X, class W>
+template <int T, int N, class W>
 void logits_block(const X* x, const W* weight, int64_t in, float* y, int64_t stride) {
     Float8 acc[T][N] = {};
     const auto step = [&](int64_t column, auto of_x, auto of_weight) {
@@ -55,19 +55,20 @@ void logits_block(const X* x, const W* weight, int64_t in, float* y, int64_t str
         }
 }
 
-template <class X, class W> void logits(const void* x, const void* weight, int64_t tokens,
-                                        int64_t in, int64_t experts, float* y, int threads) {
-    constexpr int64_t SHARED =
-        1 << 19;  // multiplications below which waking the other threads takes longer than the work
+// Multiplications below which waking the other threads takes longer than the work.
+constexpr int64_t SHARED = 1 << 19;
+
+template <class W> void logits(const X* x, const W* weight, int64_t tokens, int64_t in,
+                               int64_t experts, float* y, int threads) {
 #pragma omp parallel for num_threads(tokens * experts * in < SHARED ? 1 : threads)
     for (int64_t token = 0; token < tokens; token += 2) {
-        const X* from = (const X*)x + token * in;
+        const X* const from = x + token * in;
         const bool two = token + 1 < tokens;
         for (int64_t expert = 0; expert < experts;) {
             const bool four = experts - expert >= 4;
-            const auto block = two ? (four ? logits_block<2, 4, X, W> : logits_block<2, 1, X, W>)
-                                   : (four ? logits_block<1, 4, X, W> : logits_block<1, 1, X, W>);
-            block(from, (const W*)weight + expert * in, in, y + token * experts + expert, experts);
+            const auto block = two ? (four ? logits_block<2, 4, W> : logits_block<2, 1, W>)
+                                   : (four ? logits_block<1, 4, W> : logits_block<1, 1, W>);
+            block(from, weight + expert * in, in, y + token * experts + expert, experts);
             expert += four ? 4 : 1;
         }
     }

@@ -25,7 +25,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> 
     return None
 
 
-def prepare(pool: RowPool) -> list[Tensor]:
+def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
     """The checkpoint's own tensors (values, mask, row map, scales, where there are any), and two
     empty ones whose widths are `in_features` and the codec's group.
     """

@@ -99,7 +99,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> 
     return None
 
 
-def prepare(pool: RowPool) -> list[Tensor]:
+def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
     """`values`, `mask`, `starts` and `row_map` in the layout above, on the pool's device.
 
     Works through the row versions AT_ONCE weights at a time; no more is ever dense.

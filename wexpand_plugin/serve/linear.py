@@ -94,7 +94,7 @@ class WexpandLinearMethod(LinearMethodBase):
         pool = pool.to(device, self.dtype)
         self.kernel, sentence = kernels.choose(device, self.dtype, kernels.LayerShape.of(pool))
         logger.info_once("wexpand: %s", sentence)
-        layout = self.kernel.prepare(pool)
+        layout = self.kernel.prepare(pool, self.dtype)
         self.quant_config.note_layout(self.kernel.name, layout)
         self.layout = [f"layout_{number}" for number in range(len(layout))]
         for name, tensor in zip(self.layout, layout, strict=True):
