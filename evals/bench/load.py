@@ -4,9 +4,9 @@
 
 PATH is a checkout. Each makes a synthetic checkpoint of its own format with its own `wexpand synth`
 (a Llama of TinyLlama's width, as many blocks as the size needs, 16 experts, 80% sparse) and loads
-it in processes of its own: one with transformers' `from_pretrained`, one with what a vLLM worker
-does to load a model (its loader, without the engine around it). All stay up and load in turn, once
-with the files in the page cache and once without. To be run where vLLM is installed.
+it, each time in a new process: with transformers' `from_pretrained`, and with what a vLLM worker
+does to load a model (its loader, without the engine around it). Importing the hosts does not count.
+They take turns, with the files in the page cache and without. To be run where vLLM is installed.
 
 What bounds it: warm, the memory's bandwidth and the checks; cold, the disk. A version that reads
 the model twice pays for it where it is cold, one that computes checksums where it is warm.
@@ -34,17 +34,14 @@ SYNTH = (
 ).split()
 
 
-def loader(host: str, model: str) -> Callable[[], Callable[[], Any]]:
-    """A function that prepares a load and returns the load itself, of which only that is timed."""
+def prepared(host: str, model: str) -> Callable[[], Any]:
+    """The load alone: everything is imported and configured."""
     import torch
 
     if host == "transformers":
-        import transformers
-
-        import_module("wexpand_plugin")
-        return lambda: (
-            lambda: transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-        )
+        import_module("wexpand_plugin")  # for what it registers
+        model_class = import_module("transformers").LlamaForCausalLM
+        return lambda: model_class.from_pretrained(model, dtype=torch.bfloat16)
     from vllm import distributed
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -53,75 +50,55 @@ def loader(host: str, model: str) -> Callable[[], Callable[[], Any]]:
     from wexpand_plugin.serve import register
 
     register()
+    import_module("vllm.model_executor.models.llama")
     if not torch.accelerator.is_available():
         torch.accelerator.empty_cache = lambda: None  # as a worker on CPUs has it
-    args = EngineArgs(model=model, skip_tokenizer_init=True, max_model_len=64, dtype="bfloat16")
-    with set_current_vllm_config(args.create_engine_config()):
+    config = EngineArgs(
+        model=model, skip_tokenizer_init=True, max_model_len=64, dtype="bfloat16"
+    ).create_engine_config()
+    with set_current_vllm_config(config):
         address = f"file://{tempfile.mkdtemp()}/store"
         distributed.init_distributed_environment(1, 0, address, 0, "gloo")
         distributed.ensure_model_parallel_initialized(1, 1)
 
-    def prepare() -> Callable[[], Any]:
-        config = args.create_engine_config()
+    def load() -> Any:
+        with set_current_vllm_config(config):
+            loader = get_model_loader(config.load_config)
+            return loader.load_model(vllm_config=config, model_config=config.model_config)
 
-        def load() -> Any:
-            with set_current_vllm_config(config):
-                return get_model_loader(config.load_config).load_model(
-                    vllm_config=config, model_config=config.model_config
-                )
-
-        return load
-
-    return prepare
+    return load
 
 
 def child(host: str, model: str) -> None:
-    """Load for each line of stdin; the seconds go to stdout."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    """Load once; the seconds go to stdout."""
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the hosts print goes to the log
-    prepare = loader(host, model)
-    for _ in sys.stdin:
-        load = prepare()
-        start = time.perf_counter()
-        loaded = load()
-        seconds = time.perf_counter() - start
-        del load, loaded
-        answers.write(f"{seconds}\n")
+    load = prepared(host, model)
+    start = time.perf_counter()
+    loaded = load()
+    answers.write(f"{time.perf_counter() - start}\n")
+    answers.close()
+    del loaded
 
 
-class Loader:
-    """A process that loads one checkpoint with one host, in the code of one tree."""
-
-    def __init__(self, tree: Path, host: str, model: Path, log: Path):
-        self.log, self.model = log, model
-        settings = {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--child", host, "--model", str(model)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-            env=os.environ | settings,
-        )
-
-    def seconds(self, cold: bool) -> float:
-        """Wall time of one load, with the files out of the page cache or in it."""
+def load_seconds(tree: Path, host: str, model: Path, *, cold: bool) -> float:
+    """Wall time of a load in the code of `tree`, with the files out of the page cache or in it."""
+    settings = {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    for file in model.glob("*.safetensors"):
         if cold:
-            for file in self.model.glob("*.safetensors"):
-                with file.open("rb") as handle:
-                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("load\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"a loader ended early:\n{self.log.read_text()[-3000:]}")
-        return float(answer)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(60)
+            with file.open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            file.read_bytes()
+    found = subprocess.run(
+        [sys.executable, __file__, "--child", host, "--model", str(model)],
+        capture_output=True,
+        text=True,
+        env=os.environ | settings,
+    )
+    if found.returncode:
+        raise SystemExit(f"{host} in {tree} ended with {found.returncode}:\n{found.stderr[-3000:]}")
+    return float(found.stdout)
 
 
 def synth(tree: Path, model: Path, layers: int) -> None:
@@ -141,7 +118,7 @@ def synth(tree: Path, model: Path, layers: int) -> None:
 def main(
     tree: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a checkout.")] = None,
     gigabytes: Annotated[float, typer.Option(help="Size of each checkpoint, about.")] = 1.0,
-    rounds: Annotated[int, typer.Option(min=2)] = 7,
+    rounds: Annotated[int, typer.Option(min=2)] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
     child_host: Annotated[str | None, typer.Option("--child", hidden=True)] = None,
     model: Annotated[str, typer.Option(hidden=True)] = "",
@@ -156,25 +133,21 @@ def main(
     if not trees or not all((path / "pyproject.toml").is_file() for path in trees.values()):
         raise SystemExit(f"--tree {tree}: should be NAME=PATH of a checkout, once or more")
     layers = max(1, round(gigabytes * 1e9 / BLOCK_BYTES))
+    sizes: dict[str, int] = {}
+    seconds: dict[tuple[str, str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        loaders: dict[tuple[str, str], Loader] = {}
-        sizes = {}
         for name, path in trees.items():
-            directory = Path(folder) / name
-            synth(path, directory, layers)
-            sizes[name] = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-            for host in HOSTS:
-                log = Path(folder) / f"{name}-{host}.log"
-                loaders[name, host] = Loader(path, host, directory, log)
-        seconds: dict[tuple[str, str, str], list[float]] = {}
+            synth(path, Path(folder) / name, layers)
+            files = (Path(folder) / name).glob("*.safetensors")
+            sizes[name] = sum(file.stat().st_size for file in files)
         for turn in range(rounds + 1):
-            for (name, host), process in loaders.items():
+            for host in HOSTS:
                 for state in ("warm", "cold"):
-                    found = process.seconds(cold=state == "cold")
-                    if turn:  # the first turn warms up
-                        seconds.setdefault((host, state, name), []).append(found)
-        for process in loaders.values():
-            process.close()
+                    for name, path in trees.items():
+                        model_path = Path(folder) / name
+                        found = load_seconds(path, host, model_path, cold=state == "cold")
+                        if turn:  # the first turn compiles kernels
+                            seconds.setdefault((host, state, name), []).append(found)
     print(f"{layers} blocks, " + ", ".join(f"{n}: {s / 1e9:.2f} GB" for n, s in sizes.items()))
     print(f"seconds to load: median of {rounds} turns (quartiles)")
     results = []
