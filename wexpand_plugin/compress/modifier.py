@@ -271,7 +271,7 @@ class SparseExpansionModifier(Modifier):
     def _forget(self) -> bool:
         self.remove_hooks()
         self._batches.release()
-        self._targets, self._blocks, self._replays = {}, {}, {}
+        self._targets, self._blocks, self._replays, self._path = {}, {}, {}, DensePath()
         return True
 
     def _settle(self) -> None:

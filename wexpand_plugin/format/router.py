@@ -10,7 +10,6 @@ from torch import Tensor
 
 __all__ = [
     "ROUTER_DTYPES",
-    "Router",
     "StoredRouter",
     "narrowest",
     "router_bytes",
@@ -37,9 +36,6 @@ class StoredRouter(NamedTuple):
         """Expert of each token: `x` [tokens, in] -> int64 [tokens]; logits in the bias's dtype."""
         weight, bias = self
         return torch.addmm(bias, x.to(bias.dtype), weight.to(bias.dtype).t()).argmax(dim=1)
-
-
-Router = StoredRouter
 
 
 def router_bytes(experts: int, in_features: int) -> int:

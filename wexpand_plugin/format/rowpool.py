@@ -203,9 +203,6 @@ class RowPool:
         dense[keep] = stored
         return dense, keep
 
-    def __getitem__(self, versions: Tensor) -> Tensor:
-        return self.rows(versions)
-
     def expert(self, index: int) -> Tensor:
         """The dense weight [out, in] of expert `index`, zeros where pruned."""
         return self.rows(self.version_map()[index])
