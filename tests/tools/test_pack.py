@@ -350,7 +350,7 @@ def test_rounding_says_what_it_costs(tmp_path, values, sparsity):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (dict(values="int3"), "values: 'int3' is not one of"),
+        (dict(values="int3"), "values: 'int3' should be int8 or int4"),
         (dict(values="bfloat16"), "values: 'bfloat16' should be int8 or int4"),
         (dict(values="int4", value_group=12), "value_group: 12 should be a multiple of 8"),
         (dict(values="int4", value_group=0), "value_group: 0 should be"),

@@ -33,7 +33,7 @@ from ..format.writer import (
     write_json,
 )
 from ..hf.hub import resolve
-from ..method.grids import Grid
+from ..method.grids import GRIDS, Grid
 from .inspect_table import readable_bytes
 from .quantised import is_quantised, quantised_linears, quantised_pool
 from .sources import drop_leftovers
@@ -93,9 +93,9 @@ def pack(
         exactly, not sparse enough, or has no class in transformers; or `output` is not empty
     """
     require_empty(output)
+    if values not in (None, *GRIDS):
+        raise WexpandError(f"values: {values!r} should be {' or '.join(GRIDS)}, or left out")
     how = None if values is None else codec(values, value_group)
-    if how is not None and not how.scaled:
-        raise WexpandError(f"values: {values!r} should be int8 or int4, or left out")
     source = ModelDir(resolve(model))
     packer = _Packer(source, how, keep_negative_zeros)
     with partial_directory(output) as partial:
