@@ -86,7 +86,8 @@ template <class V, bool MASKED, class FewProducts, class TileProducts> void mult
     thread_local Buffer buffer;
     parts.clear();
     begins.assign(call.experts, 0);
-    int64_t bytes = 0;
+    int64_t bytes = 0, most = PANEL_ROWS;
+    if (call.experts == 1) with_way(0, [&](const auto& way) { most = way.MOST_ROWS; });
     for (int64_t e = 0; e < call.experts; ++e)
         with_way(e, [&](const auto& way) {
             begins[e] = bytes;
@@ -97,12 +98,18 @@ template <class V, bool MASKED, class FewProducts, class TileProducts> void mult
     const Part* const part = parts.data();  // of this thread: another would see its own
     const int64_t* const begin = begins.data();
     const int64_t number = int64_t(parts.size());
-#pragma omp parallel for num_threads(call.threads) if (bytes > 1 << 16)
-    for (int64_t i = 0; i < number; ++i)
+    const auto pack = [&](int64_t i) {
         with_way(part[i].expert, [&](const auto& way) {
             way.pack(part[i].expert, part[i].number, packed + begin[part[i].expert]);
         });
-    call.share(PANEL_ROWS, [&](int64_t expert, int64_t first, int64_t last) {
+    };
+    if (bytes > 1 << 16) {
+#pragma omp parallel for num_threads(call.threads)
+        for (int64_t i = 0; i < number; ++i) pack(i);
+    } else {
+        for (int64_t i = 0; i < number; ++i) pack(i);
+    }
+    call.share(most, [&](int64_t expert, int64_t first, int64_t last) {
         with_way(expert, [&](const auto& way) {
             way.multiply(expert, first, last, packed + begin[expert]);
         });

@@ -9,16 +9,18 @@
 
 namespace {
 
-constexpr int SHARING = 8;          // tokens whose sums fit the registers: they share a decoding
-constexpr int64_t AHEAD = 4 << 10;  // bytes, about, from what is read to what is fetched
+constexpr int SHARING = 8;           // tokens whose sums fit the registers: they share a decoding
+constexpr int64_t AHEAD = 12 << 10;  // bytes, about, from what is read to what is fetched
 
 template <class V, bool MASKED, class Products> struct Few {
     using D = Decoder<V, MASKED, Products>;
     using Packed = typename Products::Packed;
+    static constexpr int ROWS = LANES == 16 ? 2 : 1;  // that share their loads of x
+    static constexpr int64_t MOST_ROWS = 1024;        // of an item of work: a stream of memory
     Call& call;
     const int64_t width = padded_width<D>(call.pool);
     const int64_t row_bytes = call.pool.bytes / call.pool.versions;
-    const int64_t rows_ahead = max(1, AHEAD / row_bytes);
+    const int64_t rows_ahead = round_up(max(1, AHEAD / row_bytes), ROWS);
     const int64_t step_bytes = row_bytes * D::STEP / width;
 
     explicit Few(Call& call) : call(call) {}
@@ -32,10 +34,16 @@ template <class V, bool MASKED, class Products> struct Few {
     [[gnu::noinline]] void pack(int64_t expert, int64_t token, uint8_t* packed) const {
         const int64_t in = call.pool.in, whole = in / D::STEP * D::STEP;
         const X* const x = call.x + call.tokens(expert)[token] * in;
-        Packed* const to = (Packed*)packed + token * width;
+        Packed* const __restrict to = (Packed*)packed + token * width;
+        constexpr int64_t PARTS = D::INTERLEAVE, PART = D::STEP / PARTS, GRAIN = D::GRAIN;
         for (int64_t c = 0; c < whole; c += D::STEP)
-            for (int64_t place = 0; place < D::STEP; ++place)
-                to[c + place] = Products::convert(x[c + column_at<D>(place)]);
+            for (int64_t i = 0; i < PART; i += GRAIN)
+#pragma GCC unroll 8
+                for (int64_t k = 0; k < PARTS; ++k)
+#pragma GCC unroll 2
+                    for (int64_t g = 0; g < GRAIN; ++g)
+                        to[c + k * PART + i + g] =
+                            Products::convert(x[c + i * PARTS + k * GRAIN + g]);
         for (int64_t place = 0; place < width - whole; ++place) {
             const int64_t c = whole + column_at<D>(place);
             to[whole + place] = c < in ? Products::convert(x[c]) : Packed{};
@@ -48,13 +56,15 @@ template <class V, bool MASKED, class Products> struct Few {
         const uint8_t* at[R];
         int64_t bytes;  // of a step
 
-        void fetch() {
-            constexpr int64_t LINES = divide_up((MASKED ? 40 : D::STEP) * BITS<V>, 512);
+        void fetch(int64_t step) {
+            constexpr int64_t BYTES = (MASKED ? 40 : D::STEP) * BITS<V> / 8;
+            constexpr int64_t LINES = divide_up(BYTES, 64), STEPS = BYTES <= 32 ? 2 : 1;
+            if (step % STEPS != 0) return;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
                 for (int64_t line = 0; line < LINES; ++line) __builtin_prefetch(at[r] + 64 * line);
-                at[r] += bytes;
+                at[r] += STEPS * bytes;
             }
         }
     };
@@ -79,7 +89,7 @@ template <class V, bool MASKED, class Products> struct Few {
         for (x += step * D::STEP; step < last; ++number) {
             Vec sums[T][R][CHAINS] = {};
             const auto one_step = [&] {
-                later.fetch();
+                later.fetch(step);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r)
                     weights[r].template start<HALF>(MASKED ? rows[r].mask[step] : 0);
@@ -124,9 +134,6 @@ template <class V, bool MASKED, class Products> struct Few {
                 }
         }
     }
-
-    // Rows that share their loads of x.
-    static constexpr int ROWS = LANES == 16 ? 2 : 1;
 
     // sums[t][r] = row versions times tokens: a few rows, T tokens of packed x.
     template <int T> void dot(const int32_t* versions, const int32_t* later_versions,

@@ -31,6 +31,7 @@ inline void fetch(const void* from, int64_t lines) {
 //   column(place)   the column in a place of the panel, over the whole row
 //   offset(place, slot, tokens)  where that is in a panel of so many tokens
 template <class Way, class Packed> struct Panels {
+    static constexpr int64_t MOST_ROWS = PANEL_ROWS;
     Call& call;
     const int64_t width;  // places: columns, rounded up
 
