@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from wexpand_plugin.format.clusters import ClusterBias
+from wexpand_plugin.format.router import StoredRouter
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.method.clusters import Router, rounded
@@ -78,15 +80,25 @@ def multiply_by_masks(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
 
 
 def expand(
-    model: nn.Module, experts: int = 3, sparsity: float = 0.5, match: str = "mlp", seed: int = 0
+    model: nn.Module,
+    experts: int = 3,
+    sparsity: float = 0.5,
+    match: str = "mlp",
+    seed: int = 0,
+    clusters: int = 0,
+    parents: int = 0,
 ) -> nn.Module:
     """Replace linears whose name contains `match` by routed ones with random masks and routers.
 
     The first two experts share half of their rows, as after an allocation; linears of one parent
     with the same input width share a router. Returns the model.
+
+    :param clusters: with a bias each, but in up_proj and k_proj; 0: the experts, without biases
     """
     generator = torch.Generator().manual_seed(seed)
-    routers: dict[tuple[str, int], Router] = {}
+    biased, clusters = clusters > 0, clusters or experts
+    named = torch.arange(clusters).remainder(experts) if 1 < experts < clusters else None
+    routers: dict[tuple[str, int], StoredRouter] = {}
     for name, linear in block_linears(model).items():
         if match not in name:
             continue
@@ -97,15 +109,24 @@ def expand(
             weight[1, ::2] = weight[0, ::2]
         key = (name.rpartition(".")[0], linear.in_features)
         if key not in routers:
-            router = torch.randn(experts, linear.in_features, generator=generator)
-            bias = torch.randn(experts, generator=generator) / 4
-            routers[key] = rounded(Router(router, bias), torch.zeros(linear.in_features))
+            rows = parents + clusters
+            router = torch.randn(rows, linear.in_features, generator=generator)
+            bias = torch.randn(rows, generator=generator) / 4
+            router, bias, *_ = rounded(Router(router, bias), torch.zeros(linear.in_features))
+            routers[key] = StoredRouter(router, bias, parents)
+        biases = None
+        if biased and not name.endswith(("up_proj", "k_proj")):
+            biases = ClusterBias.pack(
+                torch.randn(clusters, linear.out_features, generator=generator) / 2
+            )
         routed = RoutedLinear.from_pool(
             RowPool.pack_experts(weight),
-            routers[key] if experts > 1 else None,
+            routers[key] if clusters > 1 else None,
             linear.bias,
+            cluster_bias=biases,
+            cluster_expert=named,
             group="/".join(map(str, key)),
-            tokens=range(10, 10 + experts),
+            tokens=range(10, 10 + clusters),
         )
         model.set_submodule(name, routed)
     return model

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 
 def read(directory: Path) -> dict[str, dict]:
-    """Linear -> its dense experts [experts, out, in] float64, its router and its bias."""
+    """Linear -> its dense experts [experts, out, in] float64, router, biases, ..."""
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "wexpand" and config["format_version"] == 1
     tensors = {}
@@ -32,7 +32,40 @@ def read(directory: Path) -> dict[str, dict]:
                 experts = versions[first + row_map]
             router = parts.get("router_weight"), parts.get("router_bias")
             found[name] = {"experts": experts, "router": router, "bias": parts.get("bias")}
+            found[name] |= clusters_of(parts, group)
     return found
+
+
+def clusters_of(parts: dict[str, torch.Tensor], group: dict) -> dict:
+    """Parents, the expert of each cluster, and the bias of each [clusters, out] float64."""
+    experts = group.get("experts", 1)
+    clusters = group.get("clusters", experts)
+    cluster_expert = np.arange(clusters) if experts == clusters else np.zeros(clusters, int)
+    if "cluster_expert" in parts:
+        cluster_expert = parts["cluster_expert"].numpy()
+    biases = np.zeros((clusters, 1))
+    if "cluster_bias" in parts:
+        biases = parts["cluster_bias"].double() * parts["cluster_bias_scale"].double()
+    return {
+        "parents": group.get("parents", 0),
+        "cluster_expert": cluster_expert,
+        "cluster_bias": np.asarray(biases),
+    }
+
+
+def output(linear: dict, x: np.ndarray) -> tuple[np.ndarray, int]:
+    """Output [out] of a token [in], both float64, and the cluster that it was sent to."""
+    clusters, parents, c = len(linear["cluster_expert"]), linear["parents"], 0
+    if clusters > 1:
+        weight, bias = (part.double().numpy() for part in linear["router"])
+        logits = weight @ x + bias
+        first, end = 0, clusters
+        if parents:
+            p = int(logits[:parents].argmax())
+            first, end = p * clusters // parents, (p + 1) * clusters // parents
+        c = first + int(logits[parents + first : parents + end].argmax())
+    y = linear["experts"][linear["cluster_expert"][c]] @ x + linear["cluster_bias"][c]
+    return (y if linear["bias"] is None else y + linear["bias"].double().numpy()), c
 
 
 def rows(parts: dict[str, torch.Tensor], width: int, entry: dict) -> np.ndarray:

@@ -11,7 +11,10 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wexpand_plugin.format.clusters import ClusterBias
 from wexpand_plugin.format.config import CheckpointConfig, GroupEntry, LinearEntry
+from wexpand_plugin.format.linear import StoredLinear
+from wexpand_plugin.format.router import StoredRouter
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.format.values import FLOATS, ValueCodec, codec
 from wexpand_plugin.format.writer import seal
@@ -142,27 +145,32 @@ def linear(
     dtype: torch.dtype = torch.float32,
     how: ValueCodec | None = None,
     full: bool = False,
+    clusters: int = 0,
+    parents: int = 0,
+    cluster_bias: bool = False,
 ) -> tuple[LinearEntry, dict[str, Tensor]]:
-    """(entry, tensors by kind) of a small linear: 12 columns, 3 neurons."""
+    """(entry, tensors by kind) of a small linear: 12 columns, 3 neurons.
+
+    :param clusters: 0: as many as experts
+    """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(3 * experts, 12, generator=generator).to(dtype)
     if not full:
         rows[:, ::3] = 0
     row_map = torch.arange(experts, dtype=torch.uint8).unsqueeze(1).repeat(1, 3)
     pool = RowPool.pack(rows, row_map, codec=how)
-    tensors = {
-        "weight": pool.values,
-        "weight_mask": pool.mask,
-        "weight_scale": pool.scale,
-        "row_map": pool.row_map,
-    }
-    if experts > 1:
-        tensors["router_weight"] = torch.randn(experts, 12, generator=generator)
-        tensors["router_bias"] = torch.randn(experts, generator=generator)
-    if bias:
-        tensors["bias"] = torch.randn(3, generator=generator).to(dtype)
-    tensors = {kind: tensor for kind, tensor in tensors.items() if tensor is not None}
-    return LinearEntry.of(pool, bias, dtype), tensors
+    clusters = clusters or experts
+    router = biases = cluster_expert = None
+    if clusters > 1:
+        weight = torch.randn(parents + clusters, 12, generator=generator)
+        router = StoredRouter(weight, torch.randn(len(weight), generator=generator), parents)
+    if 1 < experts < clusters:
+        cluster_expert = (torch.arange(clusters) * experts // clusters).to(torch.uint8)
+    if cluster_bias:
+        biases = ClusterBias.pack(torch.randn(clusters, 3, generator=generator))
+    own = torch.randn(3, generator=generator).to(dtype) if bias else None
+    stored = StoredLinear(pool, router, own, biases, cluster_expert)
+    return stored.entry(dtype), stored.tensors()
 
 
 def write(
@@ -174,11 +182,7 @@ def write(
     named = {f"{n}.{kind}": t for n, (_, tensors) in linears.items() for kind, t in tensors.items()}
     named = {name: tensor.clone() for name, tensor in named.items()}
     save_file(named | others, path / "model.safetensors", metadata={"format": "pt"})
-    first = next(iter(linears.values()))[0]
-    group = GroupEntry(
-        in_features=first.in_features,
-        experts=first.experts,
-        tokens=list(range(first.experts)),
-        linears={name: entry for name, (entry, _) in linears.items()},
-    )
+    entries = {name: entry for name, (entry, _) in linears.items()}
+    first = next(iter(entries.values()))
+    group = GroupEntry.of(entries, range(first.clusters))
     return seal(path, [group], {"by": "a test", "path": ("a", 1)})

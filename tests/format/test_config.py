@@ -10,12 +10,13 @@ from samples import NAME, linear
 
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.config import (
+    KINDS,
     CheckpointConfig,
     GroupEntry,
-    LinearEntry,
     digest_of,
     parse_config,
 )
+from wexpand_plugin.format.linear import StoredLinear
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.format.values import codec
 
@@ -68,7 +69,18 @@ LINEAR = f"groups.0.linears.{NAME}"
         ({"group__in_features": 2**31}, "in_features: 2147483648"),
         ({"group__experts": "two"}, "experts: 'two'"),
         ({"group__experts": 257}, "experts: 257: Input should be less than or equal to 256"),
-        ({"group__tokens": [1, 2, 3]}, "tokens has 3 counts for 2 experts"),
+        ({"group__tokens": [1, 2, 3]}, "tokens has 3 counts for 2 clusters"),
+        ({"group__clusters": 1}, "clusters 1 should be at least experts 2"),
+        ({"group__clusters": 0}, "clusters: 0: Input should be greater than 0"),
+        ({"group__clusters": 4097}, "clusters: 4097: Input should be less than or equal to 4096"),
+        ({"group__clusters": "many"}, "clusters: 'many'"),
+        ({"group__clusters": 3}, "tokens has 2 counts for 3 clusters"),
+        ({"group__parents": -1}, "parents: -1: Input should be greater"),
+        ({"group__parents": 1}, "parents 1 should be 0 or 2 to the 2 clusters"),
+        ({"group__parents": 3}, "parents 3 should be 0 or 2 to the 2 clusters"),
+        ({"entry__clusters": 2}, f"{NAME}: clusters should stand in its group alone"),
+        ({"entry__parents": 0}, f"{NAME}: parents should stand in its group alone"),
+        ({"entry__cluster_bias": "some"}, f"{LINEAR}.cluster_bias: 'some'"),
         ({"group__tokens": [1, -2]}, "groups.0.tokens.1: -2"),
         ({"entry__in_features": 12}, f"{NAME}: in_features should stand in its group alone"),
         ({"entry__experts": 2}, f"{NAME}: experts should stand in its group alone"),
@@ -129,12 +141,15 @@ def test_config_accepts_itself_and_finds_edits():
 
 def test_keys_with_a_default_may_be_left_out():
     """By another writer, who follows the digest's rule for the keys that it does write."""
-    keys = ("made_by", "group__tokens", "entry__bias", "entry__value_group")
+    keys = ("made_by", "group__tokens", "group__clusters", "group__parents", "entry__bias",
+            "entry__value_group", "entry__cluster_bias")  # fmt: skip
     values = sealed(**dict.fromkeys(keys, KeyError))
     assert "made_by" not in values and "tokens" not in values["groups"][0]
     config = parse_config(values)
     entry = config.linears[NAME]
     assert (entry.bias, entry.value_group, config.groups[0].tokens) == (False, 0, [])
+    assert (entry.clusters, entry.parents, entry.cluster_bias) == (2, 0, False)
+    assert (config.groups[0].clusters, config.groups[0].parents) == (2, 0)
     entry, _ = linear(experts=1)
     one = {"groups": [{"in_features": 12, "linears": {NAME: entry.model_dump(mode="json")}}]}
     values = {"quant_method": "wexpand", "format_version": 1} | one
@@ -164,8 +179,13 @@ def test_groups_keep_their_order():
 
 def test_a_group_of_unequal_linears_is_refused():
     one, two = linear(experts=1)[0], linear(experts=2)[0]
-    with pytest.raises(ValueError, match="in_features or experts are not those of its group"):
-        GroupEntry(in_features=12, experts=2, linears={"a": two, "b": one})
+    with pytest.raises(ValueError, match="b: experts 1 should be 2, as in its group"):
+        GroupEntry.of({"a": two, "b": one})
+    more = linear(experts=2, clusters=5, parents=3)[0]
+    with pytest.raises(ValueError, match="b: clusters 2 should be 5, as in its group"):
+        GroupEntry.of({"a": more, "b": two})
+    with pytest.raises(ValueError, match="b: parents 0 should be 3, as in its group"):
+        GroupEntry.of({"a": more, "b": linear(experts=2, clusters=5)[0]})
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -187,9 +207,29 @@ def test_an_entry_promises_what_there_is(experts, bias, how, full):
     assert name_of == [f"{NAME}.{kind}" for kind in tensors]
 
 
+@pytest.mark.parametrize("cluster_bias", [True, False])
+@pytest.mark.parametrize(
+    ("experts", "clusters", "parents"), [(1, 1, 0), (1, 5, 0), (2, 2, 0), (2, 5, 3), (5, 5, 2)]
+)
+def test_an_entry_promises_what_clusters_need(experts, clusters, parents, cluster_bias):
+    entry, tensors = linear(
+        experts, clusters=clusters, parents=parents, cluster_bias=cluster_bias
+    )
+    shapes = entry.shapes()
+    assert shapes.keys() == tensors.keys() <= set(KINDS)
+    for kind, (shape, dtypes) in shapes.items():
+        assert tensors[kind].shape == shape and tensors[kind].dtype in dtypes
+    assert ("router_weight" in shapes) == (clusters > 1)
+    assert ("cluster_expert" in shapes) == (1 < experts < clusters)
+    assert ("cluster_bias" in shapes) == ("cluster_bias_scale" in shapes) == cluster_bias
+    values = CheckpointConfig(groups=[GroupEntry.of({NAME: entry})]).seal().model_dump(mode="json")
+    assert parse_config(values).linears[NAME] == entry
+    assert values["groups"][0]["linears"][NAME].keys().isdisjoint(("clusters", "parents"))
+
+
 def test_elements_of_int4_are_bytes():
     """5 weights a row take 3 bytes."""
     rows = torch.zeros(4, 12)
     rows[:, :5] = 1
-    entry = LinearEntry.of(RowPool.pack(rows, codec=codec("int4", 8)), False, torch.float16)
+    entry = StoredLinear(RowPool.pack(rows, codec=codec("int4", 8))).entry(torch.float16)
     assert (entry.nnz, entry.elements) == (20, 12)

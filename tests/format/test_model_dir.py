@@ -30,7 +30,7 @@ def test_written_and_read(tmp_path, experts, bias, dtype, how):
     assert model.config.group_of(NAME).tokens == list(range(experts))
     assert model.others() == ["other"] and model.headers.keys() == dict(model.tensors()).keys()
     assert all(same_bits(t, tensors[kind]) for kind, t in model.kinds(NAME).items())
-    pool, router, read_bias = model.linear(NAME)
+    pool, router, read_bias, *_ = model.linear(NAME)
     assert same_bits(pool.values, tensors["weight"])
     assert torch.equal(pool.mask, tensors["weight_mask"]) and pool.codec == entry.codec
     assert (router is None) == (pool.row_map is None) == (experts == 1)

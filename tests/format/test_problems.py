@@ -167,3 +167,10 @@ def test_files_that_readers_would_not_find(path):
             assert found(path) == [f"{path / INDEX}: has no {key}"]
     (path / INDEX).write_text("{")
     assert ["not JSON" in problem for problem in found(path)] == [True]
+
+
+def test_an_input_group_has_one_expert_for_a_cluster(tmp_path):
+    entry, tensors = linear(2, clusters=5)
+    other = tensors | {"cluster_expert": tensors["cluster_expert"].flip(0)}
+    write(tmp_path / "a", {GATE: (entry, tensors), UP: (entry, other)})
+    assert found(tmp_path / "a") == [f"{GATE}, {UP}: one input group, but unequal routers"]

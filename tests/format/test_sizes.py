@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from samples import CODECS, pools
+from samples import CODECS, linear, pools
 
 from wexpand_plugin.format.checks import check_pool
 from wexpand_plugin.format.router import StoredRouter, router_bytes
@@ -61,6 +61,30 @@ def test_of_a_linear(how):
     assert sizes.fixed(10, 20, 4) == 4 * 10 + 4 * (2 * 20 + 4)
     router = StoredRouter(torch.zeros(4, 20).half(), torch.zeros(4))
     assert router.nbytes == router_bytes(4, 20)
+
+
+@pytest.mark.parametrize(
+    ("experts", "clusters", "parents"), [(1, 1, 0), (1, 5, 0), (2, 2, 0), (2, 5, 3), (5, 5, 2)]
+)
+def test_clusters_cost_what_they_store(experts, clusters, parents):
+    entry, tensors = linear(experts, False, clusters=clusters, parents=parents, cluster_bias=True)
+    sizes = StoredBytes(entry.codec, torch.float32)
+    fixed = sum(
+        tensor.numel() * 2 if kind == "router_weight" else tensor.nbytes
+        for kind, tensor in tensors.items()
+        if kind in ("row_map", "router_weight", "router_bias", "cluster_expert")
+    )
+    assert sizes.fixed(3, 12, experts, clusters, parents) == fixed
+    biases = tensors["cluster_bias"].nbytes + tensors["cluster_bias_scale"].nbytes
+    assert sizes.fixed(3, 12, experts, clusters, parents, True) == fixed + biases
+
+
+def test_a_token_reads_two_levels_of_a_router():
+    """256 clusters of 16 parents: 16 rows and 16 of their children."""
+    assert router_bytes(256, 20, 16) == 272 * 44 and router_bytes(256, 20) == 256 * 44
+    assert router_bytes(256, 20, 16, read=True) == 32 * 44
+    assert router_bytes(40, 20, 7, read=True) == (7 + 6) * 44
+    assert router_bytes(40, 20, read=True) == 40 * 44 and router_bytes(1, 20, read=True) == 0
 
 
 def test_one_row_that_is_not_full_means_masks_for_all():

@@ -13,10 +13,11 @@ from samples import NAME, linear, same_bits, write
 
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format import writer
+from wexpand_plugin.format.checks import check_linear
 from wexpand_plugin.format.config import GroupEntry
+from wexpand_plugin.format.linear import StoredLinear
 from wexpand_plugin.format.model_dir import CHECKSUMS, INDEX, ModelDir, checksum
 from wexpand_plugin.format.problems import problems
-from wexpand_plugin.format.router import StoredRouter
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.format.values import codec
 from wexpand_plugin.format.writer import (
@@ -94,15 +95,10 @@ def test_tensor_writer_fills_files_up_to_a_limit(tmp_path, limit, files):
     )
 
 
-def test_add_pool_writes_what_the_entry_promises(tmp_path):
-    entry, tensors = linear(how=codec("int4", 8))
-    pool = RowPool(
-        entry.codec, 12, tensors["weight"], tensors["weight_mask"], tensors["row_map"],
-        tensors["weight_scale"],
-    )  # fmt: skip
-    router = StoredRouter(tensors["router_weight"], tensors["router_bias"])
+def test_add_linear_writes_what_the_entry_promises(tmp_path):
+    entry, tensors = linear(how=codec("int4", 8), clusters=5, parents=2, cluster_bias=True)
     made = TensorWriter(tmp_path)
-    made.add_pool(NAME, pool, router, tensors["bias"])
+    made.add_linear(NAME, check_linear(NAME, entry, tensors))
     made.add("strided", torch.arange(6.0).view(2, 3).t())
     made.close()
     read = load_file(tmp_path / "model.safetensors")
@@ -110,7 +106,7 @@ def test_add_pool_writes_what_the_entry_promises(tmp_path):
     assert {n.removeprefix(f"{NAME}.") for n in read} == entry.shapes().keys()
     assert all(same_bits(tensor, tensors[n.removeprefix(f"{NAME}.")]) for n, tensor in read.items())
     one = TensorWriter(tmp_path)
-    one.add_pool(NAME, RowPool.pack(torch.ones(3, 12)))
+    one.add_linear(NAME, StoredLinear(RowPool.pack(torch.ones(3, 12))))
     assert list(one.checksums) == [f"{NAME}.weight"]
 
 

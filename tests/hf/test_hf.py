@@ -88,6 +88,61 @@ def test_round_trip(tmp_path, kind, match):
     assert not list(problems(a)) and not list(problems(b))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("experts", "clusters", "parents"), [(1, 1, 0), (1, 40, 7), (2, 8, 0), (3, 3, 0)]
+)
+def test_clusters_survive(tmp_path, experts, clusters, parents, dtype):
+    """Biases to the bit, whatever dtype the model is made, loaded and saved in."""
+    settings = dict(experts=experts, clusters=clusters, parents=parents, match="")
+    model = tiny.expanded(tmp_path / "a", "qwen2", dtype, **settings)
+    found = ModelDir(tmp_path / "a")
+    assert not list(problems(found))
+    name = "model.layers.0.mlp.down_proj"
+    entry, right = found.config.linears[name], model.get_submodule(name).stored
+    assert (entry.experts, entry.clusters, entry.parents) == (experts, clusters, parents)
+    assert entry.cluster_bias and not found.config.linears[name.replace("down", "up")].cluster_bias
+    assert found.config.group_of(name).tokens == list(range(10, 10 + clusters))
+    for other in (torch.float32, torch.bfloat16):
+        loaded = load(tmp_path / "a", dtype=other)
+        stored = loaded.get_submodule(name).stored
+        assert (stored.clusters, stored.pool.experts) == (clusters, experts)
+        assert (stored.router.parents if stored.router else 0) == parents
+        assert torch.equal(stored.cluster_bias.values, right.cluster_bias.values)
+        assert torch.equal(stored.cluster_bias.scale, right.cluster_bias.scale)
+        if other is dtype:
+            assert torch.equal(logits(loaded), logits(model))
+        loaded.to(torch.float16).save_pretrained(tmp_path / f"{other}")
+        again = ModelDir(tmp_path / f"{other}").linear(name)
+        assert torch.equal(again.cluster_bias.scale, right.cluster_bias.scale)
+
+
+def test_clusters_compute_what_they_say():
+    """Token by token, in float64, with the router's choice by hand."""
+    model = tiny.expand(tiny.dense("qwen2"), experts=2, clusters=9, parents=3, match="q_proj")
+    linear = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(60, linear.in_features, generator=torch.Generator().manual_seed(1))
+    seen, (pool, router, bias, biases, named) = set(), linear.stored
+    for row, y in zip(x, linear(x), strict=True):
+        logits = router.weight.double() @ row.double() + router.bias.double()
+        parent = int(logits[:3].argmax())
+        cluster = 3 * parent + int(logits[3:].view(3, 3)[parent].argmax())
+        seen.add(cluster)
+        right = pool.expert(int(named[cluster])).double() @ row.double()
+        right += bias.double() + biases.decoded(torch.float64)[cluster]
+        torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-5)
+    assert len(seen) > 6 and named.tolist() == [0, 1] * 4 + [0]
+    right = linear(x)
+    linear.materialise()
+    assert torch.equal(linear(x), right)
+    linear.materialise(biases=torch.zeros(9, linear.out_features))
+    assert not torch.allclose(linear(x), right)
+    linear.materialise(biases=biases.decoded())
+    assert torch.equal(linear(x), right)
+    linear.dematerialise()
+    assert torch.equal(linear(x), right)
+
+
 @pytest.mark.parametrize("experts", [1, 3])
 def test_agrees_with_the_dense_model(tmp_path, experts):
     """Equal experts, not pruned: routing must not matter."""
@@ -464,6 +519,23 @@ def test_refuses_what_would_misroute_or_misscale(tmp_path, kind):
     tensors[name].view(-1)[1] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(WexpandError, match=f"{name}: holds NaN"):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "problem"),
+    [
+        ("cluster_expert", 2, "2 is not 0 to 1, an expert of the linear"),
+        ("cluster_bias_scale", float("nan"), "holds NaN, infinite or negative scales"),
+    ],
+)
+def test_refuses_clusters_that_cannot_be(tmp_path, kind, value, problem):
+    tiny.expanded(tmp_path / "a", experts=2, clusters=6)
+    file, name = tmp_path / "a" / "model.safetensors", f"model.layers.0.mlp.gate_proj.{kind}"
+    tensors = load_file(file)
+    tensors[name][1] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(WexpandError, match=f"{name}: {problem}"):
         load(tmp_path / "a")
 
 

@@ -9,6 +9,7 @@ from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
 
 from wexpand_plugin.format.config import CheckpointConfig, GroupEntry, LinearEntry
+from wexpand_plugin.format.linear import StoredLinear
 from wexpand_plugin.format.router import StoredRouter
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.format.values import codec
@@ -22,7 +23,7 @@ PACKED = {"qkv_proj": list(QKV), "gate_up_proj": list(GATE_UP)}
 
 def random_router(experts: int, width: int) -> StoredRouter:
     router = StoredRouter(torch.randn(experts, width), torch.randn(experts) / 4)
-    return rounded(router, torch.zeros(width))
+    return StoredRouter(*rounded(router, torch.zeros(width)))
 
 
 def random_pool(
@@ -120,14 +121,10 @@ def groups_of(linears: list[Linear]) -> list[GroupEntry]:
     groups: dict[object, dict[str, LinearEntry]] = {}
     for linear in linears:
         if linear.pool is not None:
-            entry = LinearEntry.of(linear.pool, linear.bias is not None, torch.float32)
+            entry = StoredLinear(linear.pool, linear.router, linear.bias).entry(torch.float32)
             key = linear.name if linear.router is None else id(linear.router)
             groups.setdefault(key, {})[linear.name] = entry
-    return [
-        GroupEntry(in_features=first.in_features, experts=first.experts, linears=group)
-        for group in groups.values()
-        for first in [next(iter(group.values()))]
-    ]
+    return [GroupEntry.of(group) for group in groups.values()]
 
 
 def run(layer, x: Tensor) -> Tensor:

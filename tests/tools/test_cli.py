@@ -245,7 +245,7 @@ def test_synth(tmp_path, experts, budget, targets):
         assert 0.95 * budget < found.linear_bytes / found.dense_bytes <= budget
     else:
         assert all(linear.versions == experts * linear.out_features for linear in found.linears)
-    pool, _, _ = ModelDir(tmp_path / "a").linear("model.layers.0.mlp.down_proj")
+    pool = ModelDir(tmp_path / "a").linear("model.layers.0.mlp.down_proj").pool
     per_row = (pool.expert(0) != 0).sum(dim=1)
     assert per_row.min() >= per_row.max() - 1, "rows keep equally many (a random value may be 0)"
 

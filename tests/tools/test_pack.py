@@ -337,7 +337,7 @@ def test_rounding_says_what_it_costs(tmp_path, values, sparsity):
     for name, entry in model.config.linears.items():
         assert (entry.values, entry.value_group, entry.dtype) == (values, 32, "float32")
         assert (entry.nnz < entry.versions * entry.in_features) == (sparsity > 0)
-        weight, (pool, _, _) = before[f"{name}.weight"], model.linear(name)
+        weight, pool = before[f"{name}.weight"], model.linear(name).pool
         error = float((pool.rows() - weight).norm() / weight.norm())
         assert done.errors[name] == pytest.approx(error, rel=1e-4)
         assert error < (0.2 if values == "int4" else 0.01)

@@ -8,6 +8,7 @@ import torch
 from compressed_tensors.offload import OffloadCache, get_cache_init_kwargs, offload_module
 from torch import Tensor, nn
 
+from ..format.clusters import ClusterBias
 from ..format.router import StoredRouter
 from ..format.rowpool import RowPool
 from ..format.sizes import StoredBytes
@@ -70,19 +71,30 @@ def replace_linear(
     group: str = "",
     tokens: Sequence[int] = (),
     bias: Tensor | None = None,
+    cluster_bias: ClusterBias | None = None,
+    cluster_expert: Tensor | None = None,
 ) -> RoutedLinear:
     """Put a routed linear in the place of `old`, offloaded like it.
 
     :param group: name of its input group
-    :param tokens: calibration tokens per expert
-    :param bias: by default that of `old`
+    :param tokens: calibration tokens per cluster
+    :param bias, cluster_bias, cluster_expert: by default those of `old`
     """
     dtype = old.dtype if isinstance(old, RoutedLinear) else stored_dtype(model, old.weight)
     if bias is None and old.bias is not None:
         bias = old.bias.detach().to(dtype)
-    stored = None if router is None else StoredRouter(*router)
+    if isinstance(old, RoutedLinear):
+        cluster_bias = old.cluster_biases if cluster_bias is None else cluster_bias
+        cluster_expert = old.cluster_expert if cluster_expert is None else cluster_expert
     module = RoutedLinear.from_pool(
-        pool, stored, bias, group=group, tokens=tokens, dtype=dtype
+        pool,
+        None if router is None else StoredRouter(*router),
+        bias,
+        cluster_bias=cluster_bias,
+        cluster_expert=cluster_expert,
+        group=group,
+        tokens=tokens,
+        dtype=dtype,
     )
     if isinstance(old._parameters, OffloadCache):
         offload_module(module, **get_cache_init_kwargs(old))

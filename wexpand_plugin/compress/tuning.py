@@ -105,7 +105,7 @@ def _tunable(linear: RoutedLinear, settings: Settings) -> TunableLinear:
         keep,
         pool.version_map().long(),
         settings.grid,
-        None if stored is None else Router(*stored),
+        None if stored is None else Router(*stored[:2]),
         None if linear.bias is None else linear.bias.detach(),
     )
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from ..errors import WexpandError
+from .clusters import ClusterBias
 from .config import LinearEntry
+from .linear import StoredLinear
 from .router import StoredRouter
 from .rowpool import RowPool, finite
 
-__all__ = ["check_form", "check_linear", "check_pool"]
+__all__ = ["check_affine", "check_form", "check_linear", "check_pool"]
 
 
-def check_linear(
-    name: str, entry: LinearEntry, tensors: Mapping[str, Tensor]
-) -> tuple[RowPool, StoredRouter | None]:
-    """Check the tensors of linear `name` and return its pool and router.
+def check_linear(name: str, entry: LinearEntry, tensors: Mapping[str, Tensor]) -> StoredLinear:
+    """Check the tensors of linear `name` and put them together.
 
     :param entry: the sizes that config.json promises
     :param tensors: kind -> tensor ("weight", "weight_mask", ...), as read, before any cast
@@ -43,12 +43,45 @@ def check_linear(
         tensors.get("weight_scale"),
     )
     check_pool(pool, name)
-    for kind in ("router_weight", "router_bias", "bias"):
-        if kind in expected and not finite(tensors[kind]):
-            raise _error(name, kind, "holds NaN or infinite values")
-    if entry.experts == 1:
-        return pool, None
-    return pool, StoredRouter(tensors["router_weight"], tensors["router_bias"])
+    router = biases = None
+    if entry.clusters > 1:
+        router = StoredRouter(tensors["router_weight"], tensors["router_bias"], entry.parents)
+    if entry.cluster_bias:
+        biases = ClusterBias(tensors["cluster_bias"], tensors["cluster_bias_scale"])
+    linear = StoredLinear(
+        pool, router, tensors.get("bias"), biases, tensors.get("cluster_expert")
+    )
+    check_affine(name, linear)
+    return linear
+
+
+def check_affine(name: str, linear: StoredLinear) -> None:
+    """Check the content of all but the pool: router, biases, and what expert a cluster has.
+
+    :raises WexpandError: naming the tensor, what was found and what would be right
+    """
+    pool, router, bias, biases, cluster_expert = linear
+    if router is not None:
+        _check_finite(name, "router_weight", router.weight)
+        _check_finite(name, "router_bias", router.bias)
+    if bias is not None:
+        _check_finite(name, "bias", bias)
+    if biases is not None and (not finite(biases.scale) or bool((biases.scale < 0).any())):
+        raise _error(name, "cluster_bias_scale", "holds NaN, infinite or negative scales")
+    if cluster_expert is not None:
+        used = torch.bincount(cluster_expert, minlength=pool.experts)
+        if len(used) > pool.experts:
+            last = pool.experts - 1
+            problem = f"{len(used) - 1} is not 0 to {last}, an expert of the linear"
+            raise _error(name, "cluster_expert", problem)
+        if not bool(used.all()):
+            problem = f"no cluster has expert {int(used.argmin())}, of {pool.experts}"
+            raise _error(name, "cluster_expert", problem)
+
+
+def _check_finite(name: str, kind: str, tensor: Tensor) -> None:
+    if not finite(tensor):
+        raise _error(name, kind, "holds NaN or infinite values")
 
 
 def check_form(

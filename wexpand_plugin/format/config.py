@@ -9,7 +9,7 @@ file of their own (`checksums`).
 import hashlib
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -24,8 +24,9 @@ from pydantic import (
 )
 
 from ..errors import WexpandError
+from .clusters import MAX_CLUSTERS
 from .router import ROUTER_DTYPES
-from .rowpool import MAX_EXPERTS, RowPool
+from .rowpool import MAX_EXPERTS
 from .values import FLOATS, ValueCodec, codec
 
 __all__ = [
@@ -41,12 +42,19 @@ __all__ = [
 
 QUANT_METHOD = "wexpand"
 FORMAT_VERSION = 1
-KINDS = ("weight", "weight_mask", "weight_scale", "row_map", "router_weight", "router_bias", "bias")
+KINDS = (
+    "weight", "weight_mask", "weight_scale", "row_map", "router_weight", "router_bias",
+    "cluster_expert", "cluster_bias", "cluster_bias_scale", "bias",
+)  # fmt: skip
 """the tensors that a linear may have"""
 
 # no dimension of a model comes near
 Size = Annotated[int, Field(gt=0, lt=2**31)]
 Experts = Annotated[int, Field(gt=0, le=MAX_EXPERTS)]
+Clusters = Annotated[int, Field(gt=0, le=MAX_CLUSTERS)]
+Parents = Annotated[int, Field(ge=0, le=MAX_CLUSTERS)]
+# what a group writes once for all of its linears
+SHARED = ("in_features", "experts", "clusters", "parents")
 Shapes = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
 
 
@@ -58,6 +66,8 @@ class LinearEntry(BaseModel):
     # of its input group, which writes them once for all of its linears
     in_features: Size = Field(exclude=True)
     experts: Experts = Field(exclude=True)
+    clusters: Clusters = Field(exclude=True)
+    parents: Parents = Field(exclude=True)
 
     out_features: Size
     versions: Size
@@ -67,6 +77,8 @@ class LinearEntry(BaseModel):
     elements: NonNegativeInt
     """of the tensor `weight`: nnz, but for codecs that put several weights into one"""
     bias: bool = False
+    cluster_bias: bool = False
+    """whether each cluster has a bias"""
     dtype: Literal["float32", "bfloat16", "float16"]
     """of the dense weight that this linear stands for"""
     values: Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -93,22 +105,6 @@ class LinearEntry(BaseModel):
             raise ValueError(f"elements {self.elements} should be {low} to {high}")
         return self
 
-    @classmethod
-    def of(cls, pool: RowPool, bias: bool, dtype: torch.dtype) -> "LinearEntry":
-        """The entry that describes `pool`, which stands for a dense weight of this dtype."""
-        return cls(
-            in_features=pool.in_features,
-            experts=pool.experts,
-            out_features=pool.out_features,
-            versions=pool.versions,
-            nnz=pool.nnz,
-            elements=pool.values.numel(),
-            bias=bias,
-            dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
-            values=pool.codec.name,  # type: ignore[arg-type]
-            value_group=pool.codec.group,
-        )
-
     @property
     def codec(self) -> ValueCodec:
         """How kept weights are stored."""
@@ -132,22 +128,33 @@ class LinearEntry(BaseModel):
             expected["weight_scale"] = ((self.versions, scales), (torch.float16,))
         if self.experts > 1:
             expected["row_map"] = ((self.experts, self.out_features), (torch.uint8,))
-            expected["router_weight"] = ((self.experts, self.in_features), ROUTER_DTYPES)
-            expected["router_bias"] = ((self.experts,), (torch.float32,))
+        if self.clusters > 1:
+            rows = self.parents + self.clusters
+            expected["router_weight"] = ((rows, self.in_features), ROUTER_DTYPES)
+            expected["router_bias"] = ((rows,), (torch.float32,))
+        if 1 < self.experts < self.clusters:
+            expected["cluster_expert"] = ((self.clusters,), (torch.uint8,))
+        if self.cluster_bias:
+            expected["cluster_bias"] = ((self.clusters, self.out_features), (torch.int8,))
+            expected["cluster_bias_scale"] = ((self.out_features,), (torch.float16,))
         if self.bias:
             expected["bias"] = ((self.out_features,), tuple(FLOATS.values()))
         return expected
 
 
 class GroupEntry(BaseModel):
-    """One input group: linears that read the same tensor and, with experts, share a router."""
+    """One input group: linears that read the same tensor and, with clusters, share a router."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     in_features: Size
     experts: Experts = 1
+    clusters: Clusters = 1
+    """that the router tells apart; if left out, as many as experts"""
+    parents: Parents = 0
+    """rows of the router's first level; 0 where it has one level"""
     tokens: list[NonNegativeInt] = Field(default_factory=list)
-    """calibration tokens that the router sent to each expert; empty where not counted"""
+    """calibration tokens that the router sent to each cluster; empty where not counted"""
     linears: Annotated[dict[str, LinearEntry], Field(min_length=1)]
 
     @model_validator(mode="before")
@@ -157,8 +164,9 @@ class GroupEntry(BaseModel):
         linears = values.get("linears") if isinstance(values, Mapping) else None
         if not isinstance(linears, Mapping):
             return values
-        shared = {key: values[key] for key in ("in_features", "experts") if key in values}
-        shared.setdefault("experts", 1)
+        experts = values.get("experts", 1)
+        values = {"experts": experts, "clusters": experts, "parents": 0, **values}
+        shared = {key: values[key] for key in SHARED if key in values}
         known = {}
         for name, entry in linears.items():
             if isinstance(entry, Mapping):
@@ -170,12 +178,27 @@ class GroupEntry(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> "GroupEntry":
-        if len(self.tokens) not in (0, self.experts):
-            raise ValueError(f"tokens has {len(self.tokens)} counts for {self.experts} experts")
+        if self.clusters < self.experts:
+            raise ValueError(f"clusters {self.clusters} should be at least experts {self.experts}")
+        if self.parents == 1 or self.parents > self.clusters:
+            raise ValueError(
+                f"parents {self.parents} should be 0 or 2 to the {self.clusters} clusters"
+            )
+        if len(self.tokens) not in (0, self.clusters):
+            raise ValueError(f"tokens has {len(self.tokens)} counts for {self.clusters} clusters")
         for name, entry in self.linears.items():
-            if (entry.in_features, entry.experts) != (self.in_features, self.experts):
-                raise ValueError(f"{name}: in_features or experts are not those of its group")
+            for key in SHARED:
+                if getattr(entry, key) != getattr(self, key):
+                    found, right = getattr(entry, key), getattr(self, key)
+                    raise ValueError(f"{name}: {key} {found} should be {right}, as in its group")
         return self
+
+    @classmethod
+    def of(cls, linears: Mapping[str, LinearEntry], tokens: Sequence[int] = ()) -> "GroupEntry":
+        """The group of these linears, by the names of their tensors."""
+        first = next(iter(linears.values()))
+        shared = {key: getattr(first, key) for key in SHARED}
+        return cls(linears=dict(linears), tokens=[int(count) for count in tokens], **shared)
 
 
 class CheckpointConfig(BaseModel):

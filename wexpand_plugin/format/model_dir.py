@@ -24,8 +24,7 @@ from torch import Tensor
 from ..errors import WexpandError
 from .checks import check_form, check_linear
 from .config import QUANT_METHOD, CheckpointConfig, parse_config
-from .router import StoredRouter
-from .rowpool import RowPool
+from .linear import StoredLinear
 
 __all__ = ["CHECKSUMS", "CONFIG", "INDEX", "Header", "ModelDir", "checksum", "read_json"]
 
@@ -203,12 +202,11 @@ class ModelDir:
             check_form(name, header.shape, header.dtype, shape, dtypes)
         return header
 
-    def linear(self, name: str) -> tuple[RowPool, StoredRouter | None, Tensor | None]:
-        """Read and check a linear of ours: pool, router and bias (None where it has none)."""
+    def linear(self, name: str) -> StoredLinear:
+        """Read and check a linear of ours."""
         tensors = self.kinds(name)
         with self.locating_errors():
-            pool, router = check_linear(name, self.config.linears[name], tensors)
-        return pool, router, tensors.get("bias")
+            return check_linear(name, self.config.linears[name], tensors)
 
     def others(self) -> list[str]:
         """The tensors that belong to no linear of ours: embeddings, norms, the output head, ..."""

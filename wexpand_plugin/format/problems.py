@@ -18,6 +18,9 @@ from .rowpool import finite
 
 __all__ = ["problems"]
 
+# what says which expert a token gets, equal in all linears of an input group
+ROUTER = ("router_weight", "router_bias", "cluster_expert")
+
 
 def problems(
     model: ModelDir, progress: Callable[[str], None] = lambda tensor: None
@@ -66,7 +69,7 @@ def _group_problems(
                 check_linear(name, entry, tensors)
         except WexpandError as error:
             yield error
-        routers.add(tuple(checksum(tensors[kind]) for kind in sorted(tensors) if "router" in kind))
+        routers.add(tuple(checksum(tensors[kind]) for kind in ROUTER if kind in tensors))
     if len(routers) > 1:
         yield WexpandError(f"{', '.join(group.linears)}: one input group, but unequal routers")
 

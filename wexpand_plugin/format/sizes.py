@@ -53,10 +53,26 @@ class StoredBytes:
         stored = kept if masked else torch.full_like(kept, in_features)
         return row_bytes(self.codec, stored, in_features, masked=masked)
 
-    def fixed(self, out_features: int, in_features: int, experts: int) -> int:
-        """Bytes of a linear that do not depend on its versions: row map and router."""
+    def fixed(
+        self,
+        out_features: int,
+        in_features: int,
+        experts: int,
+        clusters: int = 0,
+        parents: int = 0,
+        biased: bool = False,
+    ) -> int:
+        """Bytes of a linear that do not depend on its versions: row map, router, which expert a
+        cluster has, and cluster biases.
+
+        :param clusters: 0: as many as experts
+        :param biased: whether each cluster has a bias
+        """
+        clusters = clusters or experts
         row_map = experts * out_features if experts > 1 else 0
-        return row_map + router_bytes(experts, in_features)
+        named = clusters if 1 < experts < clusters else 0
+        biases = (clusters + 2) * out_features if biased else 0
+        return row_map + named + biases + router_bytes(clusters, in_features, parents)
 
     def dense(self, out_features: int, in_features: int) -> int:
         """Bytes of the dense weight."""

@@ -21,9 +21,8 @@ from tqdm import tqdm
 from ..errors import WexpandError
 from .checks import check_linear
 from .config import CheckpointConfig, GroupEntry, digest_of
+from .linear import StoredLinear
 from .model_dir import CHECKSUMS, CONFIG, INDEX, ModelDir, checksum
-from .router import StoredRouter
-from .rowpool import RowPool
 
 __all__ = [
     "SHARD_BYTES",
@@ -91,26 +90,10 @@ class TensorWriter:
         self._bytes += tensor.nbytes
         self._total += tensor.nbytes
 
-    def add_pool(
-        self,
-        linear: str,
-        pool: RowPool,
-        router: StoredRouter | None = None,
-        bias: Tensor | None = None,
-    ) -> None:
+    def add_linear(self, name: str, linear: StoredLinear) -> None:
         """Add the tensors of a linear of ours, under the names that a checkpoint gives them."""
-        tensors = {
-            "weight": pool.values,
-            "weight_mask": pool.mask,
-            "weight_scale": pool.scale,
-            "row_map": pool.row_map,
-            "bias": bias,
-        }
-        if router is not None:
-            tensors |= {"router_weight": router.weight, "router_bias": router.bias}
-        for kind, tensor in tensors.items():
-            if tensor is not None:
-                self.add(f"{linear}.{kind}", tensor)
+        for kind, tensor in linear.tensors().items():
+            self.add(f"{name}.{kind}", tensor)
 
     def _flush(self) -> None:
         from safetensors.torch import save_file

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..format.clusters import ClusterBias, expert_of
 from ..format.config import KINDS, LinearEntry
+from ..format.linear import StoredLinear
 from ..format.router import StoredRouter, narrowest
 from ..format.rowpool import RowPool
 from ..format.values import codec_of
@@ -19,15 +21,17 @@ from ..kernels import reference
 __all__ = ["RoutedLinear"]
 
 # loaded in float32, which every device computes with, whatever they are stored in
-WIDENED = ("router_weight", "router_bias", "weight_scale")
+WIDENED = ("router_weight", "router_bias", "weight_scale", "cluster_bias_scale")
 
 
 class RoutedLinear(nn.Module):
-    """y = W_e x + b, e being the expert that the router gives x; one expert needs no router.
+    """y = W_e x + b + B_c, c being the cluster that the router gives x and e the expert of c.
+
+    Without cluster biases there is no B; one cluster needs no router.
 
     :param entry: its sizes; the tensors are empty
     :param group: name of its input group, any that the linears of the group share; "" for none
-    :param tokens: calibration tokens per expert, where known
+    :param tokens: calibration tokens per cluster, where known
     :param dtype: of float weights and bias, by default the entry's
     """
 
@@ -37,6 +41,9 @@ class RoutedLinear(nn.Module):
     row_map: Tensor | None
     router_weight: Tensor | None
     router_bias: Tensor | None
+    cluster_expert: Tensor | None
+    cluster_bias: Tensor | None
+    cluster_bias_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -51,10 +58,11 @@ class RoutedLinear(nn.Module):
         super().__init__()
         self.entry, self.group, self.tokens = entry, group, list(tokens)
         self.in_features, self.out_features = entry.in_features, entry.out_features
-        self.experts = entry.experts
+        self.experts, self.clusters = entry.experts, entry.clusters
         for kind in KINDS:
             self._set(kind, None)
         self._dense: Tensor | None = None
+        self._dense_biases: Tensor | None = None
         for kind, (shape, dtypes) in entry.shapes().items():
             of = dtypes[0]
             if kind in WIDENED:
@@ -64,8 +72,8 @@ class RoutedLinear(nn.Module):
             self._set(kind, torch.empty(shape, dtype=of, device=device))
 
     def _set(self, kind: str, tensor: Tensor | None) -> None:
-        """Give a tensor its place: bit patterns are buffers, the rest parameters."""
-        if kind in ("weight_mask", "row_map"):
+        """Give a tensor its place: bit patterns and numbers are buffers, the rest parameters."""
+        if kind in ("weight_mask", "row_map", "cluster_expert"):
             self.register_buffer(kind, tensor)
         else:
             parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
@@ -78,24 +86,35 @@ class RoutedLinear(nn.Module):
         router: StoredRouter | None = None,
         bias: Tensor | None = None,
         *,
+        cluster_bias: ClusterBias | None = None,
+        cluster_expert: Tensor | None = None,
         group: str = "",
         tokens: Sequence[int] = (),
         dtype: torch.dtype | None = None,
     ) -> "RoutedLinear":
-        """A module holding these tensors; `router` is needed for more than one expert.
+        """A module holding these tensors.
 
+        :param router: needed for more than one expert or cluster
+        :param cluster_expert: [clusters], the expert of each; needed where there are more clusters
+            than experts, and more experts than one
         :param dtype: of the dense weight, by default that of a float pool's values
+        :raises WexpandError: parts that do not fit each other
         """
         dtype = dtype or (torch.float32 if pool.codec.scaled else pool.codec.storage)
-        entry = LinearEntry.of(pool, bias is not None, dtype)
-        module = cls(entry, group, tokens, device="meta")
-        tensors = {"weight": pool.values, "weight_mask": pool.mask, "row_map": pool.row_map}
-        tensors |= {"weight_scale": pool.scale, "bias": None if bias is None else bias.detach()}
-        if router is not None and pool.experts > 1:
+        if router is not None:
+            router = StoredRouter(*router)
             # a copy for each linear of the group: transformers refuses to save shared tensors
-            tensors["router_weight"] = narrowest(router.weight.detach()).clone()
-            tensors["router_bias"] = router.bias.detach().float().clone()
-        for kind, tensor in tensors.items():
+            router = router._replace(
+                weight=narrowest(router.weight.detach()).clone(),
+                bias=router.bias.detach().float().clone(),
+            )
+        if cluster_expert is not None:
+            cluster_expert = cluster_expert.to(torch.uint8, copy=True)
+        if bias is not None:
+            bias = bias.detach()
+        stored = StoredLinear(pool, router, bias, cluster_bias, cluster_expert)
+        module = cls(stored.entry(dtype), group, tokens, device="meta")
+        for kind, tensor in stored.tensors().items():
             module._set(kind, tensor)
         return module
 
@@ -117,7 +136,22 @@ class RoutedLinear(nn.Module):
         """The router, in whatever dtype it is held; shares its tensors."""
         if self.router_weight is None or self.router_bias is None:
             return None
-        return StoredRouter(self.router_weight.data, self.router_bias.data)
+        return StoredRouter(self.router_weight.data, self.router_bias.data, self.entry.parents)
+
+    @property
+    def cluster_biases(self) -> ClusterBias | None:
+        """What the clusters add to the output; shares its tensors."""
+        if self.cluster_bias is None or self.cluster_bias_scale is None:
+            return None
+        return ClusterBias(self.cluster_bias.data, self.cluster_bias_scale.data.half())
+
+    @property
+    def stored(self) -> StoredLinear:
+        """All of it; shares its tensors."""
+        bias = None if self.bias is None else self.bias.data
+        return StoredLinear(
+            self.pool, self.router, bias, self.cluster_biases, self.cluster_expert
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,45 +160,57 @@ class RoutedLinear(nn.Module):
         return self.weight.dtype if floats else getattr(torch, self.entry.dtype)
 
     def stored_bytes(self) -> int:
-        """Bytes of the pool and the router in a checkpoint; the bias is not counted."""
-        router = self.router
-        size = 0
-        if router is not None:
-            size = StoredRouter(narrowest(router.weight), router.bias).nbytes
-        return sum(self.pool.stored_bytes().values()) + size
+        """Bytes of all tensors in a checkpoint, but for the dense linear's own bias."""
+        stored = self.stored._replace(bias=None)
+        if stored.router is not None:
+            narrow = narrowest(stored.router.weight)
+            stored = stored._replace(router=stored.router._replace(weight=narrow))
+        return sum(tensor.nbytes for tensor in stored.tensors().values())
 
     def dense_bytes(self) -> int:
         """Bytes of the dense weight that this linear stands for."""
         return self.in_features * self.out_features * self.dtype.itemsize
 
-    def materialise(self, weights: Tensor | None = None) -> None:
+    def materialise(
+        self, weights: Tensor | None = None, biases: Tensor | None = None
+    ) -> None:
         """Keep dense experts [experts, out, in] at hand: fast, at `experts` times the memory.
 
         :param weights: to compute with, instead of those that are stored, until `dematerialise`
+        :param biases: float [clusters, out], likewise, instead of the stored biases of clusters
         """
         if weights is None:
             pool = self.pool
             weights = torch.stack([pool.expert(e) for e in range(self.experts)])
-        self._dense = weights
+        self._dense, self._dense_biases = weights, biases
 
     def dematerialise(self) -> None:
         """Undo `materialise`."""
-        self._dense = None
+        self._dense = self._dense_biases = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         rows = x.reshape(-1, self.in_features)
-        router = self.router
-        experts = None if router is None else router.route(rows)
+        router, biases = self.router, self.cluster_biases
+        clusters = experts = None
+        if router is not None:
+            clusters = router.route(rows)
+            experts = expert_of(clusters, self.cluster_expert, self.experts)
         weight_of = self.pool.expert if self._dense is None else self._dense.__getitem__
         y = reference.multiply(rows, experts, weight_of, self.experts, self.out_features)
-        if self.bias is not None:
-            y = y + self.bias
+        shift: Tensor | None
+        if self._dense_biases is not None:
+            shift = self._dense_biases[0 if clusters is None else clusters]
+        else:
+            shift = None if biases is None else biases.of(clusters)
+        y = reference.biased(y, self.bias, shift)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"experts={self.experts}, versions={self.entry.versions}, nnz={self.entry.nnz}, "
-            f"values={self.entry.values}, bias={self.bias is not None}"
+            f"experts={self.experts}, clusters={self.clusters}, "
+            f"versions={self.entry.versions}, nnz={self.entry.nnz}, "
+            f"values={self.entry.values}, bias={self.bias is not None}, "
+            f"cluster_bias={self.entry.cluster_bias}"
         )

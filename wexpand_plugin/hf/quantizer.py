@@ -17,12 +17,10 @@ from typing import Any
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..errors import WexpandError
-from ..format.checks import check_pool
+from ..format.checks import check_affine, check_pool
 from ..format.config import CheckpointConfig, parse_config
 from ..format.model_dir import ModelDir
 from ..format.problems import problems
-from ..format.rowpool import finite
 from .linear import WIDENED, RoutedLinear
 from .names import check_headers, install_linears
 from .saving import wrap_save_pretrained
@@ -85,6 +83,4 @@ class WexpandQuantizer(HfQuantizer):
 def _check(name: str, module: RoutedLinear) -> None:
     """The content of what was loaded; shapes and dtypes were those of the headers."""
     check_pool(module.pool, name)
-    for kind, tensor in module.named_parameters(recurse=False):
-        if tensor.is_floating_point() and not finite(tensor):
-            raise WexpandError(f"{name}.{kind}: holds NaN or infinite values", f"{name}.{kind}")
+    check_affine(name, module.stored)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import WexpandError
-from ..format.config import GroupEntry, LinearEntry
+from ..format.config import GroupEntry
 from ..format.model_dir import ModelDir
 from ..format.problems import problems
 from ..format.router import narrowest
@@ -105,21 +105,8 @@ def group_entries(model: Any, tensors: Iterable[str]) -> list[GroupEntry]:
         groups.setdefault(module.group or name, []).append(name)
     entries = []
     for members in groups.values():
-        linears = {
-            saved[name]: LinearEntry.of(
-                routed[name].pool, routed[name].bias is not None, routed[name].dtype
-            )
-            for name in members
-        }
-        first = routed[members[0]]
-        entries.append(
-            GroupEntry(
-                in_features=first.in_features,
-                experts=first.experts,
-                tokens=[int(count) for count in first.tokens],
-                linears=linears,
-            )
-        )
+        linears = {saved[name]: routed[name].stored.entry(routed[name].dtype) for name in members}
+        entries.append(GroupEntry.of(linears, routed[members[0]].tokens))
     return entries
 
 
@@ -133,6 +120,7 @@ def _restore_tensors(model: nn.Module) -> None:
         "router_weight": narrowest,
         "router_bias": torch.Tensor.float,
         "weight_scale": torch.Tensor.half,
+        "cluster_bias_scale": torch.Tensor.half,
     }
     assert set(stored) == set(WIDENED)
     seen = set()

@@ -15,7 +15,7 @@ from ..format.rowpool import RowPool
 from ..format.values import ValueCodec, codec_of
 from . import LayerShape
 
-__all__ = ["logits", "multiply", "name", "prepare", "run", "unavailable"]
+__all__ = ["biased", "logits", "multiply", "name", "prepare", "run", "unavailable"]
 
 name = "reference"
 
@@ -65,6 +65,12 @@ def multiply(
         if tokens.numel():
             y[tokens] = linear(x[tokens], weight_of(expert).to(x.dtype))
     return y
+
+
+def biased(y: Tensor, *biases: Tensor | None) -> Tensor:
+    """`y` [tokens, out] plus these, [out] or [tokens, out], summed in float32 and rounded once."""
+    there = [bias for bias in biases if bias is not None]
+    return sum(there, y.float()).to(y.dtype) if there else y
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:

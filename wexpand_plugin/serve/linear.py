@@ -88,9 +88,12 @@ class WexpandLinearMethod(LinearMethodBase):
         with model_dir.locating_errors() if model_dir else nullcontext():
             linears = loaded_linears(self.prefix, self.names, self.shards, self.parameters, config)
         del self.parameters
+        for linear in linears:
+            if linear.stored.clusters > linear.stored.pool.experts or linear.stored.cluster_bias:
+                raise WexpandError(f"{linear.name}: biases of clusters are not served yet")
         neurons, columns = neurons_of(layer, linears, self.out_features), columns_of(layer)
         self._set_bias(layer, linears, neurons)
-        pool = RowPool.concat([linear.pool for linear in linears]).take(neurons, columns)
+        pool = RowPool.concat([linear.stored.pool for linear in linears]).take(neurons, columns)
         pool = pool.to(device, self.dtype)
         self.kernel, sentence = kernels.choose(device, self.dtype, kernels.LayerShape.of(pool))
         logger.info_once("wexpand: %s", sentence)
@@ -99,9 +102,9 @@ class WexpandLinearMethod(LinearMethodBase):
         self.layout = [f"layout_{number}" for number in range(len(layout))]
         for name, tensor in zip(self.layout, layout, strict=True):
             layer.register_buffer(name, tensor, persistent=False)
-        router = next((linear.router for linear in linears if linear.router is not None), None)
-        self.reduces = router is not None and columns is not None
-        weight, bias = router or (None, None)
+        routers = [linear.stored.router for linear in linears if linear.stored.router is not None]
+        weight, bias, _ = routers[0] if routers else (None, None, 0)
+        self.reduces = weight is not None and columns is not None
         if weight is not None and columns is not None:
             weight = weight[:, slice(*columns)]
         for name, part in (("router_weight", weight), ("router_bias", bias)):
@@ -114,15 +117,15 @@ class WexpandLinearMethod(LinearMethodBase):
         """Fill the layer's bias, where it has one, with this rank's share of the linears'."""
         if layer.bias is not None:
             biases = [
-                layer.bias.new_zeros(linear.pool.out_features)
-                if linear.bias is None
-                else linear.bias.to(layer.bias)
+                layer.bias.new_zeros(linear.stored.pool.out_features)
+                if linear.stored.bias is None
+                else linear.stored.bias.to(layer.bias)
                 for linear in linears
             ]
             bias = torch.cat(biases) if neurons is None else torch.cat(biases)[neurons]
             # older vLLMs make it with requires_grad, and our op has no gradient
             layer.bias.requires_grad_(False).copy_(bias)
-        elif any(linear.bias is not None for linear in linears):
+        elif any(linear.stored.bias is not None for linear in linears):
             raise WexpandError(f"{self.prefix}: the checkpoint has a bias, vLLM's layer has none")
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from ..errors import WexpandError
 from ..format.checks import check_linear
 from ..format.config import CheckpointConfig, LinearEntry
-from ..format.router import StoredRouter
+from ..format.linear import StoredLinear
 from ..format.rowpool import RowPool
 from ..format.values import FLOATS
 
@@ -81,9 +81,7 @@ class LoadedLinear(NamedTuple):
     """in the checkpoint"""
     shard_id: Any
     """what vLLM calls it within the layer"""
-    pool: RowPool
-    router: StoredRouter | None
-    bias: Tensor | None
+    stored: StoredLinear
 
 
 def loaded_linears(
@@ -136,8 +134,7 @@ def _checked(
         tensors, entry = _packed(name, tensors)
     elif bias is not None and not entry.bias and not bias.any():
         del tensors["bias"]  # some models let vLLM add a bias of zeros
-    pool, router = check_linear(name, entry, tensors)
-    return LoadedLinear(name, shard_id, pool, router, bias)
+    return LoadedLinear(name, shard_id, check_linear(name, entry, tensors))
 
 
 def _packed(name: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], LinearEntry]:
@@ -151,5 +148,5 @@ def _packed(name: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], L
             f"{name}.weight",
         )
     pool = RowPool.pack(weight, keep=torch.ones_like(weight, dtype=torch.bool))
-    entry = LinearEntry.of(pool, "bias" in tensors, weight.dtype)
+    entry = StoredLinear(pool, bias=tensors.get("bias")).entry(weight.dtype)
     return tensors | {"weight": pool.values}, entry

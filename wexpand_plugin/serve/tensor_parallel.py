@@ -43,7 +43,7 @@ def neurons_of(layer: Any, linears: Sequence[LoadedLinear], held: int) -> Tensor
     ends = set(_held(last, linears, held).tolist())
     total = 0
     for linear in linears:
-        total += linear.pool.out_features
+        total += linear.stored.pool.out_features
         if total - 1 not in ends:
             raise _wrong_size(layer, linear)
     return None if torch.equal(mine, torch.arange(total)) else mine
@@ -54,10 +54,10 @@ def _held(layer: Any, linears: Sequence[LoadedLinear], held: int) -> Tensor:
     numbers.output_dim = 0  # type: ignore[attr-defined]
     first = 0
     for linear in linears:
-        if linear.pool.in_features != layer.input_size:
+        if linear.stored.pool.in_features != layer.input_size:
             raise _wrong_size(layer, linear)
-        own = torch.arange(first, first + linear.pool.out_features)
-        first += linear.pool.out_features
+        own = torch.arange(first, first + linear.stored.pool.out_features)
+        first += linear.stored.pool.out_features
         shard = () if linear.shard_id is None else (linear.shard_id,)
         try:
             layer.weight_loader(numbers, own, *shard)
@@ -70,7 +70,7 @@ def _held(layer: Any, linears: Sequence[LoadedLinear], held: int) -> Tensor:
 
 
 def _wrong_size(layer: Any, linear: LoadedLinear) -> WexpandError:
-    found = [linear.pool.out_features, linear.pool.in_features]
+    found = [linear.stored.pool.out_features, linear.stored.pool.in_features]
     return WexpandError(
         f"{linear.name}: {found} (out, in) by the checkpoint does not fit vLLM's {layer.prefix}, "
         f"{[layer.output_size, layer.input_size]} with all that is fused into it"

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import WexpandError
-from ..format.config import GroupEntry, LinearEntry
+from ..format.config import GroupEntry
+from ..format.linear import StoredLinear
 from ..format.model_dir import ModelDir
 from ..format.rowpool import RowPool, kept
 from ..format.sizes import row_bytes
@@ -229,10 +230,11 @@ class _Packer:
         self, linear: str, pool: RowPool, dtype: torch.dtype, zeros: float, writer: TensorWriter
     ) -> None:
         self.done.packed[linear] = zeros
-        entry = LinearEntry.of(pool, f"{linear}.bias" in self.source.headers, dtype)
-        group = GroupEntry(in_features=pool.in_features, linears={linear: entry})
-        self.groups[linear] = group
-        writer.add_pool(linear, pool)
+        stored = StoredLinear(pool)
+        has_bias = f"{linear}.bias" in self.source.headers  # which is copied as it is
+        entry = stored.entry(dtype).model_copy(update={"bias": has_bias})
+        self.groups[linear] = GroupEntry.of({linear: entry})
+        writer.add_linear(linear, stored)
 
     def nothing(self) -> str:
         """Why nothing was packed."""

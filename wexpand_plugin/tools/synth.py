@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import WexpandError
 from ..format.bits import pack_bits
 from ..format.config import GroupEntry, LinearEntry
+from ..format.linear import StoredLinear
 from ..format.router import StoredRouter, narrowest
 from ..format.rowpool import MAX_EXPERTS, RowPool
 from ..format.sizes import StoredBytes
@@ -137,24 +138,19 @@ def synth(
             pool = _pool(row_map, columns, kept, FLOATS[dtype], generator)
             block, _, kind = linear.rpartition(".")
             group = f"{block}.{GROUPS.get(kind, kind)}"
-            groups.setdefault(group, {})[linear] = LinearEntry.of(pool, False, FLOATS[dtype])
             router = None
             if experts > 1:
                 if group not in routers:
                     routers = {group: _router(experts, columns, generator)}
-                router = StoredRouter(*(part.clone() for part in routers[group]))
-            writer.add_pool(linear, pool, router)
+                weight, bias, parents = routers[group]
+                router = StoredRouter(weight.clone(), bias.clone(), parents)
+            stored = StoredLinear(pool, router)
+            groups.setdefault(group, {})[linear] = stored.entry(FLOATS[dtype])
+            writer.add_linear(linear, stored)
         writer.close()
         if not dense:
             made_by = {"wexpand": __version__, "command": "synth", "seed": seed}
-            entries = [
-                GroupEntry(
-                    in_features=next(iter(found.values())).in_features,
-                    experts=experts,
-                    linears=found,
-                )
-                for found in groups.values()
-            ]
+            entries = [GroupEntry.of(found) for found in groups.values()]
             seal(partial, entries, made_by, checksums=writer.checksums)
 
 

@@ -39,6 +39,11 @@ def unpack(
     model = ModelDir(directory)
     linears = model.config.linears
     for name, entry in linears.items():
+        if entry.cluster_bias:
+            raise WexpandError(
+                f"{directory}: {name} adds a bias of its own for each of {entry.clusters} clusters "
+                "of tokens, which no dense model can hold"
+            )
         if entry.experts > 1 and expert is None:
             raise WexpandError(
                 f"{directory}: {name} has {entry.experts} experts, a dense model holds one: choose "
@@ -63,7 +68,7 @@ def unpack(
                 bar.update(tensor.nbytes)
                 linear = name.removesuffix(".weight")
                 if linear != name and linear in linears:
-                    pool, _, _ = model.linear(linear)
+                    pool = model.linear(linear).pool
                     chosen = (expert or 0) if pool.experts > 1 else 0
                     tensor = pool.expert(chosen).to(getattr(torch, linears[linear].dtype))
                 if name not in ours:

@@ -29,7 +29,7 @@ class Baseline:
         """Dense weight [out, in] of linear `name`; WexpandError if it is not there, not `shape`,
         not pruned, or has several experts."""
         if name in self.ours:
-            pool, _, _ = self.model.linear(name)
+            pool = self.model.linear(name).pool
             if pool.experts > 1:
                 raise WexpandError(
                     f"baseline: {self.directory}: {name} has {pool.experts} experts; a baseline "

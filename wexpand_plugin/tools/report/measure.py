@@ -109,7 +109,7 @@ def measure(
     with tqdm(total=total + len(data.linears), desc="measuring", disable=not progress) as bar:
         for group, x in model.inputs(data.groups, rows, bar):
             for name in group.linears:
-                pool, router, _ = ours.linear(name)
+                pool, router, *_ = ours.linear(name)
                 module = model.modules[name]
                 base: tuple[Tensor, Tensor] | None
                 if given is not None:
