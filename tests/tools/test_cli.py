@@ -261,6 +261,26 @@ def test_synth(tmp_path, experts, budget, targets):
     assert torch.isfinite(logits).all() and 0.1 < logits.std() < 10
 
 
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_synth_integers(tmp_path, values, sparsity, experts):
+    """As sound as floats, in rows with an odd number of weights too, and as large."""
+    shape = Shape(hidden=62, ffn=106, layers=1, heads=1, vocab=300)
+    synth(
+        tmp_path / "a", shape, experts=experts, sparsity=sparsity, values=values, value_group=32,
+        quiet=True,
+    )  # fmt: skip
+    assert verify(tmp_path / "a") == []
+    model = ModelDir(tmp_path / "a")
+    for name, entry in model.config.linears.items():
+        pool, _, _ = model.linear(name)
+        assert str(pool.codec) == f"{values}, groups of 32" and entry.dtype == "bfloat16"
+        assert (pool.mask is None) == (sparsity == 0)
+        deviation = pool.expert(0).std() * entry.in_features**0.5
+        assert 0.9 < deviation < 1.2, "outputs keep the size of inputs"
+
+
 def test_synth_command(tmp_path):
     options = ("--hidden", 64, "--ffn", 96, "--layers", 1, "--vocab", 300, "-q")
     run("synth", tmp_path / "a", "--seed", 3, *options)
@@ -283,6 +303,8 @@ def test_synth_command(tmp_path):
         (dict(layers=0), {}, "layers: 0 should be at least 1"),
         ({}, dict(experts=0), "experts: 0 should be 1 to 256"),
         ({}, dict(dtype="int4"), "dtype: 'int4' is not one of"),
+        ({}, dict(values="int3"), "values: 'int3' is not one of"),
+        ({}, dict(values="int4", value_group=12), "value_group: 12 should be a multiple of 8"),
         ({}, dict(targets="head"), "targets: 'head' is not one of mlp, all"),
         ({}, dict(budget=0.1), "budget: 0.1 is below 0.29"),
     ],

@@ -287,6 +287,12 @@ def synth(
     ] = None,
     targets: Annotated[str, typer.Option(help="mlp or all: which linears.")] = "mlp",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    values: Annotated[
+        str | None, typer.Option(help="int8 or int4: kept weights, by default of the dtype.")
+    ] = None,
+    value_group: Annotated[
+        int, typer.Option(help="Columns of a row that share a scale, with int values.")
+    ] = 128,
     dense: Annotated[
         bool, typer.Option("--dense", help="The dense model of this shape, for comparison.")
     ] = False,
@@ -304,8 +310,8 @@ def synth(
 
     synth(
         out, Shape(hidden, ffn, layers, heads, kv_heads, vocab, context), experts=experts,
-        sparsity=sparsity, budget=budget, targets=targets, dtype=dtype, dense=dense, seed=seed,
-        quiet=quiet,
+        sparsity=sparsity, budget=budget, targets=targets, dtype=dtype, values=values,
+        value_group=value_group, dense=dense, seed=seed, quiet=quiet,
     )  # fmt: skip
     if not quiet:
         typer.echo(f"wrote {out}")

@@ -24,7 +24,7 @@ from ..format.linear import StoredLinear
 from ..format.router import StoredRouter, narrowest
 from ..format.rowpool import MAX_EXPERTS, RowPool
 from ..format.sizes import StoredBytes
-from ..format.values import FLOATS, codec_of
+from ..format.values import FLOATS, GROUP, ValueCodec, codec
 from ..format.writer import SHARD_BYTES, TensorWriter, partial_directory, require_empty, seal
 
 __all__ = ["Shape", "synth"]
@@ -84,6 +84,8 @@ def synth(
     budget: float | None = None,
     targets: str = "mlp",
     dtype: str = "bfloat16",
+    values: str | None = None,
+    value_group: int = GROUP,
     dense: bool = False,
     seed: int = 0,
     quiet: bool = False,
@@ -97,6 +99,9 @@ def synth(
     :param budget: stored bytes of the expanded linears, x their dense bytes; None stores every
         (expert, neuron) pair's own row
     :param targets: "mlp", or "all" linears of the blocks
+    :param dtype: of the model: of what is dense, and of scales once they are applied
+    :param values: codec of the kept weights, by default `dtype`
+    :param value_group: columns of a row that share a scale, of integer values
     :param dense: write the model of the same shape without any zeros, for comparison
     :raises WexpandError: a value that cannot be, or `output` is not empty
     """
@@ -111,6 +116,7 @@ def synth(
         raise WexpandError(f"experts: {experts} should be 1 to {MAX_EXPERTS}")
     if not 0 <= sparsity < 1:
         raise WexpandError(f"sparsity: {sparsity} should be at least 0 and below 1")
+    how = codec(values or dtype, value_group)
     shape = shape or Shape()
     generator = torch.Generator().manual_seed(seed)
     groups: dict[str, dict[str, LinearEntry]] = {}
@@ -133,9 +139,9 @@ def synth(
                 continue
             rows, columns = like.shape
             kept = max(1, round((1 - sparsity) * columns))
-            sizes = StoredBytes(codec_of(FLOATS[dtype]), FLOATS[dtype])
+            sizes = StoredBytes(how, FLOATS[dtype])
             row_map = _row_map(rows, columns, experts, kept, budget, sizes, generator)
-            pool = _pool(row_map, columns, kept, FLOATS[dtype], generator)
+            pool = _pool(row_map, columns, kept, how, generator)
             block, _, kind = linear.rpartition(".")
             group = f"{block}.{GROUPS.get(kind, kind)}"
             router = None
@@ -197,7 +203,7 @@ def _row_map(
 
 
 def _pool(
-    row_map: Tensor, columns: int, kept: int, dtype: torch.dtype, generator: torch.Generator
+    row_map: Tensor, columns: int, kept: int, how: ValueCodec, generator: torch.Generator
 ) -> RowPool:
     """Random rows that keep `kept` of `columns` weights each.
 
@@ -215,10 +221,24 @@ def _pool(
             width = columns // 8
             turn = torch.randint(width, (versions, 1), generator=generator)
             mask = mask.gather(1, (torch.arange(width) + turn) % width)
-    values = torch.randn(versions * kept, dtype=dtype, generator=generator) * kept**-0.5
-    return RowPool(
-        codec_of(dtype), columns, values, mask, row_map if len(row_map) > 1 else None
-    )
+    values, scale = _values(versions, columns, kept, how, generator)
+    return RowPool(how, columns, values, mask, row_map if len(row_map) > 1 else None, scale)
+
+
+def _values(
+    versions: int, columns: int, kept: int, how: ValueCodec, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """What rows with `kept` random weights store, each of variance 1 / kept, and their scales."""
+    if not how.scaled:
+        values = torch.randn(versions * kept, dtype=how.storage, generator=generator)
+        return values * kept**-0.5, None
+    elements = int(how.elements(torch.tensor(kept)))
+    values = torch.randint(256, (versions, elements), dtype=torch.uint8, generator=generator)
+    if how.bits == 4 and kept % 2:
+        values[:, -1] &= 0xF
+    # integers drawn evenly from -largest - 1 to largest deviate by about largest / sqrt(3)
+    scale = torch.full((versions, how.scales(columns)), (3 / kept) ** 0.5 / how.largest).half()
+    return values.flatten().view(how.storage), scale
 
 
 def _tokenizer():
