@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..hf.linear import RoutedLinear
 from ..method.clusters import Router
+from ..method.constant import constant_parts
 from ..method.settings import Settings
 from ..method.tuning import TunableLinear, TuneResult, tune_block
 from ..method.versions import RowVersions, SolvedRows
@@ -65,15 +66,16 @@ def tune(
     for key, linear in tunable.items():
         model.set_submodule(key, linear)
     try:
-        result = tune_block(
-            replay.output,
-            targets,
-            list(tunable.values()),
-            epochs=settings.tune_epochs,
-            lr=settings.tune_lr,
-            seed=settings.seed,
-            counts=replay.counts,
-        )
+        with constant_parts(replay.block, replay.output) as run:
+            result = tune_block(
+                run,
+                targets,
+                list(tunable.values()),
+                epochs=settings.tune_epochs,
+                lr=settings.tune_lr,
+                seed=settings.seed,
+                counts=replay.counts,
+            )
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -86,9 +88,16 @@ def tune(
             row_map = torch.zeros(1, old.out_features, dtype=torch.uint8)
         versions = RowVersions(linear.solved(), row_map, 0.0)
         pool = packed(versions, codec_for(old.dtype, settings))
-        bias = None if linear.bias is None else linear.bias.detach().to(old.dtype)
+        bias = linear.solved_bias()
         found[key] = replace_linear(
-            model, key, old, pool, old.router, group=old.group, tokens=old.tokens, bias=bias
+            model,
+            key,
+            old,
+            pool,
+            old.router,
+            group=old.group,
+            tokens=old.tokens,
+            bias=None if bias is None else bias.to(old.dtype),
         )
         found[key].materialise()
     return found

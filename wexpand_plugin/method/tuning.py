@@ -60,8 +60,11 @@ class TunableLinear(nn.Module):
         super().__init__()
         self.grid, self.router, self.version_map = grid, router, version_map
         self.keep, self.dtype = keep, rows.weights.dtype
-        self.values = nn.Parameter(rows.weights.float())
-        self.bias = None if bias is None else nn.Parameter(bias.float())
+        # relative to their size: a learning rate means the same for weights of any size
+        kept = rows.weights[keep].float()
+        self.size = float(kept.square().mean().sqrt()) if kept.numel() and kept.any() else 1.0
+        self.values = nn.Parameter(rows.weights.float() / self.size)
+        self.bias = None if bias is None else nn.Parameter(bias.float() / self.size)
         self.scales = rows.scales
         # relative: an equal step for scales of any size
         self.stretch = None
@@ -71,7 +74,7 @@ class TunableLinear(nn.Module):
     def weight(self) -> Tensor:
         """The row versions as they would be stored, float32 [versions, in]."""
         if self.grid is None or self.scales is None or self.stretch is None:
-            return self.values * self.keep
+            return self.values * (self.size * self.keep)
         q, rounded = self._integers(self.grid)
         stretched = self._columns(self.scales.float() * self.stretch.exp())
         return (q + (rounded - q).detach()) * stretched * self.keep
@@ -79,7 +82,7 @@ class TunableLinear(nn.Module):
     def _integers(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """The values in units of the scales that they came with, before and after rounding."""
         assert self.scales is not None
-        q = self.values / self._columns(self.scales.float()).clamp(min=1e-8)
+        q = self.values * (self.size / self._columns(self.scales.float()).clamp(min=1e-8))
         return q, q.detach().round().clamp(-grid.largest - 1, grid.largest)
 
     def _columns(self, scales: Tensor) -> Tensor:
@@ -101,8 +104,13 @@ class TunableLinear(nn.Module):
                 parts.append(rows[tokens] @ weight[self.version_map[expert]].t())
             y = torch.cat(parts)[torch.cat(order).argsort()]
         if self.bias is not None:
-            y = y + self.bias.to(x.dtype)
+            y = y + (self.bias * self.size).to(x.dtype)
         return y.view(*x.shape[:-1], y.shape[1])
+
+    @torch.no_grad()
+    def solved_bias(self) -> Tensor | None:
+        """The bias as it is now, float32 [out]; None for a linear without one."""
+        return None if self.bias is None else self.bias * self.size
 
     @torch.no_grad()
     def solved(self) -> SolvedRows:
@@ -142,7 +150,7 @@ def tune_block(
     :param run: output [..., hidden] of the block, with `linears` in it, on a calibration batch
     :param targets: what the dense model has there, one for each batch, as `run` gives it
     :param epochs: passes over the batches that are not held out, at most
-    :param lr: of Adam; falls linearly to 0
+    :param lr: of Adam, relative to the size of a linear's weights; falls linearly to 0
     :param seed: of the order of the batches
     :param counts: of each batch, which tokens count: booleans [...]; None: all
     """
