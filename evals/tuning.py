@@ -1,14 +1,14 @@
 """How block tuning depends on its steps: a curve, drawn on the first blocks of a real model.
 
-    python -m evals.tuning [--data FOLDER] [--model DIR] [--blocks 3] [--lr 1e-3 --lr 3e-3]
+    python -m evals.tuning [--data FOLDER] [--model DIR] [--blocks 3] [--lr 0.01 --lr 0.05]
         [--epochs 2 --epochs 8] [--sparsity 0.8] [--values auto] [--json FILE]
 
 The MLP linears of the first blocks are solved and tuned with every learning rate and number of
 epochs, on the calibration text of `evals.real_model`, by the method's own pieces (`expand_group`,
 `tune_block`) around transformers' blocks; later blocks stay dense. Each point gives the relative
 squared error of each block's outputs on held-out calibration tokens, before and after, and the loss
-on WikiText-2 test and on `--other`, a file with text of another kind. Points that the file has are not
-run again.
+on WikiText-2 test and on `--other`, a file with text of another kind. Points that the file has are
+not run again.
 """
 
 import json
@@ -174,7 +174,7 @@ def main(
     print("dense", base, flush=True)
     calibration = Blocks(dense, ids.view(-1, CONTEXT), batch)
     for count in epochs or (2, 8):
-        for rate in lr or (5e-4, 1.5e-3, 4e-3):
+        for rate in lr or (0.01, 0.05, 0.2):
             point = {"sparsity": sparsity, "values": values, "blocks": blocks, "batch": batch,
                      "tokens": len(ids), "epochs": count, "lr": rate, "dtype": dtype}  # fmt: skip
             if any(point.items() <= row.items() for row in rows):

@@ -36,7 +36,7 @@ def test_comes_closer_to_the_dense_model_at_the_same_bytes(tmp_path, keys, facto
     for epochs in (0, 6):
         torch.manual_seed(0)
         out = tmp_path / f"out{epochs}"
-        model = run(path, out, tune_epochs=epochs, tune_lr=3e-3, **keys)
+        model = run(path, out, tune_epochs=epochs, **keys)
         errors[epochs] = float((logits(model) - dense).norm() / dense.norm())
         sizes[epochs] = sum(m.stored_bytes() for m in routed(model))
         assert verify(out) == []

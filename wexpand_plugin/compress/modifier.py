@@ -88,7 +88,8 @@ class SparseExpansionModifier(Modifier):
         tokens
     :param tune_epochs: passes of block tuning: after a block has been solved, its kept values,
         scales and biases are trained to give the dense model's hidden states; 0 for none
-    :param tune_lr: its learning rate (Adam, falling linearly)
+    :param tune_lr: its learning rate (Adam, falling linearly), relative to the size of a linear's
+        weights (their root mean square)
     :param router_dims: PCA dimensions for clustering; in_features / 32, at least 8, if null
     :param router_samples: rows of an input group that are clustered
     :param router_restarts: k-means starts

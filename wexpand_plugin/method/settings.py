@@ -50,8 +50,8 @@ class Settings:
     shrinkage: float = 0.03
     tune_epochs: int = 0
     """passes of block tuning over the calibration batches, at most; 0: none"""
-    tune_lr: float = 1e-3
-    """learning rate of block tuning"""
+    tune_lr: float = 0.05
+    """learning rate of block tuning, relative to the size of a linear's weights"""
     router_dims: int | None = None
     router_samples: int = 8192
     router_restarts: int = 3
