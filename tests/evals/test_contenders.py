@@ -48,7 +48,7 @@ def test_vllms_own(tmp_path):
         assert torch.equal(stored["lm_head.weight"], dense["lm_head.weight"])
         if name == "W4A16":
             pack(path, tmp_path / "packed", quiet=True)
-            found = ModelDir(tmp_path / "packed").linear(LINEAR)[0].expert(0)
+            found = ModelDir(tmp_path / "packed").linear(LINEAR).pool.expert(0)
         else:
             found = stored[f"{LINEAR}.weight"] * stored[f"{LINEAR}.weight_scale"].float()
         step = weight.abs().amax() / largest

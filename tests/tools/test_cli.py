@@ -274,7 +274,7 @@ def test_synth_integers(tmp_path, values, sparsity, experts):
     assert verify(tmp_path / "a") == []
     model = ModelDir(tmp_path / "a")
     for name, entry in model.config.linears.items():
-        pool, _, _ = model.linear(name)
+        pool = model.linear(name).pool
         assert str(pool.codec) == f"{values}, groups of 32" and entry.dtype == "bfloat16"
         assert (pool.mask is None) == (sparsity == 0)
         deviation = pool.expert(0).std() * entry.in_features**0.5
