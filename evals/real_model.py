@@ -158,7 +158,7 @@ def run(name: str, model: Path, valid: str, test: str, out: Path) -> dict[str, A
         begin = time.monotonic()
         compress(
             str(model), file, str(text), saved, samples=TOKENS // CONTEXT, max_seq_length=CONTEXT,
-            batch_size=8,
+            batch_size=4,
         )  # fmt: skip
         seconds = time.monotonic() - begin
         found: dict[str, Any] = {"loss": held_out(saved, test), "seconds": round(seconds)}

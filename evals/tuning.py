@@ -85,7 +85,7 @@ class Blocks:
             with constant_parts(block, lambda n, b=block, x=inputs: self.run(b, x[n])) as run:
                 result = tune_block(
                     run, dense, list(linears.values()), epochs=settings.tune_epochs,
-                    lr=settings.tune_lr, seed=settings.seed, quiet=True,
+                    lr=settings.learning_rate, seed=settings.seed, quiet=True,
                 )  # fmt: skip
             errors.append((result.before, result.after))
             for name, linear in linears.items():

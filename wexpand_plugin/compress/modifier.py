@@ -89,7 +89,7 @@ class SparseExpansionModifier(Modifier):
     :param tune_epochs: passes of block tuning: after a block has been solved, its kept values,
         scales and biases are trained to give the dense model's hidden states; 0 for none
     :param tune_lr: its learning rate (Adam, falling linearly), relative to the size of a linear's
-        weights (their root mean square)
+        weights (their root mean square); null chooses by `values`
     :param router_dims: PCA dimensions for clustering; in_features / 32, at least 8, if null
     :param router_samples: rows of an input group that are clustered
     :param router_restarts: k-means starts
@@ -115,7 +115,7 @@ class SparseExpansionModifier(Modifier):
     dampening_frac: float = Settings.dampening_frac
     shrinkage: float = Settings.shrinkage
     tune_epochs: int = Settings.tune_epochs
-    tune_lr: float = Settings.tune_lr
+    tune_lr: float | None = Settings.tune_lr
 
     # router arguments
     router_dims: int | None = Settings.router_dims

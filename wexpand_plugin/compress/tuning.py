@@ -72,7 +72,7 @@ def tune(
                 targets,
                 list(tunable.values()),
                 epochs=settings.tune_epochs,
-                lr=settings.tune_lr,
+                lr=settings.learning_rate,
                 seed=settings.seed,
                 counts=replay.counts,
             )

@@ -50,8 +50,9 @@ class Settings:
     shrinkage: float = 0.03
     tune_epochs: int = 0
     """passes of block tuning over the calibration batches, at most; 0: none"""
-    tune_lr: float = 0.05
-    """learning rate of block tuning, relative to the size of a linear's weights"""
+    tune_lr: float | None = None
+    """learning rate of block tuning, relative to the size of a linear's weights; None: see
+    `learning_rate`"""
     router_dims: int | None = None
     router_samples: int = 8192
     router_restarts: int = 3
@@ -104,8 +105,8 @@ class Settings:
             self._refuse("dampening_frac", "above 0")
         if self.tune_epochs < 0:
             self._refuse("tune_epochs", "0 or above")
-        if self.tune_lr <= 0:
-            self._refuse("tune_lr", "above 0")
+        if self.tune_lr is not None and self.tune_lr <= 0:
+            self._refuse("tune_lr", "above 0, or null")
         if self.shrinkage < 0:
             self._refuse("shrinkage", "0 or above")
         if self.size_budget is not None:
@@ -121,6 +122,14 @@ class Settings:
     def grid(self) -> Grid | None:
         """The values that kept weights may have; None: all."""
         return None if self.values == "auto" else Grid(GRIDS[self.values], self.value_group)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of block tuning: `tune_lr`, by default what did best in evals.tuning. Values of a grid
+        are less patient: at large steps they jump to and fro between neighbours."""
+        if self.tune_lr is not None:
+            return self.tune_lr
+        return 0.06 if self.grid is None else 0.02
 
     def _refuse(self, key: str, right: str) -> None:
         raise WexpandError(f"{key}: {getattr(self, key)!r} should be {right}")
