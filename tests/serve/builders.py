@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
 
+from wexpand_plugin.format.clusters import ClusterBias
 from wexpand_plugin.format.config import CheckpointConfig, GroupEntry, LinearEntry
 from wexpand_plugin.format.linear import StoredLinear
 from wexpand_plugin.format.router import StoredRouter
@@ -21,9 +22,11 @@ GATE_UP = {"gate_proj": 0, "up_proj": 1}
 PACKED = {"qkv_proj": list(QKV), "gate_up_proj": list(GATE_UP)}
 
 
-def random_router(experts: int, width: int) -> StoredRouter:
-    router = StoredRouter(torch.randn(experts, width), torch.randn(experts) / 4)
-    return StoredRouter(*rounded(router, torch.zeros(width)))
+def random_router(clusters: int, width: int, parents: int = 0) -> StoredRouter:
+    rows = parents + clusters
+    router = StoredRouter(torch.randn(rows, width), torch.randn(rows) / 4)
+    weight, bias, *_ = rounded(router, torch.zeros(width))
+    return StoredRouter(weight, bias, parents)
 
 
 def random_pool(
@@ -51,37 +54,51 @@ class Linear:
     router: StoredRouter | None = None
     bias: Tensor | None = None
     dense: Tensor | None = None
+    cluster_bias: ClusterBias | None = None
+    cluster_expert: Tensor | None = None
+
+    def __post_init__(self):
+        experts = 1 if self.pool is None else self.pool.experts
+        clusters = 1 if self.router is None else self.router.clusters
+        if 1 < experts < clusters and self.cluster_expert is None:
+            self.cluster_expert = torch.arange(clusters).remainder(experts).byte()
+
+    @property
+    def stored(self) -> StoredLinear:
+        assert self.pool is not None
+        return StoredLinear(
+            self.pool, self.router, self.bias, self.cluster_bias, self.cluster_expert
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Kind -> tensor, as the checkpoint holds them."""
-        if self.pool is None:
-            found = {"weight": self.dense}
-        else:
-            parts = {
-                "weight": self.pool.values,
-                "weight_mask": self.pool.mask,
-                "weight_scale": self.pool.scale,
-                "row_map": self.pool.row_map,
-            }
-            found = {kind: part for kind, part in parts.items() if part is not None}
-        if self.router is not None:
-            found |= {"router_weight": self.router.weight, "router_bias": self.router.bias}
-        if self.bias is not None:
-            found["bias"] = self.bias
-        return found
+        if self.pool is not None:
+            return self.stored.tensors()
+        return {"weight": self.dense} | ({} if self.bias is None else {"bias": self.bias})
 
     def forward(self, x: Tensor) -> Tensor:
         """The dense maths in float64, token by token."""
-        if self.pool is None:
-            y = x.double() @ self.dense.double().t()
-        else:
-            experts = torch.zeros(len(x), dtype=torch.long)
-            if self.router is not None:
-                logits = x.float() @ self.router.weight.float().t() + self.router.bias
-                experts = logits.argmax(dim=1)
-            dense = [self.pool.expert(e).double() for e in range(self.pool.experts)]
-            y = torch.stack([dense[e] @ row.double() for e, row in zip(experts, x, strict=True)])
+        y = torch.stack([self._token(row) for row in x])
         return y if self.bias is None else y + self.bias.double()
+
+    def _token(self, row: Tensor) -> Tensor:
+        if self.pool is None:
+            return self.dense.double() @ row.double()
+        cluster = 0
+        if self.router is not None:
+            weight, bias, parents = self.router
+            logits = weight.float() @ row.float() + bias
+            first, end, clusters = 0, len(logits) - parents, len(logits) - parents
+            if parents:
+                parent = int(logits[:parents].argmax())
+                first, end = (place * clusters // parents for place in (parent, parent + 1))
+            cluster = first + int(logits[parents + first : parents + end].argmax())
+        expert = cluster if self.cluster_expert is None else int(self.cluster_expert[cluster])
+        y = self.pool.expert(expert if self.pool.experts > 1 else 0).double() @ row.double()
+        if self.cluster_bias is not None:
+            biases = self.cluster_bias.decoded(torch.float64)
+            y += biases[cluster if len(biases) > 1 else 0]
+        return y
 
 
 @dataclass
@@ -121,7 +138,7 @@ def groups_of(linears: list[Linear]) -> list[GroupEntry]:
     groups: dict[object, dict[str, LinearEntry]] = {}
     for linear in linears:
         if linear.pool is not None:
-            entry = StoredLinear(linear.pool, linear.router, linear.bias).entry(torch.float32)
+            entry = linear.stored.entry(torch.float32)
             key = linear.name if linear.router is None else id(linear.router)
             groups.setdefault(key, {})[linear.name] = entry
     return [GroupEntry.of(group) for group in groups.values()]

@@ -25,13 +25,13 @@ SCRIPT = Path(__file__).with_name("engine.py")
 SIZES = dict(hidden_size=128, intermediate_size=172)  # heads of 32, which vLLM's CPU attention has
 
 
-def save(path: Path, kind: str, match: str | None = "") -> torch.nn.Module:
+def save(path: Path, kind: str, match: str | None = "", **settings) -> torch.nn.Module:
     """A tiny model at `path`, in several files, the linears of its blocks whose names contain
-    `match` expanded; returned in float32.
+    `match` expanded with the `settings` of `tiny.expand`; returned in float32.
     """
     model = tiny.dense(kind, **SIZES)
     if match is not None:
-        model = tiny.expand(model, match=match)
+        model = tiny.expand(model, match=match, **settings)
         wrap_save_pretrained(model, {"test": kind})
     model.save_pretrained(path, max_shard_size="300kB")
     return model
@@ -75,12 +75,14 @@ def run_engines(directory: Path, jobs: list[dict], **environment) -> dict:
 def models(tmp_path_factory) -> dict:
     """Name -> (directory, what transformers computes)."""
     made = {}
-    for name, kind, match in (
-        ("llama", "llama", ""), ("qwen2", "qwen2", ""), ("plain", "llama", None),
-        ("gpt_neox", "gpt_neox", ""), ("partly", "llama", "layers.0.mlp"),
+    for name, kind, match, settings in (
+        ("llama", "llama", "", {}), ("qwen2", "qwen2", "", {}), ("plain", "llama", None, {}),
+        ("gpt_neox", "gpt_neox", "", {}), ("partly", "llama", "layers.0.mlp", {}),
+        ("40 clusters", "llama", "", dict(experts=1, clusters=40, parents=7)),
+        ("8 clusters", "qwen2", "", dict(experts=2, clusters=8)),
     ):  # fmt: skip
         path = tmp_path_factory.mktemp(name)
-        made[name] = (path, by_transformers(save(path, kind, match)))
+        made[name] = (path, by_transformers(save(path, kind, match, **settings)))
     return made
 
 
@@ -171,6 +173,8 @@ def served(models, damaged, edited, tmp_path_factory) -> dict:
          "enable_prefix_caching": True},
         {"name": "llama bfloat16", "model": llama, "dtype": "bfloat16"},
         {"name": "plain", "model": plain},
+        {"name": "40 clusters", "model": str(models["40 clusters"][0])},
+        {"name": "8 clusters", "model": str(models["8 clusters"][0]), "enforce_eager": False},
         {"name": "gpt_neox", "model": str(models["gpt_neox"][0])},
         {"name": "lora", "model": llama, "enable_lora": True},
         {"name": "dummy", "model": llama, "load_format": "dummy"},
@@ -209,6 +213,8 @@ def assert_same(found: dict, truth: dict, tolerance: float) -> None:
         ("llama eager", "llama"),
         ("llama in parts", "llama"),
         ("plain", "plain"),
+        ("40 clusters", "40 clusters"),
+        ("8 clusters", "8 clusters"),
         ("partly", "partly"),
         ("edited on purpose", "partly"),
     ],
@@ -285,12 +291,14 @@ def test_two_workers_generate_the_text_of_one(models, damaged, tmp_path):
     jobs = [
         {"name": "two", "model": str(path), **two},
         {"name": "damaged", "model": str(damaged["norm"]), **two},
+        {"name": "clusters", "model": str(models["8 clusters"][0]), **two},
     ]
     results = run_engines(
         tmp_path, jobs, WEXPAND_VERIFY="1",
         VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="1",
     )  # fmt: skip
     assert_same(results["two"], truth, 1e-3)
+    assert_same(results["clusters"], models["8 clusters"][1], 1e-3)
     assert "error" in results["damaged"]
     refusals = results["output"].count(f"WexpandError: {damaged['norm']}")
     assert refusals == 1 and DAMAGES["norm"][1] in results["output"]

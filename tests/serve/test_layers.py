@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import (
 
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.checks import check_pool
+from wexpand_plugin.format.clusters import ClusterBias
 from wexpand_plugin.format.router import ROUTER_DTYPES, StoredRouter
 from wexpand_plugin.serve import config
 
@@ -31,13 +32,16 @@ def alone(monkeypatch):
     as_rank(monkeypatch, 0, 1)
 
 
-def qkv(bias=True, sizes=(16, 8, 8), router=None, dtype=torch.float32, values=None) -> Checkpoint:
-    router = router or random_router(EXPERTS, WIDTH)
+def qkv(
+    bias=True, sizes=(16, 8, 8), router=None, dtype=torch.float32, values=None, experts=EXPERTS
+) -> Checkpoint:
+    if router is None and experts > 1:
+        router = random_router(experts, WIDTH)
     return Checkpoint(
         [
             Linear(
                 f"{ATTENTION}.{name}",
-                random_pool(EXPERTS, size, WIDTH, dtype, values),
+                random_pool(experts, size, WIDTH, dtype, values),
                 router,
                 torch.randn(size, dtype=dtype) if bias else None,
             )
@@ -58,6 +62,15 @@ def gate_up_layer(checkpoint, size=12, **settings):
         WIDTH, [size, size], bias=False, quant_config=checkpoint.quant_config(),
         prefix=f"{MLP}.gate_up_proj", **settings,
     )  # fmt: skip
+
+
+def clustered(checkpoint: Checkpoint, without: str = "k_proj") -> Checkpoint:
+    """With a bias for each cluster of each linear but `without`."""
+    for linear in checkpoint.linears:
+        if not linear.name.endswith(without):
+            biases = torch.randn(linear.stored.clusters, linear.pool.out_features)
+            linear.cluster_bias = ClusterBias.pack(biases)
+    return Checkpoint(checkpoint.linears)
 
 
 def gate_up(**changes) -> Checkpoint:
@@ -99,6 +112,52 @@ def test_qkv_with_biases_in_any_order(order, kernel, monkeypatch):
     assert_close(run(layer, x), expected(checkpoint, x))
     assert run(layer, x[:0]).shape == (0, 32)
     assert run(layer, x.view(3, 3, WIDTH)).shape == (3, 3, 32)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("experts", "clusters", "parents"), [(1, 1, 0), (1, 40, 7), (3, 8, 0), (3, 3, 0), (2, 40, 5)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clusters_and_their_biases(experts, clusters, parents, dtype, kernel, monkeypatch):
+    """q and v have biases of clusters, k has none; all have a bias of their own."""
+    monkeypatch.setenv("WEXPAND_KERNEL", kernel)
+    router = random_router(clusters, WIDTH, parents) if clusters > 1 else None
+    checkpoint = clustered(qkv(router=router, experts=experts))
+    layer = qkv_layer(checkpoint, disable_tp=True, params_dtype=dtype)
+    checkpoint.fill(layer, QKV)
+    assert (layer.router_weight is None) == (clusters == 1)
+    for tokens in (60, 1, 0):
+        x = torch.randn(tokens, WIDTH, dtype=dtype)
+        y = run(layer, x)
+        assert y.dtype == dtype and y.shape == (tokens, 32)
+        if tokens:
+            truth = expected(checkpoint, x)
+            assert_close(y, truth, 2e-6 if dtype == torch.float32 else 3e-2)
+
+
+def test_a_router_that_nothing_needs_is_not_held():
+    """One expert, and no linear of the layer has cluster biases: others of the group do."""
+    checkpoint = clustered(qkv(router=random_router(8, WIDTH), experts=1), without="_proj")
+    layer = qkv_layer(checkpoint, disable_tp=True)
+    checkpoint.fill(layer, QKV)
+    assert layer.router_weight is None and layer.cluster_bias is None
+    x = torch.randn(9, WIDTH)
+    assert_close(run(layer, x), expected(checkpoint, x))
+
+
+def test_clusters_beside_a_linear_of_none_and_a_dense_one():
+    """k has one bias for all tokens and no router, v was not expanded."""
+    checkpoint = clustered(qkv(router=random_router(8, WIDTH), experts=2))
+    q, k, v = checkpoint.linears
+    k.pool, k.router, k.cluster_expert = random_pool(1, 8, WIDTH), None, None
+    k.cluster_bias = ClusterBias.pack(torch.randn(1, 8))
+    v.dense, v.pool = torch.randn(8, WIDTH), None
+    checkpoint = Checkpoint([q, k, v])
+    layer = qkv_layer(checkpoint, disable_tp=True)
+    checkpoint.fill(layer, QKV)
+    x = torch.randn(30, WIDTH)
+    assert_close(run(layer, x), expected(checkpoint, x))
 
 
 def test_gate_up():
@@ -236,8 +295,12 @@ def test_names_follow_vllms_renaming():
 @pytest.mark.parametrize(
     "ranks, heads, kv_heads", [(2, 4, 2), (2, 4, 1), (4, 4, 2)], ids=["split", "one", "replicated"]
 )
-def test_qkv_of_every_rank(monkeypatch, ranks, heads, kv_heads):
-    checkpoint = qkv(sizes=(4 * heads, 4 * kv_heads, 4 * kv_heads))
+@pytest.mark.parametrize("clusters", [0, 40])
+def test_qkv_of_every_rank(monkeypatch, ranks, heads, kv_heads, clusters):
+    sizes = (4 * heads, 4 * kv_heads, 4 * kv_heads)
+    checkpoint = qkv(sizes=sizes)
+    if clusters:
+        checkpoint = clustered(qkv(sizes=sizes, router=random_router(clusters, WIDTH, 7)))
     x = torch.randn(9, WIDTH)
     q, k, v = (linear.forward(x) for linear in checkpoint.linears)
     for rank in range(ranks):
@@ -270,13 +333,18 @@ def test_fused_on_disk_of_every_rank(monkeypatch):
 
 
 @pytest.mark.parametrize("values", [None, "int4"])
-@pytest.mark.parametrize("experts", [1, 4])
-def test_row_parallel_of_both_ranks(monkeypatch, experts, values):
+@pytest.mark.parametrize(
+    ("experts", "clusters", "parents"), [(1, 0, 0), (4, 0, 0), (1, 1, 0), (1, 40, 7), (4, 8, 0)]
+)
+def test_row_parallel_of_both_ranks(monkeypatch, experts, clusters, parents, values):
     """Columns 0-9 and 10-19: a byte of the mask is cut in two. Routers need every column."""
+    routed = max(experts, clusters)
     linear = Linear(f"{MLP}.down_proj", random_pool(experts, 9, WIDTH, values=values),
-                    random_router(experts, WIDTH) if experts > 1 else None,
+                    random_router(routed, WIDTH, parents) if routed > 1 else None,
                     torch.randn(9))  # fmt: skip
     checkpoint = Checkpoint([linear])
+    if clusters:
+        checkpoint = clustered(checkpoint)
     layers = []
     for rank in range(2):
         as_rank(monkeypatch, rank, 2)
@@ -293,7 +361,7 @@ def test_row_parallel_of_both_ranks(monkeypatch, experts, values):
     )
     for layer, half in zip(layers, halves, strict=True):
         run(layer, half)
-    assert len(given) == (2 if experts > 1 else 0)
+    assert len(given) == (2 if routed > 1 else 0)
     assert all(logits.dtype == torch.float32 for logits in given)
     total = sum(given)
     monkeypatch.setattr("vllm.distributed.tensor_model_parallel_all_reduce", lambda t: total)
@@ -316,14 +384,17 @@ CHANGES = {
     "typed": lambda value: value.to(torch.int16),
     "missing": None,
 }
-KINDS = ("weight", "weight_mask", "row_map", "router_weight", "router_bias", "bias")
+KINDS = (
+    "weight", "weight_mask", "row_map", "router_weight", "router_bias", "bias", "cluster_expert",
+    "cluster_bias", "cluster_bias_scale",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("linear", ["q_proj", "v_proj"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("new", CHANGES)
 def test_damaged_tensor_is_refused_by_name(linear, kind, new):
-    checkpoint = qkv()
+    checkpoint = clustered(qkv(router=random_router(5, WIDTH)))
     name = f"{ATTENTION}.{linear}.{kind}"
     change(checkpoint, name, CHANGES[new])
     layer = qkv_layer(checkpoint, disable_tp=True)
@@ -490,12 +561,13 @@ def test_compiled_bias_split_and_change_in_place():
 
 
 def test_op_passes_torchs_own_checks():
-    checkpoint = qkv()
+    checkpoint = clustered(qkv(router=random_router(40, WIDTH, 7)))
     layer = qkv_layer(checkpoint, disable_tp=True)
     checkpoint.fill(layer, QKV)
     layout = [getattr(layer, name) for name in layer.quant_method.layout]
-    arguments = (torch.randn(4, WIDTH), layout, layer.router_weight, layer.router_bias, None,
-                 layer.bias, 32, layer.quant_method.kernel.name)  # fmt: skip
+    arguments = (torch.randn(4, WIDTH), layout, layer.router_weight, layer.router_bias, 7, None,
+                 layer.cluster_expert, EXPERTS, layer.bias, layer.cluster_bias,
+                 layer.cluster_bias_scale, 32, layer.quant_method.kernel.name)  # fmt: skip
     torch.library.opcheck(torch.ops.wexpand.routed_linear.default, arguments)
     logits = (arguments[0], layer.router_weight, layer.quant_method.kernel.name)
     torch.library.opcheck(torch.ops.wexpand.router_logits.default, logits)

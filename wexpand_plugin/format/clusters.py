@@ -49,9 +49,11 @@ class ClusterBias:
     def of(self, clusters: Tensor | None) -> Tensor:
         """The biases of tokens of these clusters: int64 [tokens] -> float32 [tokens, out].
 
-        :param clusters: None where there is one cluster; then [1, out]
+        :param clusters: None where there is one cluster; one bias is that of all tokens, [1, out]
         """
-        values = self.values if clusters is None else self.values[clusters]
+        values = self.values
+        if clusters is not None and self.clusters > 1:
+            values = values[clusters]
         return values.float() * self.scale.float()
 
     @property

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WexpandError
+from ..format.clusters import ClusterBias
 from ..format.rowpool import RowPool
 from ..format.values import ValueCodec
 
@@ -46,7 +47,8 @@ class LayerShape(NamedTuple):
 
 
 class Kernel(Protocol):
-    """`x` is [tokens, in]; `experts` int64 [tokens], or None where the pool has one expert."""
+    """`x` is [tokens, in]; `experts` int64 [tokens], or None where the pool has one expert;
+    `clusters` int64 [tokens], or None where there is one bias for all."""
 
     name: str
     """shown in the one log line that says what was chosen"""
@@ -60,12 +62,24 @@ class Kernel(Protocol):
         """The row pool in this kernel's own layout for x of `dtype`, made once at load."""
 
     def run(
-        self, x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int
+        self,
+        x: Tensor,
+        experts: Tensor | None,
+        layout: list[Tensor],
+        out_features: int,
+        bias: Tensor | None = None,
+        clusters: Tensor | None = None,
+        cluster_bias: ClusterBias | None = None,
     ) -> Tensor:
-        """y [tokens, out] = each token of x times its expert, without bias, in the dtype of x."""
+        """y [tokens, out] = each token of x times its expert, plus `bias` [out] and the bias of its
+        cluster, in the dtype of x."""
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor, parents: int) -> Tensor:
+        """Cluster of each token, int64 [tokens], by the router of these parts (`StoredRouter`)."""
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        """float32 [tokens, experts] = x times the router's `weight` [experts, in], no bias."""
+        """float32 [tokens, rows] = x times the router's `weight` [rows, in], no bias: what ranks
+        that have some of the columns each add up before they choose (`format.router.choice`)."""
 
 
 if TYPE_CHECKING:

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from ..errors import WexpandError
-from ..format.router import ROUTER_DTYPES
+from ..format.clusters import ClusterBias
+from ..format.router import ROUTER_DTYPES, choice
 from ..format.rowpool import RowPool
 from ..format.values import ValueCodec
 from . import LayerShape
 from .build import DEFAULT_FLAGS, BuildError, build
+from .reference import biased
 
-__all__ = ["instructions", "load", "logits", "name", "prepare", "run", "unavailable"]
+__all__ = ["instructions", "load", "logits", "name", "prepare", "route", "run", "unavailable"]
 
 name = "cpu"
 
@@ -123,7 +125,28 @@ def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
     return [layout]
 
 
-def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int) -> Tensor:
+def run(
+    x: Tensor,
+    experts: Tensor | None,
+    layout: list[Tensor],
+    out_features: int,
+    bias: Tensor | None = None,
+    clusters: Tensor | None = None,
+    cluster_bias: ClusterBias | None = None,
+) -> Tensor:
+    """y [tokens, out] = x [tokens, in] times each token's own expert, transposed, plus biases."""
+    y = multiply(x, experts, layout, out_features)
+    return biased(y, bias, None if cluster_bias is None else cluster_bias.of(clusters))
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, parents: int) -> Tensor:
+    """Cluster of each token: `x` [tokens, in] -> int64 [tokens]."""
+    return choice(logits(x, weight) + bias, parents)
+
+
+def multiply(
+    x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int
+) -> Tensor:
     """y [tokens, out] = x [tokens, in] times each token's own expert, transposed; float32 sums.
 
     Uses as many threads as torch does. Raises WexpandError if an expert does not exist.

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..format.clusters import ClusterBias
+from ..format.router import choice
 from ..format.rowpool import RowPool
 from ..format.values import ValueCodec, codec_of
 from . import LayerShape
 
-__all__ = ["biased", "logits", "multiply", "name", "prepare", "run", "unavailable"]
+__all__ = ["biased", "logits", "multiply", "name", "prepare", "route", "run", "unavailable"]
 
 name = "reference"
 
@@ -36,8 +38,16 @@ def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
     return [none if part is None else part for part in parts] + sizes
 
 
-def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int) -> Tensor:
-    """y [tokens, out] = x [tokens, in] times each token's own expert, transposed."""
+def run(
+    x: Tensor,
+    experts: Tensor | None,
+    layout: list[Tensor],
+    out_features: int,
+    bias: Tensor | None = None,
+    clusters: Tensor | None = None,
+    cluster_bias: ClusterBias | None = None,
+) -> Tensor:
+    """y [tokens, out] = x [tokens, in] times each token's own expert, transposed, plus biases."""
     values, *parts, width, group = layout
     mask, row_map, scale = (part if part.numel() else None for part in parts)
     if values.is_floating_point():
@@ -46,7 +56,8 @@ def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: i
         # not `codec`: a tensor-parallel rank's columns may begin anywhere in a group
         how = ValueCodec("int8" if values.dtype == torch.int8 else "int4", group.shape[1])
     pool = RowPool(how, width.shape[1], values, mask, row_map, scale)
-    return multiply(x, experts, pool.expert, pool.experts, out_features)
+    y = multiply(x, experts, pool.expert, pool.experts, out_features)
+    return biased(y, bias, None if cluster_bias is None else cluster_bias.of(clusters))
 
 
 def multiply(
@@ -68,11 +79,19 @@ def multiply(
 
 
 def biased(y: Tensor, *biases: Tensor | None) -> Tensor:
-    """`y` [tokens, out] plus these, [out] or [tokens, out], summed in float32 and rounded once."""
+    """Add these, [out] or [tokens, out], to `y` [tokens, out] in place, and return it.
+
+    They are summed first, so that their sum is rounded to the dtype of `y` with it.
+    """
     there = [bias for bias in biases if bias is not None]
-    return sum(there, y.float()).to(y.dtype) if there else y
+    return y.add_(sum(there[1:], there[0])) if there else y
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, parents: int) -> Tensor:
+    """Cluster of each token: `x` [tokens, in] -> int64 [tokens]."""
+    return choice(logits(x, weight) + bias, parents)
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """float32 [tokens, experts] = x [tokens, in] times the router's `weight` [experts, in]."""
+    """float32 [tokens, rows] = x [tokens, in] times the router's `weight` [rows, in]."""
     return linear(x.float(), weight.float())

@@ -60,10 +60,13 @@ import torch
 from torch import Tensor
 
 from ..format.bits import pack_bits, unpack_bits
+from ..format.clusters import ClusterBias
+from ..format.router import choice
 from ..format.rowpool import RowPool
 from . import LayerShape
+from .reference import biased
 
-__all__ = ["logits", "name", "prepare", "run", "unavailable"]
+__all__ = ["logits", "name", "prepare", "route", "run", "unavailable"]
 
 name = "triton"
 
@@ -138,7 +141,28 @@ def tile(tokens: int, experts: int, out_features: int, dtype: torch.dtype) -> tu
     return 64, (64 if mean <= 64 else 128), 8
 
 
-def run(x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int) -> Tensor:
+def run(
+    x: Tensor,
+    experts: Tensor | None,
+    layout: list[Tensor],
+    out_features: int,
+    bias: Tensor | None = None,
+    clusters: Tensor | None = None,
+    cluster_bias: ClusterBias | None = None,
+) -> Tensor:
+    """y [tokens, out] = x [tokens, in] times each token's own expert, transposed, plus biases."""
+    y = multiply(x, experts, layout, out_features)
+    return biased(y, bias, None if cluster_bias is None else cluster_bias.of(clusters))
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, parents: int) -> Tensor:
+    """Cluster of each token: `x` [tokens, in] -> int64 [tokens]."""
+    return choice(logits(x, weight) + bias, parents)
+
+
+def multiply(
+    x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int
+) -> Tensor:
     """y [tokens, out] = x [tokens, in] times each token's own expert, transposed."""
     from ._triton_kernels import gather_gemv, grouped_gemm, sort_tokens
 

@@ -145,7 +145,7 @@ class WexpandConfig(QuantizationConfig):
     def _refuse_several_routers(self, prefix: str, names: list[str]) -> None:
         """Raise if linears that vLLM runs as one layer belong to several input groups."""
         linears = self.checkpoint.linears
-        routed = [name for name in names if name in linears and linears[name].experts > 1]
+        routed = [name for name in names if name in linears and linears[name].clusters > 1]
         for name in routed[1:]:
             if self.checkpoint.group_of(name) is not self.checkpoint.group_of(routed[0]):
                 raise WexpandError(

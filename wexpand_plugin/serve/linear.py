@@ -3,7 +3,8 @@
 Each tensor kind of the checkpoint gets an empty parameter that keeps what arrives (`params.py`).
 After loading, the row pools of a fused layer's linears are checked, joined into one pool, cut to
 this rank's share (`tensor_parallel.py`), given the kernel's layout, and dropped: what stays in
-memory is the layout, the router (as stored) and the bias. No dense weight is ever made.
+memory is the layout, the router and cluster biases (as stored) and the bias. No dense weight is
+ever made.
 
 Loading weights into a running engine again (sleep level 2, weight updates in training) is not
 supported.
@@ -20,10 +21,12 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from .. import kernels
 from ..errors import WexpandError
 from ..format.config import KINDS
+from ..format.linear import StoredLinear
+from ..format.router import choice
 from ..format.rowpool import RowPool
 from . import ops
 from .params import LoadedLinear, RowPoolParameter, loaded_linears
-from .tensor_parallel import columns_of, neurons_of, refuse_own_layout
+from .tensor_parallel import cluster_biases_of, columns_of, neurons_of, refuse_own_layout
 
 if TYPE_CHECKING:
     from .config import WexpandConfig
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["WexpandLinearMethod"]
 
 logger = init_logger("vllm.wexpand_plugin")
+# what a layer keeps beside its layout and its bias
+ROUTING = ("router_weight", "router_bias", "cluster_expert", "cluster_bias", "cluster_bias_scale")
 
 
 class WexpandLinearMethod(LinearMethodBase):
@@ -88,12 +93,10 @@ class WexpandLinearMethod(LinearMethodBase):
         with model_dir.locating_errors() if model_dir else nullcontext():
             linears = loaded_linears(self.prefix, self.names, self.shards, self.parameters, config)
         del self.parameters
-        for linear in linears:
-            if linear.stored.clusters > linear.stored.pool.experts or linear.stored.cluster_bias:
-                raise WexpandError(f"{linear.name}: biases of clusters are not served yet")
         neurons, columns = neurons_of(layer, linears, self.out_features), columns_of(layer)
         self._set_bias(layer, linears, neurons)
-        pool = RowPool.concat([linear.stored.pool for linear in linears]).take(neurons, columns)
+        stored = [linear.stored for linear in linears]
+        pool = RowPool.concat([one.pool for one in stored]).take(neurons, columns)
         pool = pool.to(device, self.dtype)
         self.kernel, sentence = kernels.choose(device, self.dtype, kernels.LayerShape.of(pool))
         logger.info_once("wexpand: %s", sentence)
@@ -102,16 +105,34 @@ class WexpandLinearMethod(LinearMethodBase):
         self.layout = [f"layout_{number}" for number in range(len(layout))]
         for name, tensor in zip(self.layout, layout, strict=True):
             layer.register_buffer(name, tensor, persistent=False)
-        routers = [linear.stored.router for linear in linears if linear.stored.router is not None]
-        weight, bias, _ = routers[0] if routers else (None, None, 0)
-        self.reduces = weight is not None and columns is not None
-        if weight is not None and columns is not None:
-            weight = weight[:, slice(*columns)]
-        for name, part in (("router_weight", weight), ("router_bias", bias)):
+        self.experts = pool.experts
+        parts = self._routing(stored, columns) | cluster_biases_of(layer, stored, neurons)
+        for name in ROUTING:
+            part = parts.get(name)
             if part is not None:
                 # a copy: one view of a file that is mapped keeps all of it in memory
                 part = part.to(device, copy=True, memory_format=torch.contiguous_format)
             layer.register_buffer(name, part, persistent=False)
+
+    def _routing(
+        self, linears: list[StoredLinear], columns: tuple[int, int] | None
+    ) -> dict[str, Tensor]:
+        """The parts, by kind, that say which cluster and expert a token has; none for one."""
+        # linears that vLLM runs as one layer have one router, or none
+        routed = next((linear for linear in linears if linear.router is not None), None)
+        if self.experts == 1 and not any(linear.cluster_bias for linear in linears):
+            routed = None  # it would have nothing to choose
+        self.parents, self.reduces = 0, False
+        if routed is None or routed.router is None:
+            return {}
+        weight, bias, self.parents = routed.router
+        self.reduces = columns is not None
+        if columns is not None:
+            weight = weight[:, slice(*columns)]
+        found = {"router_weight": weight, "router_bias": bias}
+        if routed.cluster_expert is not None:
+            found["cluster_expert"] = routed.cluster_expert
+        return found
 
     def _set_bias(self, layer: Any, linears: list[LoadedLinear], neurons: Tensor | None) -> None:
         """Fill the layer's bias, where it has one, with this rank's share of the linears'."""
@@ -130,20 +151,25 @@ class WexpandLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        experts = None
+        clusters = None
         if self.reduces:
             from vllm.distributed import tensor_model_parallel_all_reduce
 
             logits = ops.router_logits(rows, layer.router_weight, self.kernel.name)
             logits = tensor_model_parallel_all_reduce(logits)
-            experts = (logits + layer.router_bias).argmax(dim=1)
+            clusters = choice(logits + layer.router_bias, self.parents)
         y = ops.routed_linear(
             rows,
             [getattr(layer, name) for name in self.layout],
             layer.router_weight,
             layer.router_bias,
-            experts,
+            self.parents,
+            clusters,
+            layer.cluster_expert,
+            self.experts,
             bias,
+            layer.cluster_bias,
+            layer.cluster_bias_scale,
             self.out_features,
             self.kernel.name,
         )

@@ -16,9 +16,11 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from ..errors import WexpandError
+from ..format.clusters import ClusterBias
+from ..format.linear import StoredLinear
 from .params import LoadedLinear
 
-__all__ = ["columns_of", "neurons_of", "refuse_own_layout"]
+__all__ = ["cluster_biases_of", "columns_of", "neurons_of", "refuse_own_layout"]
 
 
 def refuse_own_layout(layer: Any) -> None:
@@ -67,6 +69,27 @@ def _held(layer: Any, linears: Sequence[LoadedLinear], held: int) -> Tensor:
         names = ", ".join(linear.name for linear in linears)
         raise WexpandError(f"{layer.prefix}: vLLM wants more rows than those of {names}")
     return numbers.data
+
+
+def cluster_biases_of(
+    layer: Any, linears: Sequence[StoredLinear], neurons: Tensor | None
+) -> dict[str, Tensor]:
+    """What this rank adds for the clusters of the layer's `linears`, by kind; none for nothing.
+
+    Where ranks share the columns, their outputs are summed: the first one adds the biases, as
+    vLLM's layer does with the plain bias.
+
+    :param neurons: from `neurons_of`
+    """
+    biases = ClusterBias.concat(
+        [linear.cluster_bias for linear in linears],
+        [linear.pool.out_features for linear in linears],
+    )
+    if biases is None or (columns_of(layer) is not None and layer.tp_rank > 0):
+        return {}
+    if neurons is not None:
+        biases = biases.take(neurons)
+    return {"cluster_bias": biases.values, "cluster_bias_scale": biases.scale}
 
 
 def _wrong_size(layer: Any, linear: LoadedLinear) -> WexpandError:
