@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from samples import same_bits
 
-from wexpand_plugin.format.clusters import ClusterBias, expert_of
+from wexpand_plugin.format.clusters import ClusterBias, expert_of, tokens_per_expert
 
 
 @given(
@@ -60,6 +60,13 @@ def test_take_and_concat():
     assert ClusterBias.concat([None, None], [1, 2]) is None
     with pytest.raises(ValueError):
         ClusterBias.concat([a, b], [4])
+
+
+def test_tokens_per_expert():
+    named = torch.tensor([1, 0, 0, 1], dtype=torch.uint8)
+    assert tokens_per_expert([1, 20, 300, 4000], named, 3).tolist() == [320, 4001, 0]
+    assert tokens_per_expert([1, 20], None, 2).tolist() == [1, 20]
+    assert tokens_per_expert([1, 20], None, 1).tolist() == [21]
 
 
 def test_expert_of():

@@ -281,6 +281,28 @@ def test_synth_integers(tmp_path, values, sparsity, experts):
         assert 0.9 < deviation < 1.2, "outputs keep the size of inputs"
 
 
+@pytest.mark.parametrize(
+    ("experts", "clusters", "parents", "budget"), [(1, 40, 7, None), (4, 9, 0, 0.9)]
+)
+def test_synth_clusters(tmp_path, experts, clusters, parents, budget):
+    """Sound, with a bias for each, of the size asked for; and random tokens reach most."""
+    shape = Shape(hidden=64, ffn=172, layers=1, heads=4, vocab=300)
+    synth(
+        tmp_path / "a", shape, experts=experts, clusters=clusters, budget=budget, quiet=True
+    )
+    assert verify(tmp_path / "a") == []
+    model = ModelDir(tmp_path / "a")
+    for name, entry in model.config.linears.items():
+        assert (entry.experts, entry.clusters, entry.parents) == (experts, clusters, parents)
+        stored = model.linear(name)
+        assert stored.cluster_bias.decoded().std() == pytest.approx(0.1, rel=0.1)
+        x = torch.randn(1000, entry.in_features, generator=torch.Generator().manual_seed(0))
+        assert len(stored.router.route(x).unique()) > clusters * 0.9
+    if budget is not None:
+        found = inspect(tmp_path / "a")
+        assert 0.95 * budget < found.linear_bytes / found.dense_bytes <= budget
+
+
 def test_synth_command(tmp_path):
     options = ("--hidden", 64, "--ffn", 96, "--layers", 1, "--vocab", 300, "-q")
     run("synth", tmp_path / "a", "--seed", 3, *options)
@@ -302,6 +324,8 @@ def test_synth_command(tmp_path):
         (dict(vocab=100), {}, "vocab: 100 should be at least 258"),
         (dict(layers=0), {}, "layers: 0 should be at least 1"),
         ({}, dict(experts=0), "experts: 0 should be 1 to 256"),
+        ({}, dict(experts=4, clusters=3), "clusters: 3 should be 4 .experts. to 4096"),
+        ({}, dict(clusters=4097), "clusters: 4097 should be 16 .experts. to 4096"),
         ({}, dict(dtype="int4"), "dtype: 'int4' is not one of"),
         ({}, dict(values="int3"), "values: 'int3' is not one of"),
         ({}, dict(values="int4", value_group=12), "value_group: 12 should be a multiple of 8"),

@@ -226,6 +226,38 @@ def test_full_expansion_and_one_expert(made, tmp_path):
         assert ("full expansion" in page.text) == (path == "all")
 
 
+def test_clusters_with_biases(made, tmp_path):
+    model = tiny.expanded(tmp_path / "ours", experts=1, clusters=40, parents=7)
+    text, settings = str(made / "text.jsonl"), dict(baseline=made / "pruned", tokens=TOKENS)
+    page = _Page(
+        write(tmp_path / "ours", dense=made / "dense", dataset=text, quiet=True, **settings)
+    )
+    for words in ("Who gains from clusters", "Tokens per cluster", "clusters of tokens per linear",
+                  "cluster bias", "one expert: each neuron"):  # fmt: skip
+        assert words in page.text
+    data = collect(tmp_path / "ours")
+    found = measure.measure(data, made / "dense", text, progress=False, **settings)
+    name, seen = "model.layers.0.mlp.gate_proj", []
+    dense = tiny.dense()
+    dense.get_submodule(name).register_forward_hook(
+        lambda module, x, y: seen.append((x[0].flatten(0, -2), y.flatten(0, -2)))
+    )
+    with torch.no_grad():
+        dense(tiny.tokens(batch=TOKENS // 50, length=50))
+        (x, y), = seen
+        rmse = (model.get_submodule(name)(x) - y).square().mean(dim=0).sqrt()
+    torch.testing.assert_close(found.linears[name].expanded.float(), rmse, rtol=1e-3, atol=1e-5)
+
+
+def test_a_baseline_with_biases_of_clusters_is_refused(made, tmp_path):
+    tiny.expanded(tmp_path / "ours", experts=1, clusters=8)
+    with pytest.raises(WexpandError, match="has biases of clusters; a baseline has one sparse"):
+        write(
+            made / "ours", dense=made / "dense", dataset=str(made / "text.jsonl"),
+            baseline=tmp_path / "ours", tokens=TOKENS, quiet=True,
+        )  # fmt: skip
+
+
 def _unshare(model, name):
     """Give every expert a version of its own of every neuron."""
     old = model.get_submodule(name)

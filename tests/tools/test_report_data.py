@@ -28,7 +28,7 @@ def test_row_maps_by_hand():
 def test_names_and_labels():
     assert short_name("model.layers.3.mlp.up_proj") == "3.mlp.up_proj"
     assert short_name("lm_head") == "lm_head"
-    group = Group(["model.layers.3.mlp.gate_proj", "model.layers.3.mlp.up_proj"], [])
+    group = Group(["model.layers.3.mlp.gate_proj", "model.layers.3.mlp.up_proj"], [], [])
     assert group.label == "3.mlp gate_proj up_proj"
 
 

@@ -23,6 +23,7 @@ from wexpand_plugin.format.values import codec
 from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.hf.saving import wrap_save_pretrained
 from wexpand_plugin.tools.inspect import inspect
+from wexpand_plugin.tools.inspect_table import table
 from wexpand_plugin.tools.pack import pack
 from wexpand_plugin.tools.verify import verify
 
@@ -475,6 +476,37 @@ def test_inspect_counts_what_is_on_disk(sound):
     assert linears["1.mlp.down_proj"].values == "int4, groups of 16"
     only = inspect(sound, [linear.name])
     assert only.linears == [linear] and only.disk_bytes == found.disk_bytes
+
+
+@pytest.mark.parametrize(("experts", "clusters", "parents"), [(1, 40, 7), (2, 8, 0)])
+def test_inspect_counts_clusters(tmp_path, experts, clusters, parents):
+    """On disk all biases, read per token one, and of two levels of a router one of each."""
+    model = tiny.expanded(
+        tmp_path / "a", experts=experts, clusters=clusters, parents=parents, match="mlp"
+    )
+    found = inspect(tmp_path / "a")
+    on_disk = dict(ModelDir(tmp_path / "a").tensors())
+    gate = next(linear for linear in found.linears if linear.name.endswith("0.mlp.gate_proj"))
+    assert (gate.experts, gate.clusters, len(gate.tokens)) == (experts, clusters, clusters)
+    own = {n.removeprefix(f"{gate.name}."): t for n, t in on_disk.items() if gate.name in n}
+    assert gate.stored_bytes == sum(tensor.nbytes for tensor in own.values())
+    biases = own["cluster_bias"].nbytes + own["cluster_bias_scale"].nbytes
+    named = own["cluster_expert"].nbytes if experts > 1 else 0
+    router = own["router_weight"].nbytes + own["router_bias"].nbytes
+    assert (gate.bytes["cluster_bias"], gate.bytes["router"]) == (biases, router + named)
+    rows = parents + -(-clusters // parents) if parents else clusters
+    module = model.get_submodule(gate.name)
+    tokens = torch.zeros(experts)
+    for cluster, count in enumerate(module.tokens):
+        tokens[cluster % experts] += count
+    right = module.pool.bytes_per_token(tokens if experts > 1 else None)
+    right += 3 * tiny.FFN + rows * (2 * tiny.HIDDEN + 4) + (experts > 1)
+    assert gate.bytes_per_token == pytest.approx(right)
+    up = next(linear for linear in found.linears if linear.name.endswith("0.mlp.up_proj"))
+    assert up.bytes["cluster_bias"] == 0
+    assert verify(tmp_path / "a") == []
+    text = table(found)
+    assert "clusters  experts" in text and "cluster_bias " in text
 
 
 def test_bytes_per_token_against_the_rows_themselves(sound):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .values import ValueCodec
 
-__all__ = ["MAX_CLUSTERS", "ClusterBias", "expert_of"]
+__all__ = ["MAX_CLUSTERS", "ClusterBias", "expert_of", "tokens_per_expert"]
 
 MAX_CLUSTERS = 4096
 
@@ -111,3 +111,13 @@ def expert_of(clusters: Tensor, cluster_expert: Tensor | None, experts: int) -> 
     if experts == 1:
         return None
     return clusters if cluster_expert is None else cluster_expert[clusters].long()
+
+
+def tokens_per_expert(
+    tokens: Sequence[int], cluster_expert: Tensor | None, experts: int
+) -> Tensor:
+    """Tokens of each expert, int64 [experts], of those of each cluster."""
+    counts = torch.tensor(tokens, dtype=torch.int64)
+    if cluster_expert is None:
+        return counts if experts > 1 else counts.sum(dim=0, keepdim=True)
+    return counts.new_zeros(experts).index_add(0, cluster_expert.long().cpu(), counts)

@@ -21,6 +21,7 @@ __all__ = [
     "first_children",
     "narrowest",
     "router_bytes",
+    "rows_read",
 ]
 
 ROUTER_DTYPES = (torch.float16, torch.float32)
@@ -78,15 +79,14 @@ def first_children(parent: Tensor, clusters: int, parents: int) -> Tensor:
     return parent * clusters // parents
 
 
-def router_bytes(clusters: int, in_features: int, parents: int = 0, *, read: bool = False) -> int:
-    """Bytes of a float16 router; one cluster needs none.
+def rows_read(clusters: int, parents: int) -> int:
+    """Rows of a router that one token reads, at most."""
+    return parents + (-(-clusters // parents) if parents else clusters)
 
-    :param read: of those, the bytes that one token reads, at most
-    """
-    if clusters == 1:
-        return 0
-    rows = parents + (-(-clusters // parents) if read and parents else clusters)
-    return rows * (2 * in_features + 4)
+
+def router_bytes(clusters: int, in_features: int, parents: int = 0) -> int:
+    """Bytes of a float16 router; one cluster needs none."""
+    return (parents + clusters) * (2 * in_features + 4) if clusters > 1 else 0
 
 
 def narrowest(weight: Tensor) -> Tensor:

@@ -280,6 +280,10 @@ def synth(
     vocab: Annotated[int, typer.Option(help="Vocabulary, at least 258.")] = 1024,
     context: Annotated[int, typer.Option(help="Longest sequence.")] = 4096,
     experts: Annotated[int, typer.Option(help="Experts per linear; 1 is plain sparse.")] = 16,
+    clusters: Annotated[
+        int,
+        typer.Option(help="Clusters, with a bias each; 0: as many as experts, without biases."),
+    ] = 0,
     sparsity: Annotated[float, typer.Option(help="Share of zeros in each row.")] = 0.8,
     budget: Annotated[
         float | None,
@@ -310,6 +314,7 @@ def synth(
 
     synth(
         out, Shape(hidden, ffn, layers, heads, kv_heads, vocab, context), experts=experts,
+        clusters=clusters,
         sparsity=sparsity, budget=budget, targets=targets, dtype=dtype, values=values,
         value_group=value_group, dense=dense, seed=seed, quiet=quiet,
     )  # fmt: skip

@@ -15,13 +15,16 @@ import torch
 from tqdm import tqdm
 
 from ..errors import WexpandError
+from ..format.clusters import tokens_per_expert
 from ..format.config import GroupEntry, LinearEntry
 from ..format.model_dir import ModelDir
+from ..format.problems import ROUTER
+from ..format.router import rows_read
 from ..format.rowpool import RowPool, kept
 
 __all__ = ["Inspection", "LinearInspection", "inspect"]
 
-KINDS = ("values", "mask", "scale", "row_map", "router", "bias")
+KINDS = ("values", "mask", "scale", "row_map", "router", "cluster_bias", "bias")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class LinearInspection:
     in_features: int
     out_features: int
     experts: int
+    clusters: int
+    """that the router tells apart; as many as experts, or more"""
     versions: int
     nnz: int
     """weights stored"""
@@ -41,13 +46,13 @@ class LinearInspection:
     values: str
     """how kept weights are stored: bfloat16, int4, ..."""
     bytes: dict[str, int]
-    """by kind: values, mask, scale, row_map, router, bias"""
+    """by kind: values, mask, scale, row_map, router, cluster_bias, bias"""
     dense_bytes: int
     """of the dense weight that this linear stands for, with its bias"""
     bytes_per_token: float
     """that one token reads, a mean over experts (by their tokens where recorded)"""
     tokens: list[int] = field(default_factory=list)
-    """calibration tokens per expert, empty where not recorded"""
+    """calibration tokens per cluster, empty where not recorded"""
 
     @property
     def stored_bytes(self) -> int:
@@ -56,12 +61,12 @@ class LinearInspection:
 
     @property
     def balance(self) -> float | None:
-        """Entropy of the tokens per expert over its maximum: 1 is even, 0 is one expert only."""
+        """Entropy of the tokens per cluster over its maximum: 1 is even, 0 is one cluster only."""
         total = sum(self.tokens)
-        if self.experts == 1 or not total:
+        if self.clusters == 1 or not total:
             return None
         shares = [count / total for count in self.tokens if count]
-        return -sum(share * math.log(share) for share in shares) / math.log(self.experts)
+        return -sum(share * math.log(share) for share in shares) / math.log(self.clusters)
 
 
 @dataclass(frozen=True)
@@ -148,25 +153,45 @@ def inspect(directory: str | Path, linears: Collection[str] | None = None) -> In
 def _group(model: ModelDir, group: GroupEntry) -> Iterator[LinearInspection]:
     """The linears of an input group; its router is stored with each, and read once per token."""
     for number, (name, entry) in enumerate(group.linears.items()):
-        headers = {kind: model.header(name, kind) for kind in entry.shapes()}
+        sizes = {kind: model.header(name, kind).nbytes for kind in entry.shapes()}
         pool = _header_pool(model, name, entry)
-        router = sum(headers[kind].nbytes for kind in headers if kind.startswith("router"))
-        bias = headers["bias"].nbytes if entry.bias else 0
-        tokens = torch.tensor(group.tokens) if group.tokens else None
+        stored = pool.stored_bytes() | {
+            "router": sum(sizes[kind] for kind in ROUTER if kind in sizes),
+            "cluster_bias": sum(size for kind, size in sizes.items() if "cluster_bias" in kind),
+            "bias": sizes.get("bias", 0),
+        }
+        read = pool.bytes_per_token(_tokens_per_expert(model, name, group)) + stored["bias"]
+        if entry.cluster_bias:  # one row, and the scales
+            read += sizes["cluster_bias"] / entry.clusters + sizes["cluster_bias_scale"]
+        if number == 0 and entry.clusters > 1:
+            share = rows_read(entry.clusters, entry.parents) / (entry.parents + entry.clusters)
+            read += (sizes["router_weight"] + sizes["router_bias"]) * share
+            read += "cluster_expert" in sizes
         yield LinearInspection(
             name=name,
             in_features=entry.in_features,
             out_features=entry.out_features,
             experts=entry.experts,
+            clusters=entry.clusters,
             versions=entry.versions,
             nnz=entry.nnz,
             sparsity=1 - entry.nnz / (entry.versions * entry.in_features),
             values=str(entry.codec),
-            bytes=pool.stored_bytes() | {"router": router, "bias": bias},
-            dense_bytes=entry.dense_bytes + bias,
-            bytes_per_token=pool.bytes_per_token(tokens) + bias + (router if number == 0 else 0),
+            bytes=stored,
+            dense_bytes=entry.dense_bytes + stored["bias"],
+            bytes_per_token=read,
             tokens=list(group.tokens),
         )
+
+
+def _tokens_per_expert(model: ModelDir, name: str, group: GroupEntry) -> torch.Tensor | None:
+    """Calibration tokens [experts]; None where they were not recorded, or one expert has all."""
+    if not group.tokens or group.experts == 1:
+        return None
+    named = None
+    if group.experts < group.clusters:
+        named = model.read(f"{name}.cluster_expert")
+    return tokens_per_expert(group.tokens, named, group.experts)
 
 
 def _header_pool(model: ModelDir, name: str, entry: LinearEntry) -> RowPool:
@@ -221,6 +246,7 @@ def _dense(model: ModelDir, only: Collection[str] | None) -> list[LinearInspecti
                 in_features=weight.shape[1],
                 out_features=weight.shape[0],
                 experts=1,
+                clusters=1,
                 versions=weight.shape[0],
                 nnz=nnz,
                 sparsity=1 - nnz / weight.numel(),

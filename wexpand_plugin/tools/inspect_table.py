@@ -18,11 +18,12 @@ def table(found: Inspection) -> str:
     """One line per linear, then totals."""
     width = max((len(linear.name) for linear in found.linears), default=4)
     balance = any(linear.balance is not None for linear in found.linears)
+    clusters = any(linear.clusters > linear.experts for linear in found.linears)
     lines = [
-        f"{'linear':{width}}  {'out x in':>13}  experts  versions  zeros    stored  x dense"
-        "  per token" + "  balance" * balance
+        f"{'linear':{width}}  {'out x in':>13}  {'clusters  ' * clusters}experts  versions  zeros  "
+        "  stored  x dense  per token" + "  balance" * balance
     ]
-    lines += [_row(linear, width, balance) for linear in found.linears]
+    lines += [_row(linear, width, balance, clusters) for linear in found.linears]
     kinds = ", ".join(f"{k} {readable_bytes(b)}" for k, b in found.bytes_by_kind().items() if b)
     dense, count = found.dense_bytes, len(found.linears)
     lines.append("")
@@ -39,11 +40,14 @@ def table(found: Inspection) -> str:
     return "\n".join(lines)
 
 
-def _row(linear: LinearInspection, width: int, with_balance: bool) -> str:
+def _row(
+    linear: LinearInspection, width: int, with_balance: bool, with_clusters: bool
+) -> str:
     size = f"{linear.out_features} x {linear.in_features}"
     balance = f"{'-':>9}" if linear.balance is None else f"{linear.balance:9.2f}"
+    clusters = f"{linear.clusters:8}  " if with_clusters else ""
     return (
-        f"{linear.name:{width}}  {size:>13}  {linear.experts:7}  {linear.versions:8}  "
+        f"{linear.name:{width}}  {size:>13}  {clusters}{linear.experts:7}  {linear.versions:8}  "
         f"{linear.sparsity:5.1%}  {readable_bytes(linear.stored_bytes):>8}  "
         f"{linear.stored_bytes / linear.dense_bytes:7.2f}  "
         f"{readable_bytes(linear.bytes_per_token):>9}{balance if with_balance else ''}"

@@ -9,6 +9,7 @@ neurons and experts, and all others share the neuron's base row. A compressed mo
 bytes where they help, so how rows are shared, and what its caches make of that, may differ.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..errors import WexpandError
 from ..format.bits import pack_bits
+from ..format.clusters import MAX_CLUSTERS, ClusterBias
 from ..format.config import GroupEntry, LinearEntry
 from ..format.linear import StoredLinear
 from ..format.router import StoredRouter, narrowest
@@ -33,6 +35,8 @@ TARGETS = {"mlp": ("mlp.",), "all": ("mlp.", "self_attn.")}
 # linears that read the same tensor share a router
 GROUPS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 BYTES, SPECIAL = 256, ("<s>", "</s>")
+FLAT = 32
+"""clusters that a router of one level has at most"""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def synth(
     shape: Shape | None = None,
     *,
     experts: int = 16,
+    clusters: int = 0,
     sparsity: float = 0.8,
     budget: float | None = None,
     targets: str = "mlp",
@@ -95,6 +100,8 @@ def synth(
 
     :param output: a directory that does not exist, or is empty
     :param experts: per expanded linear; 1 is plain sparse
+    :param clusters: that the router tells apart, with a bias each; from 33 on it has two levels.
+        0: as many as experts, without biases
     :param sparsity: share of zeros in each row version; every row keeps equally many weights
     :param budget: stored bytes of the expanded linears, x their dense bytes; None stores every
         (expert, neuron) pair's own row
@@ -114,6 +121,8 @@ def synth(
         raise WexpandError(f"targets: {targets!r} is not one of {', '.join(TARGETS)}")
     if not 1 <= experts <= MAX_EXPERTS:
         raise WexpandError(f"experts: {experts} should be 1 to {MAX_EXPERTS}")
+    if clusters and not experts <= clusters <= MAX_CLUSTERS:
+        raise WexpandError(f"clusters: {clusters} should be {experts} (experts) to {MAX_CLUSTERS}")
     if not 0 <= sparsity < 1:
         raise WexpandError(f"sparsity: {sparsity} should be at least 0 and below 1")
     how = codec(values or dtype, value_group)
@@ -140,17 +149,24 @@ def synth(
             rows, columns = like.shape
             kept = max(1, round((1 - sparsity) * columns))
             sizes = StoredBytes(how, FLOATS[dtype])
-            row_map = _row_map(rows, columns, experts, kept, budget, sizes, generator)
+            routed = clusters or experts
+            parents = math.ceil(routed**0.5) if routed > FLAT else 0
+            fixed = sizes.fixed(rows, columns, experts, routed, parents, biased=clusters > 0)
+            row_map = _row_map(rows, columns, experts, kept, budget, sizes, fixed, generator)
             pool = _pool(row_map, columns, kept, how, generator)
             block, _, kind = linear.rpartition(".")
             group = f"{block}.{GROUPS.get(kind, kind)}"
-            router = None
-            if experts > 1:
+            router = named = biases = None
+            if routed > 1:
                 if group not in routers:
-                    routers = {group: _router(experts, columns, generator)}
-                weight, bias, parents = routers[group]
+                    routers = {group: _router(routed, parents, columns, generator)}
+                weight, bias, _ = routers[group]
                 router = StoredRouter(weight.clone(), bias.clone(), parents)
-            stored = StoredLinear(pool, router)
+            if 1 < experts < routed:
+                named = torch.arange(routed).remainder(experts).to(torch.uint8)
+            if clusters:
+                biases = ClusterBias.pack(torch.randn(clusters, rows, generator=generator) / 10)
+            stored = StoredLinear(pool, router, None, biases, named)
             groups.setdefault(group, {})[linear] = stored.entry(FLOATS[dtype])
             writer.add_linear(linear, stored)
         writer.close()
@@ -166,10 +182,12 @@ def _dense(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tens
     return torch.randn(like.shape, dtype=dtype, generator=generator) * like.shape[1] ** -0.5
 
 
-def _router(experts: int, columns: int, generator: torch.Generator) -> StoredRouter:
-    """Random directions of equal weight send random inputs to all experts about equally."""
-    weight = torch.randn(experts, columns, generator=generator).half()
-    return StoredRouter(narrowest(weight), torch.zeros(experts))
+def _router(
+    clusters: int, parents: int, columns: int, generator: torch.Generator
+) -> StoredRouter:
+    """Random directions of equal weight send random inputs to all clusters about equally."""
+    weight = torch.randn(parents + clusters, columns, generator=generator).half()
+    return StoredRouter(narrowest(weight), torch.zeros(parents + clusters), parents)
 
 
 def _row_map(
@@ -179,6 +197,7 @@ def _row_map(
     kept: int,
     budget: float | None,
     sizes: StoredBytes,
+    fixed: int,
     generator: torch.Generator,
 ) -> Tensor:
     """uint8 [experts, rows]: a base version per row, and own ones for random pairs."""
@@ -186,7 +205,6 @@ def _row_map(
     own = pairs
     if budget is not None:
         row_bytes = int(sizes.row(torch.tensor([kept]), columns))
-        fixed = sizes.fixed(rows, columns, experts)
         dense = sizes.dense(rows, columns)
         own = min(pairs, int((budget * dense - fixed) // row_bytes) - rows)
         if own < 0:

@@ -33,16 +33,21 @@ def unpack(
     :param output: a directory that does not exist, or is empty
     :param expert: which expert's weights to write where there are several; then the output is not
         the same model any more, as every token would use this expert
-    :raises WexpandError: a damaged checkpoint; several experts and no `expert`
+    :raises WexpandError: a damaged checkpoint; several experts and no `expert`; biases of clusters
     """
     require_empty(output)
     model = ModelDir(directory)
     linears = model.config.linears
     for name, entry in linears.items():
-        if entry.cluster_bias:
+        if entry.cluster_bias and entry.clusters > 1:
             raise WexpandError(
                 f"{directory}: {name} adds a bias of its own for each of {entry.clusters} clusters "
                 "of tokens, which no dense model can hold"
+            )
+        if entry.cluster_bias and not entry.bias:
+            raise WexpandError(
+                f"{directory}: {name} adds a bias to all tokens, which the dense model's has no "
+                "tensor for"
             )
         if entry.experts > 1 and expert is None:
             raise WexpandError(
@@ -66,11 +71,15 @@ def unpack(
         with progress_bar(model, quiet) as bar:
             for name, tensor in model.tensors():
                 bar.update(tensor.nbytes)
-                linear = name.removesuffix(".weight")
-                if linear != name and linear in linears:
+                linear, _, kind = name.rpartition(".")
+                if linear in linears and kind == "weight":
                     pool = model.linear(linear).pool
                     chosen = (expert or 0) if pool.experts > 1 else 0
                     tensor = pool.expert(chosen).to(getattr(torch, linears[linear].dtype))
+                elif linear in linears and kind == "bias" and linears[linear].cluster_bias:
+                    biases = model.linear(linear).cluster_bias
+                    assert biases is not None
+                    tensor = (tensor + biases.decoded()[0]).to(tensor.dtype)
                 if name not in ours:
                     writer.add(name, tensor)
         writer.close()

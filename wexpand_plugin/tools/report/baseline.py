@@ -29,7 +29,13 @@ class Baseline:
         """Dense weight [out, in] of linear `name`; WexpandError if it is not there, not `shape`,
         not pruned, or has several experts."""
         if name in self.ours:
-            pool = self.model.linear(name).pool
+            linear = self.model.linear(name)
+            pool = linear.pool
+            if linear.cluster_bias is not None:
+                raise WexpandError(
+                    f"baseline: {self.directory}: {name} has biases of clusters; a baseline has "
+                    "one sparse version of each neuron and no more"
+                )
             if pool.experts > 1:
                 raise WexpandError(
                     f"baseline: {self.directory}: {name} has {pool.experts} experts; a baseline "

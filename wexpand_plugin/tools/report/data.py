@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...format.clusters import tokens_per_expert
+from ...format.config import GroupEntry
 from ...format.model_dir import ModelDir
 from ..inspect import Inspection, LinearInspection, inspect
 
@@ -48,7 +50,9 @@ class Group:
 
     linears: list[str]
     tokens: list[int]
-    """calibration tokens per expert, empty where not recorded"""
+    """calibration tokens per cluster, empty where not recorded"""
+    of_experts: list[int]
+    """the same per expert"""
 
     @property
     def label(self) -> str:
@@ -81,6 +85,16 @@ class ReportData:
         """The largest number of experts of a linear; 1: plain sparse."""
         return max((linear.experts for linear in self.linears), default=1)
 
+    @property
+    def clusters(self) -> int:
+        """The largest number of clusters of a linear, at least its experts."""
+        return max((linear.clusters for linear in self.linears), default=1)
+
+    @property
+    def unit(self) -> str:
+        """What the router tells apart: "expert", or "cluster" where these are more."""
+        return "cluster" if self.clusters > self.experts else "expert"
+
 
 def collect(directory: str | Path) -> ReportData:
     """Read a checkpoint; WexpandError if the directory holds none of ours, or a damaged one."""
@@ -97,8 +111,18 @@ def collect(directory: str | Path) -> ReportData:
         {key: value for key, value in model.config_json.items() if key != "quantization_config"},
         inspect(directory),
         sharing,
-        [Group(list(group.linears), list(group.tokens)) for group in config.groups],
+        [_group(model, group) for group in config.groups],
     )
+
+
+def _group(model: ModelDir, group: GroupEntry) -> Group:
+    named, first = None, next(iter(group.linears))
+    if 1 < group.experts < group.clusters:
+        named = model.read(f"{first}.cluster_expert")
+    of_experts: list[int] = []
+    if group.tokens:
+        of_experts = tokens_per_expert(group.tokens, named, group.experts).tolist()
+    return Group(list(group.linears), list(group.tokens), of_experts)
 
 
 def users(row_map: Tensor) -> Tensor:

@@ -102,19 +102,19 @@ def _shown(data: "ReportData", measured: "Measurement | None", folder: Path) -> 
     from . import neuron_plots, numbers, plots
     from .style import save, styled
 
-    figures, routed = {"sizes": plots.sizes(data)}, data.experts > 1
+    figures, routed = {"sizes": plots.sizes(data)}, data.clusters > 1
     counted = [group for group in data.groups if sum(group.tokens)] if routed else []
     wd = _wasserstein(data, measured)
     compared = routed and measured is not None and measured.base is not None
     with styled():
-        if routed:
+        if data.experts > 1:
             figures["budget"] = plots.budget(data)
         if counted:
-            figures["tokens"] = plots.tokens(counted)
+            figures["tokens"] = plots.tokens(counted, data.unit)
         if wd:
             figures["wasserstein"] = neuron_plots.wasserstein(wd, PERCENT)
         if measured is not None:
-            name = "experts" if routed else "compressed model"
+            name = f"{data.unit}s" if routed else "compressed model"
             figures["distributions"] = neuron_plots.distributions(measured, name)
         if measured is not None and compared:
             figures["improvement"] = neuron_plots.improvement(measured, PERCENT)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...format.clusters import expert_of
+from ...format.linear import StoredLinear
 from ...format.model_dir import ModelDir
-from ...format.rowpool import RowPool
 from ...kernels.reference import multiply
 from ...method.neurons import wasserstein_distance, wasserstein_neurons
 from .baseline import Baseline, shared_base
@@ -109,18 +110,15 @@ def measure(
     with tqdm(total=total + len(data.linears), desc="measuring", disable=not progress) as bar:
         for group, x in model.inputs(data.groups, rows, bar):
             for name in group.linears:
-                pool, router, *_ = ours.linear(name)
-                module = model.modules[name]
+                linear, module = ours.linear(name), model.modules[name]
+                pool = linear.pool
                 base: tuple[Tensor, Tensor] | None
                 if given is not None:
                     weight = given.weight(name, (pool.out_features, pool.in_features))
                     base = weight, torch.ones(pool.out_features, dtype=torch.bool)
                 else:
-                    base = shared_base(pool, group.tokens)
-                experts = None
-                if router is not None:
-                    experts = router.route(x.float())
-                found[name] = _measure(name, x, module.weight, pool, experts, base)
+                    base = shared_base(pool, group.of_experts)
+                found[name] = _measure(name, x, module.weight, linear, base)
                 bar.update()
     any_base = any(m.base is not None for m in found.values())
     label = None
@@ -140,21 +138,24 @@ def _measure(
     name: str,
     x: Tensor,
     weight: Tensor,
-    pool: RowPool,
-    experts: Tensor | None,
+    linear: StoredLinear,
     base: tuple[Tensor, Tensor] | None,
 ) -> Measured:
-    """Chunks over neurons; a bias is the same in all versions and moves nothing, so none is added.
+    """Chunks over neurons; the dense bias is the same in all versions and moves nothing, so it is
+    left out.
 
     :param x: inputs [tokens, in] on the CPU
     :param weight: dense [out, in]; its device is where the work is done
-    :param experts: expert of each token, None for one expert
     :param base: (weight [out, in], which neurons count [out])
     """
-    device, out = weight.device, pool.out_features
-    x, pool = x.to(device, torch.float32), pool.to(device)
+    device, out = weight.device, linear.pool.out_features
+    clusters = None if linear.router is None else linear.router.route(x.float()).to(device)
+    x, pool = x.to(device, torch.float32), linear.pool.to(device)
     version_map = pool.version_map()
-    experts = None if experts is None else experts.to(device)
+    experts = None
+    if clusters is not None:
+        named = linear.cluster_expert
+        experts = expert_of(clusters, None if named is None else named.to(device), pool.experts)
     wd, std, expanded = (torch.empty(out, dtype=torch.float64) for _ in range(3))
     rmse = None if base is None else torch.full((out,), torch.nan, dtype=torch.float64)
 
@@ -164,6 +165,9 @@ def _measure(
 
         width = part.stop - part.start
         versions = multiply(x, experts, rows, pool.experts, width)
+        if linear.cluster_bias is not None:
+            neurons = torch.arange(part.start, part.stop)
+            versions += linear.cluster_bias.take(neurons).to(device).of(clusters)
         single = None if base is None else x @ base[0][part].to(device, torch.float32).T
         return x @ weight[part].float().T, versions, single
 

@@ -49,7 +49,7 @@ def budget(data: ReportData) -> Budget:
 
 
 class Shares(NamedTuple):
-    """The share of its group's calibration tokens that the smallest and the largest expert got."""
+    """The share of its group's calibration tokens that the smallest and the largest cluster got."""
 
     smallest: float
     largest: float

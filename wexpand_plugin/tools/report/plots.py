@@ -15,7 +15,7 @@ __all__ = ["PANELS", "budget", "evenly", "grid", "sizes", "tokens"]
 
 PANELS = 24
 """small plots of one figure at most; more linears are sampled evenly"""
-NAMES = {"row_map": "row map"}
+NAMES = {"row_map": "row map", "cluster_bias": "cluster biases"}
 
 
 def evenly(items: Sequence[Any], count: int = PANELS) -> list[Any]:
@@ -112,8 +112,8 @@ def budget(data: ReportData) -> Any:
     return figure
 
 
-def tokens(groups: Sequence[Group]) -> Any:
-    """Bars of calibration tokens per expert, one small plot for each input group."""
+def tokens(groups: Sequence[Group], unit: str) -> Any:
+    """Bars of calibration tokens per expert or cluster (`unit`), one small plot for each group."""
     shown = evenly([group for group in groups if sum(group.tokens)])
     figure, panels = grid(len(shown))
     for axes, group in zip(panels, shown, strict=True):
@@ -123,6 +123,6 @@ def tokens(groups: Sequence[Group]) -> Any:
         axes.set_title(group.label.replace("_proj", ""))
         axes.grid(axis="x", visible=False)
         axes.set_xticks(np.unique(np.linspace(0, len(share) - 1, 6).round()))
-    figure.supxlabel("expert", fontsize=9)
+    figure.supxlabel(unit, fontsize=9)
     figure.supylabel("% of calibration tokens", fontsize=9)
     return figure

@@ -28,7 +28,7 @@ __all__ = [
 
 INK, LINE, SOFT = "#1c2024", "#d3d8de", "#8a929c"
 BLUE, SKY, ORANGE = "#0072b2", "#56b4e9", "#d55e00"
-GREEN, YELLOW, GREY = "#009e73", "#e69f00", "#9aa2ac"
+GREEN, YELLOW, GREY, PINK = "#009e73", "#e69f00", "#9aa2ac", "#cc79a7"
 
 DENSE, COMPRESSED, BASE = GREY, BLUE, ORANGE
 """the model before, after, and with one sparse version of each neuron"""
@@ -40,6 +40,7 @@ KINDS = {
     "mask": YELLOW,
     "row_map": GREEN,
     "router": ORANGE,
+    "cluster_bias": PINK,
     "bias": GREY,
 }
 """what the bytes of a linear are"""
