@@ -62,6 +62,37 @@ def test_shared_versions_get_the_gradient_of_all_their_experts():
         )
 
 
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_cluster_bias_gets_the_gradient_of_its_tokens(experts):
+    x = batches()[0]
+    generator = torch.Generator().manual_seed(2)
+    router = Router(torch.randn(5, 12, generator=generator), torch.zeros(5))
+    rows = torch.randn(2 * experts, 12, generator=generator)
+    version_map = torch.arange(2 * experts).view(experts, 2)
+    bias = torch.randn(5, 2, generator=generator)
+    cluster_expert = torch.tensor([0, 1, 0, 1, 1], dtype=torch.uint8) if experts == 2 else None
+    module = TunableLinear(
+        SolvedRows(rows), rows != 0, version_map, None, router, torch.ones(2), bias, cluster_expert
+    )
+    y, labels = module(x)[0], router.route(x[0])
+    for token, cluster in enumerate(labels.tolist()):
+        expert = 0 if cluster_expert is None else int(cluster_expert[cluster])
+        expected = rows[version_map[expert]] @ x[0, token] + 1 + bias[cluster]
+        torch.testing.assert_close(y[token], expected)
+    y[:, 0].sum().backward()
+    counts = torch.bincount(labels, minlength=5).float()
+    grad = torch.stack((counts, 0 * counts), dim=1) * module.size
+    torch.testing.assert_close(module.cluster_bias.grad, grad)
+    torch.testing.assert_close(module.solved_cluster_bias(), bias)
+
+
+def test_one_cluster_needs_no_router():
+    x, rows = batches()[0], torch.randn(2, 12)
+    own, bias = torch.arange(2).unsqueeze(0), torch.ones(1, 2)
+    module = TunableLinear(SolvedRows(rows), rows != 0, own, None, None, None, bias)
+    torch.testing.assert_close(module(x), x @ rows.t() + 1)
+
+
 @pytest.mark.parametrize(("bits", "lr"), [(4, 3e-3), (8, 3e-4)])
 def test_values_stay_on_their_grid(bits, lr):
     grid, inputs = Grid(bits, 8), batches()

@@ -43,10 +43,17 @@ def settings(**values) -> Settings:
     return Settings(**{"sparsity": 0.5, "num_experts": 3, "stored_bytes": Weigh()} | values)
 
 
-def true_error(weight: Tensor, experts: Tensor, inputs: Tensor, labels: Tensor) -> float:
-    """The relative error of the outputs, one token after another."""
+def true_error(
+    weight: Tensor, experts: Tensor, inputs: Tensor, labels: Tensor, bias: Tensor | None = None
+) -> float:
+    """The relative error of the outputs, one token after another.
+
+    :param bias: of each token
+    """
     dense = inputs @ weight.t()
     sparse = torch.stack([experts[e] @ x for x, e in zip(inputs, labels.tolist(), strict=True)])
+    if bias is not None:
+        sparse += bias
     return float((sparse - dense).norm() / dense.norm())
 
 
@@ -83,6 +90,80 @@ def test_one_expert_is_sparsegpt():
             torch.testing.assert_close(linear.stored.dense(), plain, atol=1e-4, rtol=0)
         expected = true_error(weight, plain, rows, torch.zeros(len(rows), dtype=torch.int64))
         assert one.stored.error == pytest.approx(expected, rel=0.05)
+
+
+def labels_of(found, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Cluster and expert of each row."""
+    clusters = torch.zeros(len(rows), dtype=torch.int64)
+    if found.router is not None:
+        clusters = found.router.route(rows)
+    experts = clusters
+    if found.cluster_expert is not None:
+        experts = found.cluster_expert.long()[clusters]
+    elif len(found.tokens) > 1 and len(found.linears[0].calibrating.row_map) == 1:
+        experts = 0 * clusters
+    return clusters, experts
+
+
+@pytest.mark.parametrize(
+    "experts,clusters,budget",
+    [(1, 1, None), (1, 4, None), (1, 40, None), (2, 8, None), (3, 3, None), (3, 40, 5.0),
+     (3, 3, 1.8)],
+)  # fmt: skip
+def test_cluster_biases_come_closer_than_none(experts, clusters, budget):
+    inputs = batches(60)
+    keys = dict(num_experts=experts, size_budget=budget, budget_scope="layer")
+    plain = expand_group(WEIGHTS, BIASES, inputs, settings(**keys))
+    found = expand_group(WEIGHTS, BIASES, inputs, settings(num_clusters=clusters, **keys))
+    rows = torch.cat(inputs)
+    labels, of = labels_of(found, rows)
+    assert (found.router is None) == (clusters == 1)
+    assert found.tokens.tolist() == torch.bincount(labels, minlength=clusters).tolist()
+    if 1 < experts < clusters:
+        assert found.cluster_expert.dtype == torch.uint8
+        assert found.cluster_expert.unique().tolist() == list(range(experts))
+    else:
+        assert found.cluster_expert is None
+    for weight, linear, other in zip(WEIGHTS, found.linears, plain.linears, strict=True):
+        stored = linear.stored
+        assert linear.calibrating is stored and other.stored.cluster_bias is None
+        bias = stored.cluster_bias
+        assert bias.shape == (clusters, len(weight)) and bias.dtype == torch.float32
+        error = true_error(weight, stored.dense(), rows, of, bias[labels])
+        assert stored.error == pytest.approx(error, rel=0.06)
+        without = true_error(weight, other.stored.dense(), rows, labels_of(plain, rows)[1])
+        assert error < (0.97 if clusters > 1 else 1.0) * without
+        if budget:
+            kept = (stored.rows.weights != 0).sum(dim=1)
+            fixed = settings(num_clusters=clusters, **keys).fixed_bytes(len(weight), 24)
+            assert fixed >= clusters * len(weight)
+            assert int(Weigh().row(kept, 24).sum()) + fixed <= budget * 2 * weight.numel()
+
+
+def test_experts_are_sets_of_similar_clusters():
+    inputs = batches(60)
+    found = expand_group(WEIGHTS, BIASES, inputs, settings(num_clusters=12))
+    rows = torch.cat(inputs)
+    clusters, experts = labels_of(found, rows)
+
+    def spread(labels: Tensor) -> float:
+        parts = [rows[labels == label] for label in labels.unique()]
+        return sum(float((part - part.mean(dim=0)).square().sum()) for part in parts)
+
+    generator = torch.Generator().manual_seed(0)
+    chance = torch.randint(3, (12,), generator=generator)[clusters]
+    assert spread(experts) < 0.8 * spread(chance)
+
+
+def test_clusters_of_one_token():
+    """As many clusters as there are rows: nothing to learn a bias from, and nothing breaks."""
+    inputs = batches(2)
+    found = expand_group(WEIGHTS, BIASES, inputs, settings(num_experts=1, num_clusters=128))
+    assert found.tokens.sum() == 128 and (found.tokens == 1).sum() > 30
+    for linear in found.linears:
+        assert linear.stored.cluster_bias.isfinite().all()
+    with pytest.raises(WexpandError, match="num_clusters: 129 clusters .* from 128 rows"):
+        expand_group(WEIGHTS, BIASES, inputs, settings(num_experts=1, num_clusters=129))
 
 
 def spent(linear, out_features: int) -> int:
@@ -133,12 +214,15 @@ def test_batches_are_sampled_with_a_stride_until_there_are_rows_enough():
 def test_what_cannot_be_expanded_is_said():
     broken = batches()
     broken[3][5, 5] = torch.nan
-    for experts in (1, 3):
+    for experts, clusters in ((1, 0), (3, 0), (1, 1), (3, 5)):
         with pytest.raises(WexpandError, match="NaN"):
-            expand_group(WEIGHTS, BIASES, broken, settings(num_experts=experts))
+            keys = dict(num_experts=experts, num_clusters=clusters)
+            expand_group(WEIGHTS, BIASES, broken, settings(**keys))
     short = Batches(rows[:7] for rows in batches())
-    with pytest.raises(WexpandError, match="sequences of 16 or more"):
-        expand_group(WEIGHTS, BIASES, short, settings(size_budget=1.0))
+    one = dict(num_experts=1, num_clusters=1)
+    for values in (dict(size_budget=1.0), dict(num_clusters=5), one):
+        with pytest.raises(WexpandError, match="sequences of 16 or more"):
+            expand_group(WEIGHTS, BIASES, short, settings(**values))
     with pytest.raises(WexpandError, match="below .* the size of the base versions"):
         expand_group(WEIGHTS, BIASES, batches(), settings(size_budget=0.1, budget_scope="layer"))
 

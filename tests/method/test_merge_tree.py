@@ -1,5 +1,7 @@
 """The tree of experts: who is merged first, and against scipy where both can say."""
 
+import itertools
+
 import torch
 from scipy.cluster.hierarchy import linkage
 
@@ -29,3 +31,39 @@ def test_a_flat_tree_shares_the_root_only():
     found = flat_tree(3)
     assert found.children == [(0, 1, 2)] and (found.experts, found.nodes) == (3, 4)
     assert found.members.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]]
+
+
+def test_leaves_of_any_size_merge_as_the_rule_says():
+    """Each union of least cost, computed anew from the leaves."""
+    generator = torch.Generator().manual_seed(3)
+    means = torch.randn(20, 4, generator=generator).double()
+    tokens = torch.randint(0, 90, (20,), generator=generator)
+    tokens[[4, 11]] = 0
+
+    def spread(members: torch.Tensor) -> float:
+        n = tokens[members].double().unsqueeze(1)
+        centre = (n * means[members]).sum(dim=0) / n.sum().clamp(min=1)
+        return float((n * (means[members] - centre).square()).sum())
+
+    found = merge_tree(means, tokens)
+    alive = list(range(20))
+    for new, (a, b) in enumerate(found.children, 20):
+
+        def cost(i: int, j: int) -> float:
+            members = found.members
+            return spread(members[i] | members[j]) - spread(members[i]) - spread(members[j])
+
+        least = min(cost(i, j) for i, j in itertools.combinations(alive, 2))
+        assert cost(a, b) <= least + 1e-9
+        assert torch.equal(found.members[new], found.members[a] | found.members[b])
+        alive = [n for n in alive if n not in (a, b)] + [new]
+    assert tokens.tolist().count(0) == 2 and len(alive) == 1
+
+
+def test_cut_into_sets():
+    means = torch.tensor([[10.0], [0.0], [10.3], [0.1], [50.0]])
+    tree = merge_tree(means, torch.ones(5))
+    assert tree.cut(5).tolist() == [0, 1, 2, 3, 4] and tree.cut(1).tolist() == [0] * 5
+    assert tree.cut(3).tolist() == [0, 1, 0, 1, 2] and tree.cut(2).tolist() == [0, 0, 0, 0, 1]
+    many = merge_tree(torch.randn(300, 6), torch.randint(0, 50, (300,))).cut(16)
+    assert many.dtype == torch.uint8 and many.unique().tolist() == list(range(16))

@@ -21,6 +21,9 @@ from wexpand_plugin.method.settings import Settings
         (dict(mask_structure="4:2"), "mask_structure"),
         (dict(num_experts=0), "num_experts: 0 should be at least 1"),
         (dict(num_experts=257), "num_experts: 257 should be at most 256"),
+        (dict(num_clusters=5000), "num_clusters: 5000 should be 0, or 16 (num_experts) to 4096"),
+        (dict(num_clusters=15), "num_clusters: 15 should be 0, or 16 (num_experts) to 4096"),
+        (dict(num_clusters=-1, num_experts=1), "num_clusters: -1 should be 0, or 1 (num_exp"),
         (dict(router_dims=0), "router_dims: 0 should be at least 1, or null"),
         (dict(allocate_by="luck"), "allocate_by: 'luck' should be one of gain, wasserstein"),
         (dict(budget_scope="planet"), 'budget_scope: \'planet\' should be "layer" or "model"'),
@@ -36,6 +39,10 @@ def test_impossible_values_are_refused_by_name(values, message):
 
 
 def test_what_can_be():
+    assert Settings(0.5).clusters == 16 and not Settings(0.5).biased
+    many = Settings(0.5, num_experts=2, num_clusters=4096)
+    assert (many.clusters, many.samples, many.biased) == (4096, 65536, True)
+    assert Settings(0.5, num_experts=1, num_clusters=1).samples == 8192
     assert str(Settings(0.5, mask_structure="0:0", num_experts=256).structure) == "unstructured"
     with pytest.raises(WexpandError, match="stored_bytes"):
         Settings(0.5, size_budget=1.0).version_bytes(8, 8)

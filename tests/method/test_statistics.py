@@ -5,6 +5,7 @@ import torch
 from test_candidates import statistics
 
 from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.method.clusters import Router, fit_router
 from wexpand_plugin.method.statistics import GroupStatistics, RowSample
 
 
@@ -19,6 +20,63 @@ def test_statistics_count_and_sum_every_row(hold_out):
             part = rows[labels == expert]
             torch.testing.assert_close(found.sums[expert], part.t() @ part, atol=1e-3, rtol=1e-4)
             torch.testing.assert_close(found.mean_inputs()[expert], part.mean(dim=0))
+
+
+@pytest.mark.parametrize("shift", [0, 3000])
+@pytest.mark.parametrize("clusters", [1, 5, 40])
+def test_sums_within_clusters(clusters, shift):
+    """Batch by batch and in float32, also where the means are far larger than what is around."""
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(30, 400, 12, generator=generator) + 3 * torch.randn(30, 1, 12)
+    rows[..., :3] += shift
+    router = None if clusters == 1 else fit_router(rows.flatten(0, 1), clusters, restarts=1)
+    experts = torch.arange(clusters) % 3 if clusters > 1 else None
+    found = GroupStatistics(12, router, cluster_expert=experts, within=True)
+    for batch in rows:
+        found.add(batch)
+    found.flush()
+    every = rows.flatten(0, 1)
+    labels = found.route(every)
+    expected = torch.zeros(found.experts, 12, 12, dtype=torch.float64)
+    for cluster in labels.unique():
+        part = every[labels == cluster].double()
+        torch.testing.assert_close(
+            found.mean_inputs()[cluster].double(), part.mean(dim=0), rtol=1e-5, atol=1e-4
+        )
+        apart = part - part.mean(dim=0)
+        expected[found.cluster_expert[cluster]] += apart.t() @ apart
+    torch.testing.assert_close(found.sums.double(), expected, rtol=1e-3, atol=2)
+    assert torch.equal(found.tokens, torch.bincount(labels, minlength=clusters))
+    total = expected.sum(dim=0) / len(every)
+    torch.testing.assert_close(found.total().double(), total, rtol=1e-3, atol=1e-4)
+    for expert in range(found.experts):
+        part = every[found.cluster_expert[labels] == expert].double()
+        torch.testing.assert_close(
+            found.expert_means()[expert].double(), part.mean(dim=0), rtol=1e-5, atol=1e-4
+        )
+
+
+def test_what_cluster_biases_hold_out():
+    router = Router(torch.randn(4, 6), torch.zeros(4))
+    found, rows = GroupStatistics(6, router, within=True, hold_out=True), torch.randn(5, 64, 6)
+    for batch in rows:
+        found.add(batch)
+    found.flush()
+    known, labels = found.cluster_means(), router.route(rows.flatten(0, 1))
+    assert int(known.held_out_tokens.sum()) == 5 * 4 and int(known.tokens.sum()) == 5 * 60
+    for cluster in range(4):
+        part = rows.flatten(0, 1)[labels == cluster]
+        assert known.tokens[cluster] + known.held_out_tokens[cluster] == len(part)
+        solved = known.means[cluster] * known.tokens[cluster]
+        torch.testing.assert_close(
+            solved + known.held_out_sums[cluster], part.sum(dim=0), atol=1e-3, rtol=1e-4
+        )
+    short = GroupStatistics(6, router, within=True, hold_out=True)
+    for batch in rows:
+        short.add(batch[:15])
+    short.flush()
+    with pytest.raises(WexpandError, match="sequences of 16 or more"):
+        short.cluster_means()
 
 
 def test_inputs_that_are_not_finite_are_refused():

@@ -13,21 +13,28 @@ def working_bytes(linears: Mapping[str, nn.Linear], settings: Settings) -> int:
     """Bytes beside the model: those of the widest input group, and what is kept until the end.
 
     An input group needs a Hessian for every expert and one for all tokens (float32, in x in each),
-    the solved versions, and the solver's `max_bytes`. Candidates of all linears are kept where the
-    whole model competes for one budget. Linears of one parent and width count as one group, which
-    they nearly always are.
+    the solved versions, and the solver's `max_bytes`; with cluster biases also the means of the
+    clusters, and more rows that are clustered. Candidates of all linears are kept where the whole
+    model competes for one budget, with the means that their biases follow from. Linears of one
+    parent and width count as one group, which they nearly always are.
     """
     groups: dict[tuple[str, int], list[nn.Linear]] = {}
     for name, linear in linears.items():
         groups.setdefault((name.rpartition(".")[0], linear.weight.shape[1]), []).append(linear)
     versions = settings.num_experts if settings.size_budget is None else 2 * settings.num_experts
+    # of the sample twice as many rows are held at times; sums, means and held-out sums of clusters
+    extra = 4 * (2 * settings.samples + 4 * settings.clusters) if settings.biased else 0
     widest = max(
-        (settings.num_experts + 1) * width**2 * 4 + versions * _dense(group)
+        (settings.num_experts + 1) * width**2 * 4 + versions * _dense(group) + extra * width
         for (_, width), group in groups.items()
     )
     kept = 0.0
     if settings.size_budget is not None and settings.budget_scope == "model":
         kept = max(settings.shortlist) * settings.size_budget * _dense(linears.values())
+        if settings.biased:
+            outputs = sum(len(linear.weight) for linear in linears.values())
+            inputs = sum(width for _, width in groups)
+            kept += 2 * 4 * settings.clusters * (outputs + inputs)
     return widest + round(kept) + settings.max_bytes
 
 

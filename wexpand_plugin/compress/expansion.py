@@ -22,10 +22,10 @@ from ..method.settings import Settings
 from ..method.statistics import GroupStatistics
 from .precision import stored_dtype
 from .replay import BlockReplay, ReplayedInputs
-from .rows import codec_for, packed, replace_linear, settings_for
+from .rows import codec_for, packed, packed_biases, replace_linear, settings_for
 from .tuning import DensePath, tune
 
-__all__ = ["Block", "Target", "allocate_targets", "expand_block"]
+__all__ = ["Block", "Target", "allocate_targets", "expand_block", "parts"]
 
 
 class Block(NamedTuple):
@@ -71,8 +71,10 @@ def expand_block(
     """
     outputs = path.targets(replay, block.place) if settings.tune_epochs else []
     groups = replay.groups({n: t.linear for n, t in targets.items() if t.linear is not None})
-    # one expert is plain SparseGPT, as llm-compressor does it: all groups on dense inputs
-    known = _dense_statistics(groups, replay, settings) if settings.num_experts == 1 else {}
+    known = {}
+    if settings.clusters == 1 and not settings.biased:
+        # plain SparseGPT, as llm-compressor does it: all groups on dense inputs
+        known = _dense_statistics(groups, replay, settings)
     for group in tqdm(groups, "Expanding", leave=False):
         start, first = time.perf_counter(), group.linears[0]
         weights = [linear.weight.detach() for linear in group.linears]
@@ -95,15 +97,19 @@ def expand_block(
                 stored, which = found.candidates.base(), " (full expansion, for calibration)"
             target.routed = replace_linear(
                 model, name, linear, packed(stored, how), result.router, group=group.names[0],
-                tokens=tokens.tolist(),
+                tokens=tokens.tolist(), cluster_bias=packed_biases(stored),
+                cluster_expert=result.cluster_expert,
             )  # fmt: skip
             target.linear, target.group = None, group.label
             target.candidates = found.candidates
             # until the block has been propagated and its other groups have been replayed
-            target.routed.materialise(found.calibrating.dense())
+            shift = packed_biases(found.calibrating)
+            target.routed.materialise(
+                found.calibrating.dense(), None if shift is None else shift.decoded()
+            )
             errors.append(f"{found.calibrating.error:.3f}")
         logger.info(
-            f"{group.label}: {settings.num_experts} experts, tokens per expert "
+            f"{group.label}: {parts(settings)}, tokens of each "
             f"{int(tokens.min())}/{int(tokens.median())}/{int(tokens.max())} (min/median/max), "
             f"relative error {', '.join(errors)}{which}, {time.perf_counter() - start:.1f} s"
         )
@@ -111,6 +117,14 @@ def expand_block(
         routed = {name: t.routed for name, t in targets.items() if t.routed is not None}
         for name, linear in tune(block.name, model, routed, replay, outputs, settings).items():
             targets[name].routed = linear
+
+
+def parts(settings: Settings) -> str:
+    """How many experts there are, and of how many clusters, in words."""
+    experts = f"{settings.num_experts} expert{'s' if settings.num_experts > 1 else ''}"
+    if not settings.biased:
+        return experts
+    return f"{experts} of {settings.clusters} cluster{'s' if settings.clusters > 1 else ''}"
 
 
 def _dense_statistics(
@@ -154,8 +168,9 @@ def allocate_targets(model: nn.Module, targets: Mapping[str, Target], settings: 
         old, stored = target.routed, candidates.select(allocation.use)
         pool = packed(stored, codec_for(old.dtype, settings))
         new = replace_linear(
-            model, name, old, pool, old.router, group=old.group, tokens=old.tokens
-        )
+            model, name, old, pool, old.router, group=old.group, tokens=old.tokens,
+            cluster_bias=packed_biases(stored),
+        )  # fmt: skip
         target.routed, target.candidates = new, None
         share = new.stored_bytes() / new.dense_bytes()
         errors.setdefault(target.group, []).append(f"{stored.error:.3f} ({share:.2f} of dense)")

@@ -20,7 +20,7 @@ from ..method.settings import Settings
 from .calibration import CalibrationBatches, counted_tokens
 from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .estimate import working_bytes
-from .expansion import Block, Target, allocate_targets, expand_block
+from .expansion import Block, Target, allocate_targets, expand_block, parts
 from .made_by import made_by
 from .precision import stored_dtype
 from .replay import BlockReplay
@@ -70,7 +70,11 @@ class SparseExpansionModifier(Modifier):
     :param values: how kept weights are stored: "auto" (in the model's dtype), "int8" or "int4",
         rounded together with pruning; with one of them `sparsity` may be 0
     :param value_group: columns of a row that share a scale, with int8 and int4
-    :param num_experts: experts per input group, at most 256; 1 is plain sparse, without a router
+    :param num_experts: experts per input group, at most 256; 1 is plain sparse
+    :param num_clusters: clusters with a bias each, which makes up for what a cluster's mean input
+        loses; num_experts to 4096, and each expert is a set of them; 0 for no biases, and a cluster
+        for each expert. A token reads one bias, and of a router with more than 32 clusters about
+        2 sqrt(num_clusters) rows
     :param size_budget: bytes stored for the targeted linears over their dense bytes; null stores
         every expert in full (the paper's method)
     :param budget_scope: "layer" meets the budget in each linear, "model" over all of them, with
@@ -90,8 +94,10 @@ class SparseExpansionModifier(Modifier):
         scales and biases are trained to give the dense model's hidden states; 0 for none
     :param tune_lr: its learning rate (Adam, falling linearly), relative to the size of a linear's
         weights (their root mean square); null chooses by `values`
-    :param router_dims: PCA dimensions for clustering; in_features / 32, at least 8, if null
-    :param router_samples: rows of an input group that are clustered
+    :param router_dims: PCA dimensions for clustering; in_features / 32, at least 8 (64 with
+        num_clusters), if null
+    :param router_samples: rows of an input group that are clustered; with many num_clusters up to
+        65536, 32 for each, if there are so many
     :param router_restarts: k-means starts
     :param seed: of sampling and clustering
     :param max_bytes: bytes of working memory of the solver beside Hessians and results
@@ -105,6 +111,7 @@ class SparseExpansionModifier(Modifier):
     values: str = Settings.values
     value_group: int = Settings.value_group
     num_experts: int = Settings.num_experts
+    num_clusters: int = Settings.num_clusters
     size_budget: float | None = Settings.size_budget
     budget_scope: str = Settings.budget_scope
     allocate_by: str = Settings.allocate_by
@@ -185,18 +192,23 @@ class SparseExpansionModifier(Modifier):
         # row versions of a neuron are alike in size, so the base versions' size is known beforehand
         weighs = settings_for(dtype, self._settings).weighs
         kept = torch.tensor([round(width * (1 - self.sparsity))])
-        base = out * int(weighs.row(kept, width)) + weighs.fixed(out, width, self.num_experts)
+        fixed = settings_for(dtype, self._settings).fixed_bytes(out, width)
+        base = out * int(weighs.row(kept, width)) + fixed
         least = base / weighs.dense(out, width)
         if self.size_budget < least:
             raise WexpandError(
                 f"size_budget: {self.size_budget} is below {least:.3f}, the size of the base "
-                f"versions, row map and router of {name} alone (sparsity {self.sparsity}, "
-                f"{self.num_experts} experts, {dtype}); raise the budget or the "
-                "sparsity, or use fewer experts"
+                f"versions, row map and router {'and cluster biases ' if self.num_clusters else ''}"
+                f"of {name} alone (sparsity {self.sparsity}, {parts(self._settings)}, {dtype}); "
+                f"raise the budget or the sparsity, or use fewer "
+                f"{'clusters' if self.num_clusters else 'experts'}"
             )
 
     def _check_tokens(self, state: State) -> None:
         need = self.num_experts * TOKENS_PER_EXPERT if self.num_experts > 1 else 1
+        why = f"num_experts {self.num_experts}", f"{TOKENS_PER_EXPERT} per expert"
+        if self.num_clusters > need:
+            need, why = self.num_clusters, (f"num_clusters {self.num_clusters}", "1 per cluster")
         found = 0
         for batch in state.data.calib or ():
             counts = counted_tokens(batch)
@@ -205,8 +217,8 @@ class SparseExpansionModifier(Modifier):
                 break
         else:
             raise WexpandError(
-                f"calibration: {found} tokens are too few for num_experts {self.num_experts}, "
-                f"which needs at least {need} ({TOKENS_PER_EXPERT} per expert, better thousands)"
+                f"calibration: {found} tokens are too few for {why[0]}, which needs at least "
+                f"{need} ({why[1]}, better {'hundreds' if self.num_clusters else 'thousands'})"
             )
 
     def _say(self, model: nn.Module, linears: dict[str, nn.Linear]) -> None:
@@ -218,7 +230,7 @@ class SparseExpansionModifier(Modifier):
         memory = working_bytes(linears, self._settings) / 2**30
         logger.info(
             f"Expanding {len(linears)} linears ({dense / 2**20:.1f} MiB dense) of "
-            f"{len(self._blocks)} blocks into {self.num_experts} experts at sparsity "
+            f"{len(self._blocks)} blocks into {parts(self._settings)} at sparsity "
             f"{self.sparsity} ({self.mask_structure}), stored {size}; "
             f"about {memory:.1f} GiB beside the model"
         )

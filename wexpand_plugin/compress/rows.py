@@ -19,7 +19,7 @@ from ..method.settings import Settings
 from ..method.versions import RowVersions, SolvedRows
 from .precision import stored_dtype
 
-__all__ = ["codec_for", "packed", "replace_linear", "settings_for"]
+__all__ = ["codec_for", "packed", "packed_biases", "replace_linear", "settings_for"]
 
 
 def codec_for(weight_dtype: torch.dtype, settings: Settings) -> ValueCodec:
@@ -59,6 +59,13 @@ def packed(versions: RowVersions, how: ValueCodec) -> RowPool:
         row_map = row_map.to(rows.weights.device)
         pool = RowPool.pack(rows.weights, row_map, codec=how, scale=rows.scales)
     return pool.smallest()
+
+
+def packed_biases(versions: RowVersions) -> ClusterBias | None:
+    """What `versions` add for each cluster, as it is stored."""
+    if versions.cluster_bias is None:
+        return None
+    return ClusterBias.pack(versions.cluster_bias.to(versions.rows.weights.device))
 
 
 def replace_linear(

@@ -19,7 +19,7 @@ from ..method.settings import Settings
 from ..method.tuning import TunableLinear, TuneResult, tune_block
 from ..method.versions import RowVersions, SolvedRows
 from .replay import BlockReplay
-from .rows import codec_for, packed, replace_linear
+from .rows import codec_for, packed, packed_biases, replace_linear
 
 __all__ = ["DensePath", "tune"]
 
@@ -86,7 +86,7 @@ def tune(
         row_map = old.pool.row_map
         if row_map is None:
             row_map = torch.zeros(1, old.out_features, dtype=torch.uint8)
-        versions = RowVersions(linear.solved(), row_map, 0.0)
+        versions = RowVersions(linear.solved(), row_map, 0.0, linear.solved_cluster_bias())
         pool = packed(versions, codec_for(old.dtype, settings))
         bias = linear.solved_bias()
         found[key] = replace_linear(
@@ -98,13 +98,14 @@ def tune(
             group=old.group,
             tokens=old.tokens,
             bias=None if bias is None else bias.to(old.dtype),
+            cluster_bias=packed_biases(versions),
         )
         found[key].materialise()
     return found
 
 
 def _tunable(linear: RoutedLinear, settings: Settings) -> TunableLinear:
-    pool, stored = linear.pool, linear.router
+    pool, stored, biases = linear.pool, linear.router, linear.cluster_biases
     rows = SolvedRows(pool.rows(dtype=linear.dtype), pool.scale)
     keep = torch.ones_like(rows.weights, dtype=torch.bool)
     if pool.mask is not None:
@@ -114,8 +115,10 @@ def _tunable(linear: RoutedLinear, settings: Settings) -> TunableLinear:
         keep,
         pool.version_map().long(),
         settings.grid,
-        None if stored is None else Router(*stored[:2]),
+        None if stored is None else Router(*stored),
         None if linear.bias is None else linear.bias.detach(),
+        None if biases is None else biases.decoded(),
+        linear.cluster_expert,
     )
 
 

@@ -25,6 +25,7 @@ from .allocation import (
     numbered_versions,
     weighted,
 )
+from .biases import BiasProblem
 from .merge_tree import MergeTree, flat_tree, merge_tree
 from .settings import Settings
 from .solvers.sparsegpt import chunk_size, solve
@@ -47,13 +48,19 @@ class Candidates:
     """sum of the squared dense outputs over the same tokens"""
     problem: AllocationProblem
     """the same choice as `allocate_by` sees it"""
+    biases: BiasProblem | None = None
+    """where clusters have biases: those of whatever is chosen; `errors` are what they leave"""
 
     def select(self, use: Tensor) -> RowVersions:
         """The versions in `use` (`Allocation.use`: a node for each expert and neuron)."""
         version, row_map = numbered_versions(use)
-        change = self.errors.gather(0, use.unsqueeze(0)).sum()
-        error = float(change.double() / max(self.energy, 1e-12)) ** 0.5
-        return RowVersions(self.rows[self.place[tuple(version)]], row_map, error)
+        change = float(self.errors.gather(0, use.unsqueeze(0)).sum(dtype=torch.float64))
+        versions = RowVersions(self.rows[self.place[tuple(version)]], row_map, 0.0)
+        if self.biases is not None:
+            shrunk = self.biases.shrunk(versions.dense())
+            change += shrunk.lost
+            versions = versions._replace(cluster_bias=shrunk.bias)
+        return versions._replace(error=(change / max(self.energy, 1e-12)) ** 0.5)
 
     def full(self) -> RowVersions:
         """Full expansion: each expert with the version that was solved for it alone."""
@@ -91,11 +98,9 @@ def full_expansion(
     if statistics.experts == 1:
         solved = _solve(weight, total.unsqueeze(0), linears, settings)
         return [solved[:, part] for part in _parts(linears)]
-    found = []
+    found, tokens = [], statistics.of_experts(statistics.solved_tokens)
     for some in _chunks(statistics.experts, weight, settings):
-        hessians = _shrunk(
-            statistics.sums[some], statistics.solved_tokens[some], total, settings.shrinkage
-        )
+        hessians = _shrunk(statistics.sums[some], tokens[some], total, settings.shrinkage)
         found.append(_solve(weight, hessians, linears, settings))
     solved = SolvedRows.join(found)
     return [solved[:, part] for part in _parts(linears)]
@@ -119,11 +124,13 @@ def propose(
     linears = [len(w) for w in weights]
     weight = torch.cat(weights)
     if settings.share_versions:
-        tree = merge_tree(statistics.mean_inputs().cpu(), statistics.solved_tokens)
+        tokens = statistics.of_experts(statistics.solved_tokens)
+        tree = merge_tree(statistics.expert_means(), tokens)
     else:
         tree = flat_tree(statistics.experts)
     solved, errors, allowed = _solve_tree(weight, linears, tree, statistics, settings)
-    energies = _quadratic(weight.float(), statistics.sums)
+    energies = _energies(weight.float(), statistics)
+    known = statistics.cluster_means().to("cpu") if statistics.within else None
     for own, bias, part in zip(weights, biases, _parts(linears), strict=True):
         versions, error = solved[:, part], errors[..., part]
         place = torch.arange(tree.nodes * len(own)).view(-1, len(own))
@@ -137,7 +144,8 @@ def propose(
         )
         energy = float(energies[:, part].sum())
         rows_ = versions.apply(lambda tensor: tensor.flatten(0, 1))
-        yield Candidates(rows_, place, error.cpu(), energy, problem)
+        problem_ = None if known is None else BiasProblem.of(own, known)
+        yield Candidates(rows_, place, error.cpu(), energy, problem, problem_)
 
 
 def allocate_model(
@@ -180,9 +188,7 @@ def _parts(linears: list[int]) -> Iterator[slice]:
         first += rows
 
 
-def _solve(
-    weight: Tensor, hessians: Tensor, linears: list[int], settings: Settings
-) -> SolvedRows:
+def _solve(weight: Tensor, hessians: Tensor, linears: list[int], settings: Settings) -> SolvedRows:
     """[hessians, rows, in]"""
     return solve(
         weight, hessians, settings.sparsity, settings.structure, linears=linears,
@@ -200,7 +206,7 @@ def _solve_tree(
     """Versions [nodes, rows, in], errors [nodes, experts, rows], allowed [nodes, rows]."""
     rows = len(weight)
     device = statistics.sums.device
-    total, tokens = statistics.total(), statistics.solved_tokens
+    total, tokens = statistics.total(), statistics.of_experts(statistics.solved_tokens)
     members = tree.members.to(device)
     solved = []
     errors = torch.zeros(tree.nodes, tree.experts, rows, device=device)
@@ -230,17 +236,31 @@ def _quadratic(rows: Tensor, sums: Tensor) -> Tensor:
     return torch.stack([((rows @ s) * rows).sum(dim=1) for s in sums]).clamp_(min=0)
 
 
+def _energies(weight: Tensor, statistics: GroupStatistics) -> Tensor:
+    """Sum of the squared outputs of each row, in parts that add up [parts, rows]."""
+    energies = _quadratic(weight, statistics.sums)
+    if statistics.within:
+        outputs = statistics.mean_inputs() @ weight.t()
+        tokens = statistics.solved_tokens.to(outputs).unsqueeze(1)
+        energies = torch.cat([energies, (outputs.square() * tokens).sum(dim=0, keepdim=True)])
+    return energies
+
+
 def _held_out_errors(
     weight: Tensor, statistics: GroupStatistics
 ) -> Callable[[Tensor, int], Tensor]:
-    """(change [rows, in], expert) -> its squared output error on the expert's held-out rows."""
+    """(change [rows, in], expert) -> its squared output error on the expert's held-out rows, less
+    what the biases of clusters remove."""
     held_out = statistics.held_out.rows.to(weight.device)
     if not held_out.numel():
         raise WexpandError(
             "size_budget: no calibration rows could be held out; use sequences of 16 or more tokens"
         )
     assert statistics.router is not None
-    experts = statistics.router.route(held_out)
+    clusters = statistics.router.route(held_out)
+    experts = statistics.cluster_expert.to(clusters.device)[clusters]
+    if statistics.within:
+        held_out = held_out - statistics.mean_inputs()[clusters]
 
     def error(change: Tensor, expert: int) -> Tensor:
         return (held_out[experts == expert] @ change.t()).square().sum(dim=0)

@@ -1,4 +1,4 @@
-"""Expanding one input group: route, sum Hessians, solve, allocate.
+"""Expanding one input group: route, sum Hessians, solve, allocate, and set cluster biases.
 
 This is the method from end to end. It sees weights and inputs, no model and no file: `batches`
 runs whatever gives the inputs of the group's linears, as often as asked.
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .allocation import allocate
+from .biases import BiasProblem
 from .candidates import Candidates, full_expansion, propose
 from .clusters import Router, fit_router
+from .merge_tree import merge_tree
 from .settings import Settings
 from .statistics import GroupStatistics, RowSample
 from .versions import RowVersions, SolvedRows
@@ -50,10 +52,12 @@ class GroupResult:
     """What expansion found for an input group."""
 
     router: Router | None
-    """None with one expert"""
+    """None with one cluster"""
     tokens: Tensor
-    """calibration tokens per expert, int64 [experts]"""
+    """calibration tokens per cluster, int64 [clusters]"""
     linears: list[LinearResult]
+    cluster_expert: Tensor | None = None
+    """expert of each cluster, uint8 [clusters]; None where each has its own, or all have one"""
 
 
 def expand_group(
@@ -72,17 +76,20 @@ def expand_group(
     :raises WexpandError: inputs that are not finite or too few, a budget too small
     """
     width, device = weights[0].shape[1], weights[0].device
-    router, sample = None, torch.empty(0, width)
-    if settings.num_experts > 1:
+    router, cluster_expert, sample = None, None, torch.empty(0, width)
+    if settings.clusters > 1:
         sample = _sample(batches, settings)
         router = fit_router(
-            sample, settings.num_experts, dims=settings.router_dims,
+            sample, settings.clusters, dims=settings.dims(width),
             restarts=settings.router_restarts, seed=settings.seed,
-        )  # fmt: skip
-        router = Router(*(part.to(device) for part in router))
+            key="num_clusters" if settings.biased else "num_experts",
+        ).to(device)  # fmt: skip
+        if settings.num_experts < settings.clusters:
+            cluster_expert = _experts(sample, router, settings.num_experts)
     if statistics is None:
         statistics = GroupStatistics(
-            width, router, hold_out=settings.size_budget is not None, seed=settings.seed,
+            width, router, cluster_expert=cluster_expert, within=settings.biased,
+            hold_out=settings.biased or settings.size_budget is not None, seed=settings.seed,
             device=device,
         )  # fmt: skip
         for rows in batches():
@@ -91,16 +98,32 @@ def expand_group(
 
     linears = []
     if settings.size_budget is None:
-        seen = statistics.sample.rows
         for weight, experts in zip(
             weights, full_expansion(weights, statistics, settings), strict=True
         ):
-            versions = RowVersions.full(experts, _error(weight, experts, seen, router))
+            bias = None
+            if settings.biased:
+                problem = BiasProblem.of(weight, statistics.cluster_means())
+                bias = problem.shrunk(experts.weights).bias
+            error = _error(weight, experts, statistics, bias)
+            versions = RowVersions.full(experts, error, bias)
             linears.append(LinearResult(versions, versions))
     else:
         for candidates in propose(weights, biases, statistics, sample, settings):
             linears.append(_within_budget(candidates, width, settings))
-    return GroupResult(router, statistics.tokens, linears)
+    if cluster_expert is not None:
+        cluster_expert = None if settings.num_experts == 1 else cluster_expert.to(device)
+    return GroupResult(router, statistics.tokens, linears, cluster_expert)
+
+
+def _experts(rows: Tensor, router: Router, num_experts: int) -> Tensor:
+    """Which expert each cluster uses: similar ones the same, judged by a sample of the inputs."""
+    if num_experts == 1:
+        return torch.zeros(router.clusters, dtype=torch.uint8)
+    clusters = router.route(rows.to(router.bias.device)).cpu()
+    tokens = torch.bincount(clusters, minlength=router.clusters)
+    sums = torch.zeros(router.clusters, rows.shape[1]).index_add_(0, clusters, rows.float().cpu())
+    return merge_tree(sums / tokens.clamp(min=1).unsqueeze(1), tokens).cut(num_experts)
 
 
 def _within_budget(candidates: Candidates, width: int, settings: Settings) -> LinearResult:
@@ -120,26 +143,34 @@ def _within_budget(candidates: Candidates, width: int, settings: Settings) -> Li
 
 
 def _sample(batches: Batches, settings: Settings) -> Tensor:
-    """About `router_samples` rows, from batches spread over the calibration set."""
-    sample, seen = RowSample(settings.router_samples, settings.seed), 0
+    """About `settings.samples` rows, from batches spread over the calibration set."""
+    sample, seen = RowSample(settings.samples, settings.seed), 0
     # every stride-th batch, then the ones after them, until there are rows enough to choose from
     stride = max(1, len(batches) // 8)
     for offset in range(stride):
         for rows in batches(range(offset, len(batches), stride)):
             sample.add(rows)
             seen += len(rows)
-        if seen >= settings.router_samples:
+        if seen >= settings.samples:
             break
     return sample.rows
 
 
-def _error(weight: Tensor, experts: SolvedRows, rows: Tensor, router: Router | None) -> float:
-    """Relative error of the outputs on `rows` [n, in], each by its own of `experts`."""
-    rows = rows.to(weight.device)
-    labels = rows.new_zeros(len(rows), dtype=torch.int64) if router is None else router.route(rows)
-    change = sum(
-        (rows[labels == e] @ (own - weight).float().t()).double().square().sum()
-        for e, own in enumerate(experts.weights)
-    )
+def _error(
+    weight: Tensor, experts: SolvedRows, statistics: GroupStatistics, bias: Tensor | None
+) -> float:
+    """Relative error of the outputs on a few rows, each by its own of `experts`.
+
+    :param bias: of each cluster [clusters, out]
+    """
+    rows = statistics.sample.rows.to(weight.device)
+    clusters = statistics.route(rows)
+    labels = statistics.cluster_expert.to(clusters.device)[clusters]
+    change = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for e, own in enumerate(experts.weights):
+        off = rows[labels == e] @ (own - weight).float().t()
+        if bias is not None:
+            off += bias[clusters[labels == e]]
+        change += off.double().square().sum()
     energy = (rows @ weight.float().t()).double().square().sum().clamp(min=1e-12)
     return float(change / energy) ** 0.5

@@ -1,12 +1,12 @@
 """The tree in which similar experts are merged, two by two and nearest first.
 
 Leaves are the experts, the root stands for all tokens. A version of a neuron that is solved for a
-node serves the experts below it (`allocation`). Which pair is nearest is Ward's rule with each
-expert counted by its tokens. Not scipy's `linkage`, nor scikit-learn's: both take every leaf for
-one observation and know no weights, and experts differ in tokens a hundredfold.
+node serves the experts below it (`allocation`). Where there are more clusters than experts, the
+tree of the clusters, cut, says which clusters are an expert. Which pair is nearest is Ward's rule
+with each leaf counted by its tokens. Not scipy's `linkage`, nor scikit-learn's: both take every
+leaf for one observation and know no weights, and experts differ in tokens a hundredfold.
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -33,35 +33,63 @@ class MergeTree(NamedTuple):
         """Leaves, inner nodes and the root: 2 * experts - 1 in a binary tree."""
         return self.members.shape[0]
 
+    def cut(self, sets: int) -> Tensor:
+        """The leaves in so many sets, as they are before the last sets - 1 merges of two.
+
+        :return: the number of each leaf's set, uint8 [leaves]; sets are numbered by their first
+            leaves
+        """
+        merges = self.children[: self.experts - sets]
+        merged = {child for pair in merges for child in pair}
+        roots = [n for n in range(self.experts + len(merges)) if n not in merged]
+        members = self.members[roots]
+        order = members.int().argmax(dim=1).argsort()
+        return members[order].int().argmax(dim=0).to(torch.uint8)
+
 
 def merge_tree(means: Tensor, tokens: Tensor) -> MergeTree:
-    """Merge experts by Ward's rule: the pair whose union adds least to the spread of the inputs.
+    """Merge leaves by Ward's rule: the pair whose union adds least to the spread of the inputs.
 
-    :param means: mean input of each expert [experts, in]
-    :param tokens: tokens of each expert [experts]; an expert without tokens merges first
+    Of equal pairs, the one whose nodes come first.
+
+    :param means: mean input of each leaf [leaves, in]
+    :param tokens: tokens of each leaf [leaves]; a leaf without tokens merges first
     """
-    experts = means.shape[0]
-    members = [torch.eye(experts, dtype=torch.bool)[e] for e in range(experts)]
-    centres, sizes = list(means.double()), [float(n) for n in tokens]
-    alive = list(range(experts))
+    leaves = len(means)
+    sizes, centres = tokens.double().cpu().clone(), means.double().cpu()
+    both = sizes.unsqueeze(1) + sizes
+    costs = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist").square()
+    costs *= sizes.unsqueeze(1) * sizes / both.clamp(min=1)
+    costs.fill_diagonal_(torch.inf)
+    nearest = costs.amin(dim=1)
+    # a node lies in a slot, the one made of two others in the slot of the first
+    node = torch.arange(leaves)
+    members = torch.zeros(2 * leaves - 1, leaves, dtype=torch.bool)
+    members[:leaves].fill_diagonal_(True)
     children: list[tuple[int, ...]] = []
-
-    def cost(pair: tuple[int, int]) -> float:
-        a, b = pair
-        size = sizes[a] + sizes[b]
-        apart = float((centres[a] - centres[b]).square().sum())
-        return sizes[a] * sizes[b] / size * apart if size else 0.0
-
-    while len(alive) > 1:
-        a, b = min(itertools.combinations(alive, 2), key=cost)
-        size = sizes[a] + sizes[b]
-        share = sizes[a] / size if size else 0.5
-        centres.append(share * centres[a] + (1 - share) * centres[b])
-        sizes.append(size)
-        members.append(members[a] | members[b])
-        children.append((a, b))
-        alive = [n for n in alive if n not in (a, b)] + [len(members) - 1]
-    return MergeTree(children, torch.stack(members))
+    for new in range(leaves, 2 * leaves - 1):
+        rows = (nearest == nearest.min()).nonzero().squeeze(1)
+        row, column = (costs[rows] == nearest.min()).nonzero(as_tuple=True)
+        pairs = torch.stack((node[rows[row]], node[column]), dim=1).tolist()
+        first, second = min((min(pair), max(pair)) for pair in pairs)
+        a, b = (int((node == number).nonzero()) for number in (first, second))
+        children.append((first, second))
+        members[new] = members[first] | members[second]
+        # what a merge with the new node would cost (Lance and Williams' formula for Ward's rule)
+        three = (sizes + sizes[a] + sizes[b]).clamp(min=1)
+        cost = (sizes + sizes[a]) * costs[a] + (sizes + sizes[b]) * costs[b]
+        cost = (cost - sizes * costs[a, b]) / three
+        cost[[a, b]] = torch.inf
+        cost = torch.where(node < 0, torch.inf, cost)
+        stale = (costs[:, a] == nearest) | (costs[:, b] == nearest)
+        costs[a], costs[:, a], costs[b], costs[:, b] = cost, cost, torch.inf, torch.inf
+        node[a], node[b] = new, -1
+        sizes[a] += sizes[b]
+        nearest = torch.minimum(nearest, cost)
+        nearest[b], stale[a] = torch.inf, True
+        stale &= node >= 0
+        nearest[stale] = costs[stale].amin(dim=1)
+    return MergeTree(children, members)
 
 
 def flat_tree(experts: int) -> MergeTree:

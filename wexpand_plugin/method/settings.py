@@ -8,14 +8,20 @@ from dataclasses import dataclass, field
 
 from ..errors import WexpandError
 from .allocation import ALLOCATE_BY
+from .clusters import parents_of
 from .grids import GRIDS, Grid
 from .masks import MaskStructure
 from .versions import Rows, SolvedRows, StoredBytes
 
-__all__ = ["MAX_EXPERTS", "Settings"]
+__all__ = ["MAX_CLUSTERS", "MAX_EXPERTS", "Settings"]
 
 MAX_EXPERTS = 256
 """A row map has one byte for each expert and neuron."""
+MAX_CLUSTERS = 4096
+SAMPLES_PER_CLUSTER = 32
+"""rows of an input group that k-means sees for each cluster, if it has so many"""
+MAX_SAMPLES = 65536
+"""rows, at most, that are clustered because there are many clusters"""
 
 
 def _as_it_is(rows: SolvedRows) -> Rows:
@@ -37,6 +43,8 @@ class Settings:
     value_group: int = 128
     """columns of a row that share a scale, with a grid"""
     num_experts: int = 16
+    num_clusters: int = 0
+    """clusters with a bias each; 0: no biases, and a cluster for each expert"""
     size_budget: float | None = None
     """bytes stored over dense bytes; None stores every expert in full"""
     budget_scope: str = "model"
@@ -95,6 +103,9 @@ class Settings:
                 self._refuse(key, "at least 1")
         if self.num_experts > MAX_EXPERTS:
             self._refuse("num_experts", f"at most {MAX_EXPERTS}")
+        if self.num_clusters and not self.num_experts <= self.num_clusters <= MAX_CLUSTERS:
+            right = f"0, or {self.num_experts} (num_experts) to {MAX_CLUSTERS}"
+            self._refuse("num_clusters", right)
         if self.router_dims is not None and self.router_dims < 1:
             self._refuse("router_dims", "at least 1, or null")
         if self.budget_scope not in ("layer", "model"):
@@ -131,6 +142,27 @@ class Settings:
             return self.tune_lr
         return 0.06 if self.grid is None else 0.02
 
+    @property
+    def biased(self) -> bool:
+        """Whether clusters have biases."""
+        return self.num_clusters > 0
+
+    @property
+    def clusters(self) -> int:
+        """Clusters of an input group; 1 needs no router."""
+        return self.num_clusters or self.num_experts
+
+    @property
+    def samples(self) -> int:
+        """Rows of an input group that are clustered, if it has so many."""
+        wanted = min(SAMPLES_PER_CLUSTER * self.num_clusters, MAX_SAMPLES)
+        return max(self.router_samples, wanted)
+
+    def dims(self, in_features: int) -> int:
+        """PCA dimensions that inputs of this width are clustered in; for the experts' Hessians a
+        few do, clusters are there for their means, which lie in many."""
+        return self.router_dims or max(64 if self.biased else 8, in_features // 32)
+
     def _refuse(self, key: str, right: str) -> None:
         raise WexpandError(f"{key}: {getattr(self, key)!r} should be {right}")
 
@@ -145,6 +177,11 @@ class Settings:
         """Bytes that `size_budget` leaves for the row versions of a linear."""
         assert self.size_budget is not None
         dense = self.weighs.dense(out_features, in_features)
-        return self.size_budget * dense - self.weighs.fixed(
-            out_features, in_features, self.num_experts
-        )
+        return self.size_budget * dense - self.fixed_bytes(out_features, in_features)
+
+    def fixed_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of a linear that no row version adds to."""
+        return self.weighs.fixed(
+            out_features, in_features, self.num_experts, self.clusters, parents_of(self.clusters),
+            self.biased,
+        )  # fmt: skip

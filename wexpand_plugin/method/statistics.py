@@ -1,24 +1,28 @@
-"""What calibration needs of an input group: a sample of rows, and one Hessian per expert.
+"""What calibration needs of an input group: a sample of rows, one Hessian per expert, and the mean
+input of each cluster.
 
 Inputs arrive batch by batch and are never all stored. Rows are buffered until there are enough of
-them for efficient products, sorted by expert, and added to that expert's sum of x x^T.
+them for efficient products, sorted by expert, and added to that expert's sum of x x^T; with cluster
+biases, which make up for the mean of each cluster (`biases`), to its sum of what lies within its
+clusters.
 
 Where row versions will be granted by gain, a sixteenth of each batch is held out from the
 experts' Hessians, and a sample of it kept: a version is granted only if it also helps on rows it
-was not solved for. Base versions see all rows.
+was not solved for. Base versions see all rows. With cluster biases, held-out rows only decide how
+far these are shrunk.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import WexpandError
+from .biases import ClusterMeans
 from .clusters import Router
 
 __all__ = ["GroupStatistics", "RowSample"]
 
 BUFFER_ROWS = 4096
+BUFFER_ROWS_PER_CLUSTER = 8
 HELD_OUT = 16
 HELD_OUT_ROWS_PER_EXPERT = 256
 SAMPLE_ROWS = 1024
@@ -66,9 +70,13 @@ class GroupStatistics:
     """Sums over the calibration inputs of one input group.
 
     :param in_features: width of the inputs
-    :param router: None for one expert
+    :param router: None for one cluster
+    :param cluster_expert: expert of each cluster [clusters]; None: each cluster is an expert
+    :param within: sum what lies within clusters, (x - mu_c) (x - mu_c)^T instead of x x^T, as there
+        will be cluster biases
     :param hold_out: keep a sixteenth of the rows for `held_out`
     :param seed: of the held-out sample
+    :param dtype: of all sums
     """
 
     def __init__(
@@ -76,22 +84,32 @@ class GroupStatistics:
         in_features: int,
         router: Router | None,
         *,
+        cluster_expert: Tensor | None = None,
+        within: bool = False,
         hold_out: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ):
-        self.experts = 1 if router is None else len(router.bias)
-        self.router = router
-        self.hold_out = hold_out
-        self.sums = torch.zeros(self.experts, in_features, in_features, device=device)
-        """sum of x x^T per expert [experts, in, in] float32"""
-        self.held_out_sum = self.sums.new_zeros(in_features, in_features) if hold_out else None
-        """the same over all held-out rows [in, in]"""
-        self.means = torch.zeros(self.experts, in_features, device=device)
-        self.tokens = torch.zeros(self.experts, dtype=torch.int64)
-        """rows per expert, held-out ones included"""
-        self.solved_tokens = torch.zeros(self.experts, dtype=torch.int64)
-        """rows per expert in `sums`"""
+        self.clusters = 1 if router is None else router.clusters
+        self.cluster_expert = torch.arange(self.clusters)
+        """expert of each cluster, int64 [clusters]"""
+        if cluster_expert is not None:
+            self.cluster_expert = cluster_expert.long().cpu()
+        self.experts = int(self.cluster_expert.max()) + 1
+        self.router, self.within, self.hold_out = router, within, hold_out
+        self.sums = torch.zeros(self.experts, in_features, in_features, device=device, dtype=dtype)
+        """sum of x x^T per expert [experts, in, in], or of what lies within its clusters"""
+        self.held_out_sum: Tensor | None = None
+        """sum of x x^T over all held-out rows [in, in], where not only biases need them"""
+        if hold_out and not within:
+            self.held_out_sum = self.sums.new_zeros(in_features, in_features)
+        self._means = self.sums.new_zeros(self.clusters, in_features)
+        self._held_out_sums = torch.zeros_like(self._means)
+        self.tokens = torch.zeros(self.clusters, dtype=torch.int64)
+        """rows per cluster, held-out ones included"""
+        self.solved_tokens = torch.zeros(self.clusters, dtype=torch.int64)
+        """rows per cluster in `sums`"""
         self.held_out = RowSample(HELD_OUT_ROWS_PER_EXPERT * self.experts, seed)
         self.sample = RowSample(SAMPLE_ROWS, seed)
         """a few rows of all tokens, to report errors on"""
@@ -101,14 +119,15 @@ class GroupStatistics:
 
     def add(self, rows: Tensor) -> None:
         """Take in one batch of inputs [tokens, in]."""
-        rows = rows.detach().to(self.sums.device, torch.float32)
+        rows = rows.detach().to(self.sums)
         self.sample.add(rows)
         if self.hold_out:
             rows = self._split(rows)
         self._buffer.append(rows)
         self._buffered += len(rows)
         # rows are gathered so that each expert gets enough of them for an efficient product
-        if self._buffered >= BUFFER_ROWS or self.experts == 1:
+        enough = max(BUFFER_ROWS, BUFFER_ROWS_PER_CLUSTER * self.clusters)
+        if self._buffered >= enough or (self.experts == 1 and not self.within):
             self.flush()
 
     def _split(self, rows: Tensor) -> Tensor:
@@ -118,46 +137,107 @@ class GroupStatistics:
         start = int((self._batches * 0.6180339887) % 1 * (len(rows) - size))
         self._batches += 1
         held = rows[start : start + size]
-        if size and self.held_out_sum is not None:
+        if size:
             self.held_out.add(held)
-            self.held_out_sum.addmm_(held.t(), held)
-            self.tokens += torch.bincount(self._route(held), minlength=self.experts).cpu()
+            if self.held_out_sum is not None:
+                self.held_out_sum.addmm_(held.t(), held)
+            clusters = self.route(held)
+            self._held_out_sums.index_add_(0, clusters, held)
+            self.tokens += self._count(clusters)
         return torch.cat([rows[:start], rows[start + size :]])
 
-    def _route(self, rows: Tensor) -> Tensor:
-        assert self.router is not None
+    def route(self, rows: Tensor) -> Tensor:
+        """Cluster of each of `rows` [n, in]: int64 [n]."""
+        if self.router is None:
+            return torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         return self.router.route(rows)
+
+    def _count(self, clusters: Tensor) -> Tensor:
+        return torch.bincount(clusters, minlength=self.clusters).cpu()
 
     def flush(self) -> None:
         """Add the buffered rows to the sums; call once more at the end."""
         if not self._buffer:
             return
-        if self.experts == 1:
-            parts: Sequence[Tensor] = self._buffer
-            counts = torch.tensor([self._buffered])
-        else:
-            rows = torch.cat(self._buffer)
-            experts = self._route(rows)
-            counts = torch.bincount(experts, minlength=self.experts).cpu()
-            parts = rows[experts.argsort(stable=True)].split(counts.tolist())
+        rows = self._buffer[0] if len(self._buffer) == 1 else torch.cat(self._buffer)
         self._buffer, self._buffered = [], 0
-        for expert, part in enumerate(parts):
+        clusters = self.route(rows)
+        counts = self._count(clusters)
+        if self.within:
+            rows, clusters = self._centred(rows, clusters, counts)
+        experts = self.cluster_expert.to(rows.device)[clusters]
+        sizes = torch.bincount(experts, minlength=self.experts).tolist()
+        if self.experts > 1:
+            rows = rows[experts.argsort(stable=True)]
+        for expert, part in enumerate(rows.split(sizes)):
             if len(part):
                 self.sums[expert].addmm_(part.t(), part)
-                self.means[expert] += part.sum(dim=0)
+                if not self.within:  # an expert for each cluster, and sums until they are asked for
+                    self._means[expert] += part.sum(dim=0)
         self.tokens += counts
         self.solved_tokens += counts
         # a sum of rows is finite only if all of them are
-        if not bool(torch.isfinite(self.means).all()):
+        if not bool(torch.isfinite(self._means).all()):
             raise WexpandError("the calibration inputs hold NaN or infinite values")
 
+    def _centred(self, rows: Tensor, clusters: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows whose x x^T are what `rows` add to the sums within clusters, and their clusters.
+
+        Sums within clusters grow by those of the new rows around the new rows' mean, and by
+        n m / (n + m) d d^T for the distance d of the means of the n rows so far and the m new ones
+        (Chan, Golub and LeVeque 1979). All is counted from the mean so far, so that no large
+        numbers are summed and subtracted again.
+        """
+        new, old = (n.to(rows).unsqueeze(1) for n in (counts, self.solved_tokens))
+        self._means = torch.where(old > 0, self._means, rows.mean(dim=0))
+        rows = rows - self._means[clusters]
+        apart = torch.zeros_like(self._means).index_add_(0, clusters, rows) / new.clamp(min=1)
+        share = new / (old + new).clamp(min=1)
+        self._means += share * apart
+        seen = (counts > 0).nonzero().squeeze(1).to(rows.device)
+        between = ((old * share).sqrt() * apart)[seen]
+        return torch.cat([rows - apart[clusters], between]), torch.cat([clusters, seen])
+
+    def of_experts(self, tokens: Tensor) -> Tensor:
+        """Counts [clusters] summed over each expert's clusters [experts]."""
+        return tokens.new_zeros(self.experts).index_add_(0, self.cluster_expert, tokens)
+
     def total(self) -> Tensor:
-        """Mean of x x^T over all rows [in, in]."""
-        total = self.sums.sum(dim=0)
+        """Mean of x x^T, or of what lies within clusters, over all rows summed [in, in]."""
+        total, tokens = self.sums.sum(dim=0), self.solved_tokens
         if self.held_out_sum is not None:
             total += self.held_out_sum
-        return total / max(1, int(self.tokens.sum()))
+            tokens = self.tokens
+        return total / max(1, int(tokens.sum()))
 
     def mean_inputs(self) -> Tensor:
+        """Mean input of each cluster [clusters, in]."""
+        if self.within:
+            return self._means
+        return self._means / self.solved_tokens.clamp(min=1).unsqueeze(1).to(self._means)
+
+    def expert_means(self) -> Tensor:
         """Mean input of each expert [experts, in]."""
-        return self.means / self.solved_tokens.clamp(min=1).unsqueeze(1).to(self.means)
+        if self.experts == self.clusters:
+            return self.mean_inputs()
+        sums = self.mean_inputs() * self.solved_tokens.to(self._means).unsqueeze(1)
+        experts = self.cluster_expert.to(sums.device)
+        sums = sums.new_zeros(self.experts, sums.shape[1]).index_add_(0, experts, sums)
+        tokens = self.of_experts(self.solved_tokens).clamp(min=1)
+        return sums / tokens.to(sums).unsqueeze(1)
+
+    def cluster_means(self) -> ClusterMeans:
+        """What cluster biases follow from.
+
+        :raises WexpandError: nothing has been held out
+        """
+        held_out = self.tokens - self.solved_tokens
+        if not held_out.any():
+            raise WexpandError(
+                "num_clusters: no calibration rows could be held out; use sequences of 16 or more "
+                "tokens"
+            )
+        return ClusterMeans(
+            self.mean_inputs(), self.solved_tokens, self._held_out_sums, held_out,
+            self.cluster_expert,
+        )  # fmt: skip

@@ -3,8 +3,8 @@
 A solver sees one linear at a time and minimises the error of its outputs. What matters is the error
 of the block's output, to which the linears contribute together, and to which earlier blocks have
 contributed already: the inputs are those that the compressed model produces. So after a block has
-been solved, its kept values (and biases) are trained by Adam, in float32, on the squared error
-between the block's output on those inputs and the dense model's output.
+been solved, its kept values, biases and cluster biases are trained by Adam, in float32, on the
+squared error between the block's output on those inputs and the dense model's output.
 
 Masks, row maps and routers stay as they are, so no byte is added. A row version that experts share
 gets the gradient of all their tokens. Values of a `Grid` are trained through their rounding (the
@@ -38,14 +38,16 @@ PATIENCE = 3
 
 
 class TunableLinear(nn.Module):
-    """A linear with trainable row versions: y = W_e x + b, e being the router's choice.
+    """A linear with trainable row versions: y = W_e x + b + B_c, c being the router's choice.
 
     :param rows: the row versions [versions, in], zeros where pruned
     :param keep: which weights are trained, booleans [versions, in]
     :param version_map: the row version of each expert and neuron, int64 [experts, out]
     :param grid: that `rows` lie on, with their scales; None for floats
-    :param router: None with one expert
+    :param router: None with one cluster
     :param bias: [out], trained too
+    :param cluster_bias: B [clusters, out], trained too
+    :param cluster_expert: e of each cluster; None: c itself
     """
 
     def __init__(
@@ -56,15 +58,21 @@ class TunableLinear(nn.Module):
         grid: Grid | None,
         router: Router | None,
         bias: Tensor | None,
+        cluster_bias: Tensor | None = None,
+        cluster_expert: Tensor | None = None,
     ):
         super().__init__()
         self.grid, self.router, self.version_map = grid, router, version_map
+        self.cluster_expert = None if cluster_expert is None else cluster_expert.long()
         self.keep, self.dtype = keep, rows.weights.dtype
         # relative to their size: a learning rate means the same for weights of any size
         kept = rows.weights[keep].float()
         self.size = float(kept.square().mean().sqrt()) if kept.numel() and kept.any() else 1.0
         self.values = nn.Parameter(rows.weights.float() / self.size)
         self.bias = None if bias is None else nn.Parameter(bias.float() / self.size)
+        self.cluster_bias = None
+        if cluster_bias is not None:
+            self.cluster_bias = nn.Parameter(cluster_bias.float() / self.size)
         self.scales = rows.scales
         # relative: an equal step for scales of any size
         self.stretch = None
@@ -93,11 +101,16 @@ class TunableLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         weight, rows = self.weight().to(x.dtype), x.reshape(-1, x.shape[-1])
-        if self.router is None:
+        clusters = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        if self.router is not None:
+            clusters = self.router.route(rows.detach())
+        if len(self.version_map) == 1:
             y = rows @ weight[self.version_map[0]].t()
         else:
             order, parts = [], []
-            labels = self.router.route(rows.detach())
+            labels = clusters
+            if self.cluster_expert is not None:
+                labels = self.cluster_expert[clusters]
             for expert in range(len(self.version_map)):
                 tokens = (labels == expert).nonzero().squeeze(1)
                 order.append(tokens)
@@ -105,12 +118,20 @@ class TunableLinear(nn.Module):
             y = torch.cat(parts)[torch.cat(order).argsort()]
         if self.bias is not None:
             y = y + (self.bias * self.size).to(x.dtype)
+        if self.cluster_bias is not None:
+            own = nn.functional.embedding(clusters, self.cluster_bias)
+            y = y + (own * self.size).to(x.dtype)
         return y.view(*x.shape[:-1], y.shape[1])
 
     @torch.no_grad()
     def solved_bias(self) -> Tensor | None:
         """The bias as it is now, float32 [out]; None for a linear without one."""
         return None if self.bias is None else self.bias * self.size
+
+    @torch.no_grad()
+    def solved_cluster_bias(self) -> Tensor | None:
+        """The biases of the clusters as they are now, float32 [clusters, out]; None without."""
+        return None if self.cluster_bias is None else self.cluster_bias * self.size
 
     @torch.no_grad()
     def solved(self) -> SolvedRows:

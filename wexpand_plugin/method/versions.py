@@ -57,8 +57,18 @@ class StoredBytes(Protocol):
         """Bytes of row versions of which `kept` weights are stored each, like `kept`."""
         ...
 
-    def fixed(self, out_features: int, in_features: int, experts: int) -> int:
-        """Bytes of an expanded linear that no row version adds to: row map and router."""
+    def fixed(
+        self,
+        out_features: int,
+        in_features: int,
+        experts: int,
+        clusters: int = 0,
+        parents: int = 0,
+        biased: bool = False,
+    ) -> int:
+        """Bytes of an expanded linear that no row version adds to: row map, router, which expert
+        each cluster uses, and cluster biases, if it is `biased`. No `clusters`: those of experts.
+        """
         ...
 
     def dense(self, out_features: int, in_features: int) -> int:
@@ -75,14 +85,19 @@ class RowVersions(NamedTuple):
     """uint8 [experts, out]: the number, within its neuron, of the version that an expert uses"""
     error: float
     """norm of the change of the linear's outputs over the norm of the dense outputs (no bias)"""
+    cluster_bias: Tensor | None = None
+    """float32 [clusters, out], added to the outputs of a cluster's tokens; None: nothing is"""
 
     @classmethod
-    def full(cls, experts: SolvedRows, error: float) -> "RowVersions":
+    def full(
+        cls, experts: SolvedRows, error: float, cluster_bias: Tensor | None = None
+    ) -> "RowVersions":
         """Every expert with its own version of every neuron: `experts` [experts, out, in]."""
         count, out_features, _ = experts.weights.shape
         own = torch.arange(count, dtype=torch.uint8, device=experts.weights.device)
         rows = experts.apply(lambda part: part.transpose(0, 1).flatten(0, 1))
-        return cls(rows, own.unsqueeze(1).expand(count, out_features), error)
+        row_map = own.unsqueeze(1).expand(count, out_features)
+        return cls(rows, row_map, error, cluster_bias)
 
     def experts(self) -> SolvedRows:
         """The rows of each expert [experts, out, in]."""
