@@ -117,7 +117,8 @@ def _choose(kinds: Sequence[Sequence[Group]], price: float) -> Choice:
             {name: min(own, key=lambda c: cost([c])) for name, own in kind.items()}
             for kind in group
         ]
-        choice |= min(ways, key=lambda way: cost(list(way.values())))
+        best: Choice = min(ways, key=lambda way: cost(list(way.values())))
+        choice.update(best)
     return choice
 
 
