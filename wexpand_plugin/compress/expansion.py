@@ -17,9 +17,8 @@ from ..errors import WexpandError
 from ..hf.linear import RoutedLinear
 from ..method.candidates import Candidates, allocate_model
 from ..method.group import expand_group
-from ..method.inputs import InputGroup
 from ..method.settings import Settings
-from ..method.statistics import GroupStatistics
+from .passing import PassingStatistics
 from .precision import stored_dtype
 from .replay import BlockReplay, ReplayedInputs
 from .rows import codec_for, packed, packed_biases, replace_linear, settings_for
@@ -60,6 +59,7 @@ def expand_block(
     block: Block,
     targets: Mapping[str, Target],
     replay: BlockReplay,
+    passing: PassingStatistics | None,
     settings: Settings,
     path: DensePath,
 ) -> None:
@@ -67,14 +67,15 @@ def expand_block(
 
     Until they are dematerialised, the new linears compute with what calibrates later ones.
 
+    :param passing: where the method needs no more, in place of replays
     :param path: the dense model's hidden states, followed where blocks are tuned
     """
     outputs = path.targets(replay, block.place) if settings.tune_epochs else []
-    groups = replay.groups({n: t.linear for n, t in targets.items() if t.linear is not None})
-    known = {}
-    if settings.clusters == 1 and not settings.biased:
-        # plain SparseGPT, as llm-compressor does it: all groups on dense inputs
-        known = _dense_statistics(groups, replay, settings)
+    if passing is None:
+        linears = {n: t.linear for n, t in targets.items() if t.linear is not None}
+        groups = replay.groups(linears)
+    else:
+        groups = passing.groups()
     for group in tqdm(groups, "Expanding", leave=False):
         start, first = time.perf_counter(), group.linears[0]
         weights = [linear.weight.detach() for linear in group.linears]
@@ -84,7 +85,7 @@ def expand_block(
         try:
             result = expand_group(
                 weights, biases, ReplayedInputs(replay, first),
-                settings_for(dtype, settings), known.get(first),
+                settings_for(dtype, settings), passing.take(group) if passing else None,
             )  # fmt: skip
         except WexpandError as error:
             raise WexpandError(f"{group.label}: {error}") from None
@@ -125,27 +126,6 @@ def parts(settings: Settings) -> str:
     if not settings.biased:
         return experts
     return f"{experts} of {settings.clusters} cluster{'s' if settings.clusters > 1 else ''}"
-
-
-def _dense_statistics(
-    groups: list[InputGroup], replay: BlockReplay, settings: Settings
-) -> dict[nn.Module, GroupStatistics]:
-    """The statistics of all groups, by their first linears, from one replay of all batches."""
-    found: dict[nn.Module, GroupStatistics] = {}
-    for group in groups:
-        weight = group.linears[0].weight
-        found[group.linears[0]] = GroupStatistics(
-            weight.shape[1], None, seed=settings.seed, device=weight.device
-        )
-    try:
-        for inputs in replay.inputs(list(found)):
-            for linear, rows in inputs.items():
-                found[linear].add(rows)
-        for statistics in found.values():
-            statistics.flush()
-    except WexpandError as error:
-        raise WexpandError(f"{' / '.join(group.label for group in groups)}: {error}") from None
-    return found
 
 
 def allocate_targets(model: nn.Module, targets: Mapping[str, Target], settings: Settings) -> None:

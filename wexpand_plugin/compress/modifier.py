@@ -22,6 +22,7 @@ from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .estimate import working_bytes
 from .expansion import Block, Target, allocate_targets, expand_block, parts
 from .made_by import made_by
+from .passing import PassingStatistics
 from .precision import stored_dtype
 from .replay import BlockReplay
 from .rows import settings_for
@@ -137,6 +138,7 @@ class SparseExpansionModifier(Modifier):
     _targets: dict[str, Target] = PrivateAttr(default_factory=dict)
     _blocks: dict[str, Block] = PrivateAttr(default_factory=dict)
     _replays: dict[str, BlockReplay] = PrivateAttr(default_factory=dict)
+    _passing: dict[str, PassingStatistics] = PrivateAttr(default_factory=dict)
     _batches: CalibrationBatches = PrivateAttr(default_factory=CalibrationBatches)
     _path: DensePath = PrivateAttr(default_factory=DensePath)
 
@@ -240,6 +242,15 @@ class SparseExpansionModifier(Modifier):
         for name, block in self._blocks.items():
             counts = self._batches.current
             self._replays[name] = BlockReplay(block.module, self.register_hook, counts)
+            if self._settings.clusters == 1 and not self._settings.biased:
+                linears = {
+                    n: t.linear
+                    for n, t in self._targets.items()
+                    if t.block == name and t.linear is not None
+                }
+                self._passing[name] = PassingStatistics(
+                    block.module, linears, self.register_hook, counts, self.seed
+                )
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules=None, **kwargs):
         """Expand the linears of the blocks that have just been calibrated."""
@@ -252,7 +263,7 @@ class SparseExpansionModifier(Modifier):
                 targets = {n: t for n, t in self._targets.items() if t.block == name}
                 expand_block(
                     state.model, self._blocks[name], targets, self._replays.pop(name),
-                    self._settings, self._path,
+                    self._passing.pop(name, None), self._settings, self._path,
                 )  # fmt: skip
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
@@ -284,7 +295,8 @@ class SparseExpansionModifier(Modifier):
     def _forget(self) -> bool:
         self.remove_hooks()
         self._batches.release()
-        self._targets, self._blocks, self._replays, self._path = {}, {}, {}, DensePath()
+        self._targets, self._blocks, self._replays, self._passing = {}, {}, {}, {}
+        self._path = DensePath()
         return True
 
     def _settle(self) -> None:
