@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from evals.paper.inputs import mlp_linears
 from wexpand_plugin.compress.rows import packed, settings_for
-from wexpand_plugin.format.router import StoredRouter
+from wexpand_plugin.format.router import StoredRouter, rows_read
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.format.sizes import StoredBytes
 from wexpand_plugin.format.values import codec_of
@@ -140,7 +140,10 @@ def reallocate(expanded: Sequence[ExpandedLinear], budget: float, rule: str) -> 
         errors = weighted(linear.candidates.errors, rule, linear.values[rule])
         problem = linear.candidates.problem._replace(errors=errors)
         candidates.append(replace(linear.candidates, problem=problem))
-        fixed = WEIGHS.fixed(*linear.weight.shape, problem.tree.experts)
+        router = linear.group.router
+        fixed = WEIGHS.fixed(
+            *linear.weight.shape, problem.tree.experts, parents=router.parents if router else 0
+        )
         bytes_ += budget * WEIGHS.dense(*linear.weight.shape) - fixed
     blocks = [linear.name.partition(".mlp.")[0] for linear in expanded]
     order = list(dict.fromkeys(blocks))
@@ -156,11 +159,14 @@ def sizes(expanded: Sequence[ExpandedLinear], pools: Sequence[RowPool]) -> Sizes
     groups = set()
     for linear, pool in zip(expanded, pools, strict=True):
         router = _stored(linear.group.router)
-        size = 0 if router is None else router.nbytes
+        size = once = 0
+        if router is not None:
+            size, rows = router.nbytes, len(router.bias)
+            once = size * rows_read(router.clusters, router.parents) // rows
         dense += linear.weight.nbytes
         stored += sum(pool.stored_bytes().values()) + size
         one = pool.bytes_per_token(linear.group.tokens)
-        read += one + (size if id(linear.group) not in groups else 0)
+        read += one + (once if id(linear.group) not in groups else 0)
         weights += one - (pool.out_features if pool.experts > 1 else 0)
         groups.add(id(linear.group))
     return Sizes(stored / dense, read / dense, weights / dense)

@@ -47,8 +47,10 @@ def variants(sparsity: float, seed: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def measure(model: str, recipe: dict[str, Any], dataset: str, seed: int) -> dict[str, float]:
-    """Compress, save, read again: held-out loss and bytes over dense."""
+def measure(
+    model: str, recipe: dict[str, Any], dataset: str, seed: int, calibration: int = TOKENS
+) -> dict[str, float]:
+    """Compress on `calibration` tokens, save, read again: held-out loss and bytes over dense."""
     from transformers import AutoTokenizer
 
     from wexpand_plugin.compress.oneshot import compress
@@ -61,7 +63,7 @@ def measure(model: str, recipe: dict[str, Any], dataset: str, seed: int) -> dict
         file.write_text(yaml.safe_dump(recipe))
         compress(
             model, file, str(data), out, seed=seed,
-            max_seq_length=CONTEXT, samples=TOKENS // CONTEXT,
+            max_seq_length=CONTEXT, samples=calibration // CONTEXT,
         )  # fmt: skip
         sizes = inspect(out)
         found = held_out_loss(

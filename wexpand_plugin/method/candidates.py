@@ -143,9 +143,14 @@ def propose(
             cost.cpu(),
         )
         energy = float(energies[:, part].sum())
-        rows_ = versions.apply(lambda tensor: tensor.flatten(0, 1))
-        problem_ = None if known is None else BiasProblem.of(own, known)
-        yield Candidates(rows_, place, error.cpu(), energy, problem, problem_)
+        yield Candidates(
+            versions.apply(lambda tensor: tensor.flatten(0, 1)),
+            place,
+            error.cpu(),
+            energy,
+            problem,
+            None if known is None else BiasProblem.of(own, known),
+        )
 
 
 def allocate_model(

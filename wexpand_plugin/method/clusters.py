@@ -220,7 +220,7 @@ def _float64(values: Any) -> Tensor:
 
 
 def _distinct(data: Any) -> int:
-    return len({row.tobytes() for row in data})
+    return len({hash(row.tobytes()) for row in data})
 
 
 def _k_means(points: Any, clusters: int, restarts: int, seed: int) -> Tensor:
