@@ -61,7 +61,8 @@ template <class V, bool PAIRS> int64_t tiles_from(bool masked) {
 
 template <class V, bool MASKED, class FewProducts, class TileProducts> void multiply(Call& call) {
     // int8 take longer to make pairs of, which pays for several tokens
-    using FewestProducts = std::conditional_t<std::is_same_v<V, Int8>, Floats, FewProducts>;
+    constexpr bool SUMS = HAS_PAIRS && std::is_same_v<V, Int8>;
+    using FewestProducts = std::conditional_t<SUMS, Sums, FewProducts>;
     constexpr int64_t FEWEST = 4;
     const Few<V, MASKED, FewestProducts> fewest(call);
     const Few<V, MASKED, FewProducts> few(call);

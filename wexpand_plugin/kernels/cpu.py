@@ -35,7 +35,7 @@ name = "cpu"
 SOURCE = Path(__file__).with_name("cpu.cpp")
 TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 VALUES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
-SIZES = 15  # numbers at the beginning of the layout, of which `prepare` writes the first seven
+SIZES = 17  # numbers at the beginning of the layout, of which `prepare` writes the first seven
 STEP = 128  # columns: groups of scales divide it or are a multiple of it
 
 

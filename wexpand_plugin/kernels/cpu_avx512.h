@@ -194,6 +194,25 @@ template <bool MASKED> struct Decoder<Int8, MASKED, Pairs> : Bytes<Int8, MASKED>
     }
 };
 
+// q = (128 + its low seven bits) - (128 or, if it is negative, 256): both are bfloat16 whose bits
+// lie as q's do, one in the lowest bits of the fraction, one in the lowest of the exponent. What is
+// summed is a few times larger than q, and loses that much of float32's 24 bits; an infinite x
+// becomes NaN, as it does where weights are zero.
+template <bool MASKED> struct Decoder<Int8, MASKED, Sums> : Bytes<Int8, MASKED>, Interleaved<2> {
+    static constexpr int VECTORS = 2, HALVES = 1;
+    static constexpr float FACTOR = 1;
+    using Bytes<Int8, MASKED>::Bytes;
+
+    Sums::Weights vector(int k) const {
+        const __m512i q = k ? _mm512_srli_epi16(this->bytes, 8) : this->bytes;
+        const auto part = [&](int bits, int one) {
+            return _mm512_ternarylogic_epi32(q, _mm512_set1_epi16(int16_t(bits)),
+                                             _mm512_set1_epi16(int16_t(one)), 0x6a);  // and, xor
+        };
+        return {part(0x7f, 0x4300), part(0x80, 0xc300)};  // 128, -128
+    }
+};
+
 #endif
 
 }  // namespace

@@ -63,20 +63,21 @@ template <class D> struct Scales {
         return D::FACTOR == 0 ? 0 : round_up(pool.in, FULL_COLUMNS) / UNIT + 2 * FULL_COLUMNS;
     }
     static void fill(const Pool& pool, const Row& row, float* numbers) {
-        const bool whole_steps = pool.group >= D::STEP;
-        const int64_t repeat = pool.group / UNIT;
-        for (int64_t g = 0; g < pool.scales; g += 8) {
-            const Float8 eight = load8((const Fp16*)row.scales + g) * D::FACTOR;
-            if (whole_steps) *(Float8*)(numbers + g) = eight;
-            else
-                // what is written too much is written again
-                for (int64_t i = 0; i < min(8, pool.scales - g); ++i)
-                    for (int64_t at = 0; at < repeat; at += 8)
-                        *(Float8*)(numbers + (g + i) * repeat + at) = eight[i] - Float8{};
+        const int64_t scales = pool.scales;
+        const auto eight = [&](int64_t g) {
+            return load8((const Fp16*)row.scales + g) * D::FACTOR;
+        };
+        if (pool.group >= D::STEP) {
+            for (int64_t g = 0; g < scales; g += 8) *(Float8*)(numbers + g) = eight(g);
+            return;
         }
+        const int64_t repeat = pool.group / UNIT;
+        for (int64_t g = 0; g < scales; ++g)
+            // what is written too much is written again
+            for (int64_t at = 0; at < repeat; at += 8)
+                *(Float8*)(numbers + g * repeat + at) = eight(g / 8 * 8)[g % 8] - Float8{};
         // the last step may go on after the last group
-        if (!whole_steps)
-            std::memset(numbers + pool.scales * repeat, 0, D::STEP / UNIT * sizeof(float));
+        std::memset(numbers + scales * repeat, 0, D::STEP / UNIT * sizeof(float));
     }
 
     // For the sums over one step of several groups, or over the steps of one group.

@@ -27,7 +27,7 @@ template <class V, bool MASKED, class Products> struct Few {
 
     // Inputs are packed a token at a time: [token][column in the decoder's order], and zeros.
     int64_t parts(int64_t expert) const { return call.count(expert); }
-    // There is room for whole `dot`s, which may multiply what lies there.
+    // There is room for whole `dots`, which may multiply what lies there.
     int64_t packed_bytes(int64_t expert) const {
         return width * round_up(parts(expert), 2) * sizeof(Packed);
     }
@@ -50,20 +50,19 @@ template <class V, bool MASKED, class Products> struct Few {
         }
     }
 
-    // Rows that will be needed, fetched a step at a time: they are too short for the hardware to
-    // learn their stream before it ends.
+    // Rows that will be needed, fetched as far as this one is read: they are too short for the
+    // hardware to learn their stream before it ends.
     template <int R> struct Later {
         const uint8_t* at[R];
         int64_t bytes;  // of a step
 
-        void fetch(int64_t step) {
-            constexpr int64_t BYTES = (MASKED ? 40 : D::STEP) * BITS<V> / 8;
-            constexpr int64_t LINES = divide_up(BYTES, 64), STEPS = BYTES <= 32 ? 2 : 1;
-            if (step % STEPS != 0) return;
+        template <int STEPS> void fetch() {
+            constexpr int64_t BYTES = STEPS * (MASKED ? 40 : D::STEP) * BITS<V> / 8;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-                for (int64_t line = 0; line < LINES; ++line) __builtin_prefetch(at[r] + 64 * line);
+                for (int64_t line = 0; line < divide_up(BYTES, 64); ++line)
+                    __builtin_prefetch(at[r] + 64 * line);
                 at[r] += STEPS * bytes;
             }
         }
@@ -89,13 +88,12 @@ template <class V, bool MASKED, class Products> struct Few {
         for (x += step * D::STEP; step < last; ++number) {
             Vec sums[T][R][CHAINS] = {};
             const auto one_step = [&] {
-                later.fetch(step);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r)
                     weights[r].template start<HALF>(MASKED ? rows[r].mask[step] : 0);
 #pragma GCC unroll 8
                 for (int k = 0; k < D::VECTORS; ++k) {
-                    typename Products::Op w[R];
+                    typename Products::Weights w[R];
 #pragma GCC unroll 4
                     for (int r = 0; r < R; ++r) {
                         w[r] = weights[r].vector(k);
@@ -113,14 +111,17 @@ template <class V, bool MASKED, class Products> struct Few {
                 ++step;
             };
             if (GROUP && step % max(GROUP, 1) == 0 && step + GROUP <= last) {
+                later.template fetch<GROUP>();
 #pragma GCC unroll 2
                 for (int i = 0; i < GROUP; ++i) one_step();
             } else {
                 const int64_t end = WAY == BY_STEP    ? step + 1
                                     : WAY == BY_GROUP ? min(last, (number + 1) * group)
                                                       : last;
-                do one_step();
-                while (step < end);
+                do {
+                    later.template fetch<1>();
+                    one_step();
+                } while (step < end);
             }
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t)
@@ -135,76 +136,65 @@ template <class V, bool MASKED, class Products> struct Few {
         }
     }
 
-    // sums[t][r] = row versions times tokens: a few rows, T tokens of packed x.
-    template <int T> void dot(const int32_t* versions, const int32_t* later_versions,
-                              const Packed* x, float* numbers, float* sums) const {
+    // sums[t * stride + row] = the rows whose records these are times T tokens of packed x.
+    template <int T, Way WAY, int GROUP>
+    void dots(const uint8_t* const* records, int64_t number, const Packed* x, float* sums,
+              int64_t stride) const {
         constexpr int R = ROWS;
-        Pool& pool = call.pool;
+        thread_local Buffer numbers_buffer;
+        const Pool& pool = call.pool;
         const int64_t steps = width / D::STEP, size = Scales<D>::size(pool);
         const int64_t half = D::HALVES == 1 ? steps : min(pool.half / D::STEP, steps);
-        Row rows[R];
-        Scales<D> scales[R];
-        Later<R> later{{}, step_bytes};
+        float* const numbers = numbers_buffer.get<float>(R * size);
+        for (int64_t row = 0; row < number; row += R) {
+            Row rows[R];
+            Scales<D> scales[R];
+            Later<R> later{{}, step_bytes};
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            rows[r] = pool.row(versions[r]);
-            later.at[r] = pool.record(later_versions[r]);
-            scales[r] = Scales<D>(pool, numbers + r * size);
-            if constexpr (D::FACTOR != 0) Scales<D>::fill(pool, rows[r], numbers + r * size);
-        }
-        Vec totals[T][R] = {};
-        const auto all = [&](auto way, auto group) {
-            constexpr Way WAY = decltype(way)::value;
-            constexpr int GROUP = decltype(group)::value;
+            for (int r = 0; r < R; ++r) {
+                rows[r] = pool.row_at(records[row + r]);
+                later.at[r] = records[row + r + rows_ahead];
+                scales[r] = Scales<D>(pool, numbers + r * size);
+                if constexpr (WAY != NOT) Scales<D>::fill(pool, rows[r], numbers + r * size);
+            }
+            Vec totals[T][R] = {};
             add<0, R, T, WAY, GROUP>(rows, 0, half, scales, x, width, later, totals);
             if constexpr (D::HALVES == 2)
                 add<1, R, T, WAY, GROUP>(rows, half, steps, scales, x, width, later, totals);
-        };
-        using Any = std::integral_constant<int, 0>;
-        using Usual = std::integral_constant<int, FULL_COLUMNS / D::STEP>;  // groups of 128
-        if constexpr (D::FACTOR == 0) {
-            all(std::integral_constant<Way, NOT>(), Any());
-        } else {
-            constexpr Way SMALL = D::LANEWISE ? BY_STEP : BY_WEIGHT;
-            std::integral_constant<Way, BY_GROUP> by_group;
-            if (!scales[0].group) all(std::integral_constant<Way, SMALL>(), Any());
-            else if (T == 1 && scales[0].group == Usual::value) all(by_group, Usual());
-            else all(by_group, Any());
-        }
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) sums[t * R + r] = sum(totals[t][r]);
+            for (int t = 0; t < T; ++t) store_lane_sums(totals[t], sums + t * stride + row);
+        }
+    }
+    template <int T> void dots(const uint8_t* const* records, int64_t number, const Packed* x,
+                               float* sums, int64_t stride) const {
+        constexpr int USUAL = T == 1 ? FULL_COLUMNS / D::STEP : 0;  // groups of 128
+        constexpr Way SMALL = D::LANEWISE ? BY_STEP : BY_WEIGHT;
+        const int64_t group = call.pool.group / D::STEP;
+        if constexpr (D::FACTOR == 0) dots<T, NOT, 0>(records, number, x, sums, stride);
+        else if (!group) dots<T, SMALL, 0>(records, number, x, sums, stride);
+        else if (group == USUAL) dots<T, BY_GROUP, USUAL>(records, number, x, sums, stride);
+        else dots<T, BY_GROUP, 0>(records, number, x, sums, stride);
     }
 
     // A range of output rows for all of the expert's tokens.
     [[gnu::noinline]] void multiply(int64_t expert, int64_t first, int64_t last,
                                     const uint8_t* packed) const {
         // by the number of tokens; some are done as one more
-        constexpr decltype(&Few::dot<1>) DOT[] = {nullptr,      &Few::dot<1>, &Few::dot<2>,
-                                                  &Few::dot<4>, &Few::dot<4>, &Few::dot<6>,
-                                                  &Few::dot<6>, &Few::dot<8>, &Few::dot<8>};
-        thread_local Buffer numbers_buffer, sums_buffer;
+        using Dots = void (Few::*)(const uint8_t* const*, int64_t, const Packed*, float*, int64_t)
+            const;
+        static constexpr Dots DOTS[] = {nullptr,       &Few::dots<1>, &Few::dots<2>,
+                                        &Few::dots<4>, &Few::dots<4>, &Few::dots<6>,
+                                        &Few::dots<6>, &Few::dots<8>, &Few::dots<8>};
+        thread_local Buffer records_buffer, sums_buffer;
         Pool& pool = call.pool;
-        float* const numbers = numbers_buffer.get<float>(ROWS * Scales<D>::size(pool));
-        const int64_t rows = last - first, stride = rows + ROWS - 1;
+        const int64_t rows = last - first, stride = round_up(rows, ROWS);
+        auto* const records = records_buffer.get<const uint8_t*>(stride + rows_ahead);
+        for (int64_t row = 0; row < stride + rows_ahead; ++row)
+            records[row] = pool.record(pool.version(expert, min(first + row, pool.out - 1)));
         float* const sums = sums_buffer.get<float>(stride * SHARING);
         for (int64_t t = 0; t < call.count(expert); t += SHARING) {
             const int64_t tokens = min(SHARING, call.count(expert) - t);
-            for (int64_t row = 0; row < rows; row += ROWS) {
-                int32_t versions[ROWS], later[ROWS];
-                for (int r = 0; r < ROWS; ++r) {  // the last row again where there is none
-                    versions[r] = pool.version(expert, min(first + row + r, last - 1));
-                    later[r] =
-                        pool.version(expert, min(first + row + r + rows_ahead, pool.out - 1));
-                }
-                float of_rows[SHARING * ROWS];
-                (this->*DOT[tokens])(versions, later, (const Packed*)packed + t * width, numbers,
-                                     of_rows);
-                for (int64_t i = 0; i < tokens; ++i)
-                    for (int r = 0; r < ROWS; ++r)
-                        sums[i * stride + row + r] = of_rows[i * ROWS + r];
-            }
+            (this->*DOTS[tokens])(records, rows, (const Packed*)packed + t * width, sums, stride);
             for (int64_t i = 0; i < tokens; ++i)
                 call.store_sums(call.tokens(expert)[t + i], first, rows, sums + i * stride, 1);
         }

@@ -40,6 +40,7 @@ struct Pool {
     int64_t bytes;  // of the block
     int64_t kept, scales, half;
     int64_t firsts_at, map_at, starts_at, records_at;  // bytes from here
+    int64_t mask_at, values_at;                        // bytes from a record's begin
 
     int32_t* firsts() { return (int32_t*)((uint8_t*)this + firsts_at); }    // [out]
     uint8_t* map() { return (uint8_t*)this + map_at; }                      // [experts, out]
@@ -51,12 +52,10 @@ struct Pool {
     uint8_t* record(int64_t version) {
         return (uint8_t*)this + records_at + 8 * int64_t(starts()[version]);
     }
-    Row row(int64_t version) {
-        const uint8_t* const at = record(version);
-        const uint8_t* const mask = at + round_up(2 * scales, 8);
-        return {(const uint16_t*)at, (const uint64_t*)mask, mask + 8 * words()};
+    Row row_at(const uint8_t* at) const {
+        return {(const uint16_t*)at, (const uint64_t*)(at + mask_at), at + values_at};
     }
-    int64_t words() const { return masked ? divide_up(in, WORD) : 0; }
+    Row row(int64_t version) { return row_at(record(version)); }
     double density() const { return double(kept) / (double(versions) * double(in)); }
 };
 
@@ -98,7 +97,7 @@ struct Sizes {               // of one row version
             values = round_up(pool.in, FULL_COLUMNS) * bits / 8;
         }
         stored = divide_up(kept * bits, 8);
-        record = round_up(round_up(2 * pool.scales, 8) + 8 * pool.words() + values, 8);
+        record = round_up(pool.values_at + values, 8);
     }
 };
 
@@ -110,6 +109,8 @@ inline void measure(Pool& pool, const Source& source) {
     pool.map_at = pool.firsts_at + round_up(4 * pool.out, 64);
     pool.starts_at = pool.map_at + round_up(pool.experts * pool.out, 64);
     pool.records_at = pool.starts_at + round_up(4 * pool.versions, 64);
+    pool.mask_at = round_up(2 * pool.scales, 8);
+    pool.values_at = pool.mask_at + (pool.masked ? 8 * divide_up(pool.in, WORD) : 0);
     pool.kept = 0;
     pool.bytes = pool.records_at + PADDING;
     for (int64_t v = 0; v < pool.versions; ++v) {
