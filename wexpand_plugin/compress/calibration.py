@@ -7,6 +7,7 @@ last pass said is what runs.
 """
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import WexpandError
 
-__all__ = ["MASKS", "CalibrationBatches", "counted_tokens"]
+__all__ = ["MASKS", "CalibrationBatches", "counted_tokens", "run"]
 
 MASKS = ("attention_mask", "loss_mask")
 """where a batch has them, which of its tokens count"""
@@ -42,6 +43,12 @@ def counted_tokens(batch: Any) -> Tensor | None:
             )
         counts &= mask.bool().cpu()
     return counts
+
+
+def run(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The logits [..., vocabulary] of a batch; what it says of losses is left out."""
+    known = {key: value for key, value in batch.items() if key not in ("loss_mask", "labels")}
+    return model(**known, use_cache=False).logits
 
 
 class CalibrationBatches:

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from loguru import logger
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import WexpandError
 from ..hf.linear import RoutedLinear
 from ..method.candidates import Candidates, allocate_model
 from ..method.group import expand_group
+from ..method.inputs import InputGroup
 from ..method.settings import Settings
+from ..method.statistics import GroupStatistics
 from .passing import PassingStatistics
 from .precision import stored_dtype
 from .replay import BlockReplay, ReplayedInputs
@@ -50,6 +52,10 @@ class Target:
     """what has replaced it"""
     group: str = ""
     """label of its input group, once replaced"""
+    settings: Settings | None = None
+    """its own, where they are chosen linear by linear"""
+    loss: float | None = None
+    """that these are predicted to add, nats per token"""
     candidates: Candidates | None = None
     """what a model-wide budget has yet to choose from"""
 
@@ -76,48 +82,85 @@ def expand_block(
         groups = replay.groups(linears)
     else:
         groups = passing.groups()
-    for group in tqdm(groups, "Expanding", leave=False):
-        start, first = time.perf_counter(), group.linears[0]
-        weights = [linear.weight.detach() for linear in group.linears]
-        biases = [None if m.bias is None else m.bias.detach() for m in group.linears]
-        dtype = stored_dtype(model, weights[0])
-        how = codec_for(dtype, settings)
-        try:
-            result = expand_group(
-                weights, biases, ReplayedInputs(replay, first),
-                settings_for(dtype, settings), passing.take(group) if passing else None,
-            )  # fmt: skip
-        except WexpandError as error:
-            raise WexpandError(f"{group.label}: {error}") from None
-        tokens, errors, which = result.tokens, [], ""
-        for name, linear, found in zip(group.names, group.linears, result.linears, strict=True):
-            target, stored = targets[name], found.stored
-            if stored is None:
-                # until the budget's choice, the base versions stand for what will be stored
-                assert found.candidates is not None
-                stored, which = found.candidates.base(), " (full expansion, for calibration)"
-            target.routed = replace_linear(
-                model, name, linear, packed(stored, how), result.router, group=group.names[0],
-                tokens=tokens.tolist(), cluster_bias=packed_biases(stored),
-                cluster_expert=result.cluster_expert,
-            )  # fmt: skip
-            target.linear, target.group = None, group.label
-            target.candidates = found.candidates
-            # until the block has been propagated and its other groups have been replayed
-            shift = packed_biases(found.calibrating)
-            target.routed.materialise(
-                found.calibrating.dense(), None if shift is None else shift.decoded()
-            )
-            errors.append(f"{found.calibrating.error:.3f}")
-        logger.info(
-            f"{group.label}: {parts(settings)}, tokens of each "
-            f"{int(tokens.min())}/{int(tokens.median())}/{int(tokens.max())} (min/median/max), "
-            f"relative error {', '.join(errors)}{which}, {time.perf_counter() - start:.1f} s"
-        )
-    if settings.tune_epochs:
-        routed = {name: t.routed for name, t in targets.items() if t.routed is not None}
+    for whole in tqdm(groups, "Expanding", leave=False):
+        statistics = passing.take(whole) if passing else None
+        for group, own in _alike(whole, targets, settings):
+            _expand_group(model, group, whole.names[0], targets, replay, statistics, own)
+    routed = {name: t.routed for name, t in targets.items() if t.routed is not None}
+    if settings.tune_epochs and routed:
         for name, linear in tune(block.name, model, routed, replay, outputs, settings).items():
             targets[name].routed = linear
+
+
+def _alike(
+    group: InputGroup, targets: Mapping[str, Target], settings: Settings
+) -> list[tuple[InputGroup, Settings]]:
+    """The linears of an input group that have the same settings, together."""
+    found: dict[tuple[str, float], tuple[Settings, list[int]]] = {}
+    for place, name in enumerate(group.names):
+        own = targets[name].settings or settings
+        found.setdefault((own.values, own.sparsity), (own, []))[1].append(place)
+    return [
+        (
+            InputGroup(
+                tuple(group.names[place] for place in places),
+                tuple(group.linears[place] for place in places),
+            ),
+            own,
+        )
+        for own, places in found.values()
+    ]
+
+
+def _expand_group(
+    model: nn.Module,
+    group: InputGroup,
+    called: str,
+    targets: Mapping[str, Target],
+    replay: BlockReplay,
+    statistics: GroupStatistics | None,
+    settings: Settings,
+) -> None:
+    """Replace the linears of `group`, which is called `called` in the checkpoint."""
+    start, first = time.perf_counter(), group.linears[0]
+    weights = [linear.weight.detach() for linear in group.linears]
+    biases: list[Tensor | None] = [
+        None if linear.bias is None else linear.bias.detach() for linear in group.linears
+    ]
+    dtype = stored_dtype(model, weights[0])
+    how = codec_for(dtype, settings)
+    try:
+        result = expand_group(
+            weights, biases, ReplayedInputs(replay, first),
+            settings_for(dtype, settings), statistics,
+        )  # fmt: skip
+    except WexpandError as error:
+        raise WexpandError(f"{group.label}: {error}") from None
+    tokens, errors, which = result.tokens, [], ""
+    for name, linear, found in zip(group.names, group.linears, result.linears, strict=True):
+        target, stored = targets[name], found.stored
+        if stored is None:
+            # until the budget's choice, the base versions stand for what will be stored
+            assert found.candidates is not None
+            stored, which = found.candidates.base(), " (full expansion, for calibration)"
+        target.routed = replace_linear(
+            model, name, linear, packed(stored, how), result.router, group=called,
+            tokens=tokens.tolist(), cluster_bias=packed_biases(stored),
+            cluster_expert=result.cluster_expert,
+        )  # fmt: skip
+        target.linear, target.group = None, group.label
+        target.candidates = found.candidates
+        # until the block has been propagated and its other groups have been replayed
+        shift = packed_biases(found.calibrating)
+        target.routed.materialise(
+            found.calibrating.dense(), None if shift is None else shift.decoded()
+        )
+        errors.append(f"{found.calibrating.error:.3f}")
+    logger.info(
+        f"{group.label}: {parts(settings)}, tokens of each "
+        f"{int(tokens.min())}/{int(tokens.median())}/{int(tokens.max())} (min/median/max), "
+        f"relative error {', '.join(errors)}{which}, {time.perf_counter() - start:.1f} s"
+    )
 
 
 def parts(settings: Settings) -> str:

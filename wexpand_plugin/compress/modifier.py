@@ -1,6 +1,7 @@
 """`SparseExpansionModifier`: the recipe entry that expands linears into sparse experts."""
 
 from dataclasses import fields
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.utils import match_named_modules
@@ -16,6 +17,7 @@ from ..errors import WexpandError
 from ..hf.linear import RoutedLinear
 from ..hf.saving import wrap_save_pretrained
 from ..method.masks import MaskStructure
+from ..method.prospects import Dial
 from ..method.settings import Settings
 from .calibration import CalibrationBatches, counted_tokens
 from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
@@ -23,6 +25,7 @@ from .estimate import working_bytes
 from .expansion import Block, Target, allocate_targets, expand_block, parts
 from .made_by import made_by
 from .passing import PassingStatistics
+from .planning import choose_settings, refuse_unreachable
 from .precision import stored_dtype
 from .replay import BlockReplay
 from .rows import settings_for
@@ -65,11 +68,13 @@ class SparseExpansionModifier(Modifier):
     - on_finalize
         - make `save_pretrained` write the packed checkpoint
 
-    :param sparsity: fraction of weights pruned in each expert, below 1
+    :param sparsity: fraction of weights pruned in each expert, below 1; or "auto": sparsity and
+        values of each linear are chosen for the least loss in `size_budget`, with one expert
     :param mask_structure: "row" (every neuron keeps the same number of weights per column block),
         "unstructured" (one threshold per column block, as SparseGPTModifier's "0:0"), or "N:M"
     :param values: how kept weights are stored: "auto" (in the model's dtype), "int8" or "int4",
-        rounded together with pruning; with one of them `sparsity` may be 0
+        rounded together with pruning; with one of them `sparsity` may be 0. With `sparsity: auto`,
+        "auto" is any of the three for each input group
     :param value_group: columns of a row that share a scale, with int8 and int4
     :param num_experts: experts per input group, at most 256; 1 is plain sparse
     :param num_clusters: clusters with a bias each, which makes up for what a cluster's mean input
@@ -107,7 +112,7 @@ class SparseExpansionModifier(Modifier):
     requires_calibration_data: bool = True
 
     # modifier arguments
-    sparsity: float
+    sparsity: float | Literal["auto"]
     mask_structure: str = Settings.mask_structure
     values: str = Settings.values
     value_group: int = Settings.value_group
@@ -135,12 +140,20 @@ class SparseExpansionModifier(Modifier):
 
     # private variables
     _settings: Settings = PrivateAttr()
+    _dial: Dial | None = PrivateAttr(default=None)
     _targets: dict[str, Target] = PrivateAttr(default_factory=dict)
     _blocks: dict[str, Block] = PrivateAttr(default_factory=dict)
     _replays: dict[str, BlockReplay] = PrivateAttr(default_factory=dict)
     _passing: dict[str, PassingStatistics] = PrivateAttr(default_factory=dict)
     _batches: CalibrationBatches = PrivateAttr(default_factory=CalibrationBatches)
     _path: DensePath = PrivateAttr(default_factory=DensePath)
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _parse_sparsity(cls, value: Any) -> Any:
+        if value != "auto" and not isinstance(value, int | float):
+            raise ValueError("should be a number, or auto")
+        return value
 
     @field_validator("mask_structure", mode="before")
     @classmethod
@@ -151,7 +164,11 @@ class SparseExpansionModifier(Modifier):
     def _check_values(self) -> "SparseExpansionModifier":
         keys = {field.name for field in fields(Settings)} & set(type(self).model_fields)
         values = {key: getattr(self, key) for key in keys}
-        self._settings = Settings(**values)
+        if self.sparsity == "auto":
+            self._dial = Dial.of(values)
+            self._settings = self._dial.base
+        else:
+            self._settings = Settings(**values)
         return self
 
     def on_initialize(self, state: State, **kwargs) -> bool:
@@ -177,6 +194,8 @@ class SparseExpansionModifier(Modifier):
         linears = {n: t.linear for n, t in self._targets.items() if t.linear is not None}
         refuse_unrolled(model, linears)
         refuse_nonfinite(linears)
+        if self._dial is not None:
+            refuse_unreachable(model, linears, self._dial)
         self._check_tokens(state)
         self._batches = CalibrationBatches.watch(kwargs.get("calib_data"))
         self._say(model, linears)
@@ -189,11 +208,11 @@ class SparseExpansionModifier(Modifier):
                 f"mask_structure: {structure} needs in_features that {structure.m} divides; "
                 f"{name} has {width}"
             )
-        if self.size_budget is None:
+        if self.size_budget is None or self._dial is not None:
             return
         # row versions of a neuron are alike in size, so the base versions' size is known beforehand
         weighs = settings_for(dtype, self._settings).weighs
-        kept = torch.tensor([round(width * (1 - self.sparsity))])
+        kept = torch.tensor([round(width * (1 - self._settings.sparsity))])
         fixed = settings_for(dtype, self._settings).fixed_bytes(out, width)
         base = out * int(weighs.row(kept, width)) + fixed
         least = base / weighs.dense(out, width)
@@ -238,7 +257,10 @@ class SparseExpansionModifier(Modifier):
         )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):
-        """Record each block's arguments from now on."""
+        """Choose settings where the recipe leaves them open; from now on record each block's
+        arguments."""
+        if self._dial is not None:
+            choose_settings(state.model, self._targets, state.data.calib or (), self._dial)
         for name, block in self._blocks.items():
             counts = self._batches.current
             self._replays[name] = BlockReplay(block.module, self.register_hook, counts)
@@ -289,7 +311,11 @@ class SparseExpansionModifier(Modifier):
             raise WexpandError("calibration reached none of the targeted linears")
         if dense:
             logger.warning(f"no calibration token reached {', '.join(dense)}: they stay dense")
-        wrap_save_pretrained(state.model, made_by(self, state.model, self._batches))
+        about = made_by(self, state.model, self._batches)
+        predicted = {n: t.loss for n, t in self._targets.items() if t.loss is not None}
+        if predicted:
+            about["predicted_loss"] = {name: float(f"{v:.3g}") for name, v in predicted.items()}
+        wrap_save_pretrained(state.model, about)
         return self._forget()
 
     def _forget(self) -> bool:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..errors import WexpandError
 from ..method.sensitivity import sampled_loss
-from .calibration import counted_tokens
+from .calibration import counted_tokens, run
 
 __all__ = ["output_sensitivity"]
 
@@ -32,7 +32,7 @@ def output_sensitivity(
     with torch.enable_grad(), _gradients_of(model, linears, found):
         for batch in tqdm(batches, "Measuring sensitivity", leave=False):
             counts = counted_tokens(batch)
-            logits = model(**batch, use_cache=False).logits
+            logits = run(model, batch)
             if not bool(torch.isfinite(logits).all()):
                 raise WexpandError("model: its predictions on the calibration text are not finite")
             tokens += logits[..., 0].numel() if counts is None else int(counts.sum())

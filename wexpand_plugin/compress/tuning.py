@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ..hf.linear import RoutedLinear
 from ..method.clusters import Router
 from ..method.constant import constant_parts
+from ..method.grids import Grid
 from ..method.settings import Settings
 from ..method.tuning import TunableLinear, TuneResult, tune_block
 from ..method.versions import RowVersions, SolvedRows
 from .replay import BlockReplay
-from .rows import codec_for, packed, packed_biases, replace_linear
+from .rows import packed, packed_biases, replace_linear
 
 __all__ = ["DensePath", "tune"]
 
@@ -59,7 +60,7 @@ def tune(
     :param targets: from `DensePath.targets`
     :return: the new linears, by name
     """
-    tunable = {key: _tunable(linear, settings) for key, linear in linears.items()}
+    tunable = {key: _tunable(linear) for key, linear in linears.items()}
     frozen = [p for p in replay.block.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -87,7 +88,7 @@ def tune(
         if row_map is None:
             row_map = torch.zeros(1, old.out_features, dtype=torch.uint8)
         versions = RowVersions(linear.solved(), row_map, 0.0, linear.solved_cluster_bias())
-        pool = packed(versions, codec_for(old.dtype, settings))
+        pool = packed(versions, old.pool.codec)
         bias = linear.solved_bias()
         found[key] = replace_linear(
             model,
@@ -104,7 +105,7 @@ def tune(
     return found
 
 
-def _tunable(linear: RoutedLinear, settings: Settings) -> TunableLinear:
+def _tunable(linear: RoutedLinear) -> TunableLinear:
     pool, stored, biases = linear.pool, linear.router, linear.cluster_biases
     rows = SolvedRows(pool.rows(dtype=linear.dtype), pool.scale)
     keep = torch.ones_like(rows.weights, dtype=torch.bool)
@@ -114,7 +115,7 @@ def _tunable(linear: RoutedLinear, settings: Settings) -> TunableLinear:
         rows,
         keep,
         pool.version_map().long(),
-        settings.grid,
+        Grid(pool.codec.bits, pool.codec.group) if pool.codec.scaled else None,
         None if stored is None else Router(*stored),
         None if linear.bias is None else linear.bias.detach(),
         None if biases is None else biases.decoded(),

@@ -29,6 +29,13 @@ class Setting(NamedTuple):
     sparsity: float
     """fraction of weights pruned; 0 and "auto": dense, as it was"""
 
+    def __str__(self) -> str:
+        """Like "int4, 50% zeros"."""
+        if self == ("auto", 0.0):
+            return "dense"
+        kind = "values as they are" if self.values == "auto" else self.values
+        return f"{kind}, {self.sparsity:.0%} zeros" if self.sparsity else kind
+
 
 @dataclass(frozen=True)
 class Candidate:
