@@ -1,22 +1,25 @@
 """One linear at a time: dense as a device runs it best against packed, side by side.
 
     python -m evals.bench.kernel [--quick] [--kernel cpu|triton|reference] [--device cpu|cuda]
-        [--dtype bfloat16] [--values int4] [--sparsity 0.5] [--experts 1] [--tokens 1]
-        [--layer down] [--json FILE]
+        [--dtype bfloat16] [--values int4] [--sparsity 0.5] [--experts 1] [--clusters 256]
+        [--tokens 1] [--layer down] [--json FILE]
 
 Options of a cell may be repeated: `--tokens 1 --tokens 512`. On a CPU run it in the serve
 environment: the dense side is then the very function that vLLM's CPU worker calls (its choice is
 printed), otherwise, and on a GPU, torch's linear. Times are medians; on a GPU those between two
 CUDA events. Weights and masks are random; with several experts each token draws its expert at
-random, and only the weight memory differs between experts. `floor` is the time that reading a
-call's weight bytes takes at the memory bandwidth measured first. Copies of the weights take turns,
-so they come from memory and not from cache, as in a model. `values` says how kept weights are
-stored: in the dtype of the inputs ("float") or as integers; sparsity 0 is full rows. `ratio` is
-dense time over packed time, by medians and by the fastest repetitions (`best`); on a machine with
-other work a spread far above 100% says that the medians measure the other work.
+random, and only the weight memory differs between experts. With clusters the packed time includes
+their router, of two levels, and a bias for each; at the end of the line is that time over that of
+the same cell without clusters, measured in turn with it. `floor` is the time that reading a call's
+weight bytes takes at the memory bandwidth measured first. Copies of the weights take turns, so they
+come from memory and not from cache, as in a model. `values` says how kept weights are stored: in
+the dtype of the inputs ("float") or as integers; sparsity 0 is full rows. `ratio` is dense time
+over packed time, by medians and by the fastest repetitions (`best`); on a machine with other work a
+spread far above 100% says that the medians measure the other work.
 """
 
 import importlib.util
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +33,8 @@ from torch import Tensor
 
 from evals.bench.timing import alternate, copies_beyond_cache, machine, read_bandwidth, write_json
 from wexpand_plugin import kernels
+from wexpand_plugin.format.clusters import ClusterBias
+from wexpand_plugin.format.router import StoredRouter, rows_read
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.format.values import GROUP, ValueCodec, codec
 from wexpand_plugin.kernels import cpu
@@ -59,6 +64,27 @@ class Dtype(StrEnum):
 
 
 DTYPES = (Dtype.float32, Dtype.bfloat16)
+
+
+class Clusters(NamedTuple):
+    """The router of a layer with one expert, and biases, as they are served."""
+
+    router: StoredRouter
+    biases: ClusterBias
+
+    @classmethod
+    def random(cls, number: int, out: int, width: int, device: str) -> "Clusters":
+        """Two levels, of about the square root of `number` rows each."""
+        parents = math.ceil(number**0.5)
+        weight = torch.randn(parents + number, width).half().to(device)
+        router = StoredRouter(weight, torch.zeros(parents + number, device=device), parents)
+        return cls(router, ClusterBias.pack(torch.randn(number, out)).to(device))
+
+    @property
+    def bytes_read(self) -> int:
+        """By one token."""
+        rows = rows_read(self.router.clusters, self.router.parents)
+        return rows * (2 * self.router.weight.shape[1] + 4) + 3 * self.biases.out_features
 
 
 class Linear(NamedTuple):
@@ -113,8 +139,12 @@ def measure(
     sparsities: list[str],
     all_experts: list[int],
     all_tokens: list[int],
+    number: int = 0,
 ) -> list[dict]:
-    """All codecs, sparsities, expert counts and token counts of one layer and dtype."""
+    """All codecs, sparsities, expert counts and token counts of one layer and dtype.
+
+    :param number: of clusters, where there is one expert; 0: none
+    """
     model, layer, dtype, device, kernel, bandwidth, seconds = linear
     out, width = SHAPES[model][layer]
     dense_bytes = out * width * dtype.itemsize
@@ -131,6 +161,10 @@ def measure(
         layouts = [kernel.prepare(pool, dtype) for _ in copies]
         per_expert = pool.bytes_per_token()
         del pool
+        clusters: list[Clusters] = []
+        if number and experts == 1:
+            clusters = [Clusters.random(number, out, width, device) for _ in layouts]
+            per_expert += clusters[0].bytes_read
         for tokens in all_tokens:
             x = torch.randn(tokens, width).to(device, dtype)
             routes = [None] * 16
@@ -144,7 +178,14 @@ def measure(
             def run_packed(i: int, x=x, routes=routes, layouts=layouts) -> None:
                 kernel.run(x, routes[i % len(routes)], layouts[i % len(layouts)], out)
 
+            def run_clusters(i: int, x=x, layouts=layouts, clusters=clusters) -> None:
+                i = (i + len(layouts) // 2) % len(layouts)  # the last one's lies in the cache
+                router, biases = clusters[i]
+                kernel.run(x, None, layouts[i], out, None, kernel.route(x, *router), biases)
+
             contenders = {"dense": run_dense, "packed": run_packed}
+            if clusters:
+                contenders = {"dense": run_dense, "bare": run_packed, "packed": run_clusters}
             times = alternate(contenders, seconds, (7, 1000), device)
             read = per_expert * distinct
             results.append(
@@ -158,6 +199,8 @@ def measure(
                     "value_group": how.group,
                     "sparsity": sparsity,
                     "experts": experts,
+                    "clusters": number if clusters else 0,
+                    "added": times["packed"].median / times["bare"].median if clusters else None,
                     "tokens": tokens,
                     "dense_bytes": dense_bytes,
                     "packed_bytes": read,
@@ -197,6 +240,7 @@ def line(r: dict) -> str:
         f"{r['experts']:8}{r['sparsity']:>9}{r['tokens']:7}|"
         f"{side('dense')}|{side('packed')}|"
         f"{r['ratio']:6.2f}{r['best_ratio']:6.2f}{bytes_ratio:6.2f}"
+        + (f"  {r['clusters']} clusters: x {r['added']:.3f}" if r["added"] else "")
     )
 
 
@@ -204,9 +248,10 @@ def summary(results: list[dict]) -> None:
     """Per model: the linears of a block together, dense time over packed time, median and best."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for r in results:
-        groups[r["model"], r["dtype"], r["values"], r["experts"], r["sparsity"]].append(r)
+        key = ("model", "dtype", "values", "experts", "clusters", "sparsity")
+        groups[tuple(r[name] for name in key)].append(r)
     print("\nAll measured linears of a block together: dense time / packed time, median (best)")
-    for (model, dtype, values, experts, sparsity), rows in groups.items():
+    for (model, dtype, values, experts, clusters, sparsity), rows in groups.items():
         cells = []
         for tokens in sorted({r["tokens"] for r in rows}):
             cell = [r for r in rows if r["tokens"] == tokens]
@@ -215,6 +260,11 @@ def summary(results: list[dict]) -> None:
                 for key in ("median", "fastest")
             )
             cells.append(f"T={tokens} {median:.2f}x ({best:.2f}x)")
+            if clusters:
+                added, bare = (
+                    sum(r[f"{side}_s"]["median"] for r in cell) for side in ("packed", "bare")
+                )
+                cells[-1] += f" {clusters} clusters x {added / bare:.3f}"
         label = f"{model} {dtype}, {values} values, {experts} experts, sparsity {sparsity}"
         print(f"{label:70}", "  ".join(cells))
 
@@ -229,6 +279,7 @@ def main(
     sparsity: Annotated[list[str] | None, typer.Option(help="0 0.5 0.7 0.8 0.9 2:4")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="qkv o gate_up down")] = None,
     experts: Annotated[list[int] | None, typer.Option(help="1 16")] = None,
+    clusters: Annotated[int, typer.Option(help="with a bias each, where experts are 1")] = 0,
     tokens: Annotated[list[int] | None, typer.Option(help="1 4 16 64 512")] = None,
     seconds: Annotated[float, typer.Option(help="time per cell of the table")] = 0.4,
     json: Annotated[str | None, typer.Option(help="write every number here")] = None,
@@ -252,6 +303,7 @@ def main(
                 sparsity or ["0.5", "0.7", "0.8", "0.9", "2:4"],
                 experts or [1, 16],
                 tokens or [1, 4, 16, 64, 512],
+                clusters,
             )
     paths = sorted({f"{r['dtype']}: {r['dense_path']}" for r in results})
     print("\ndense path:", ", ".join(paths))

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.format.router import ROUTER_DTYPES
+from wexpand_plugin.format.clusters import ClusterBias
+from wexpand_plugin.format.router import ROUTER_DTYPES, choice
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.format.values import codec
 from wexpand_plugin.kernels import LayerShape, build, choose, cpu
@@ -135,6 +136,76 @@ def test_groups_too_narrow_for_the_kernel_go_to_the_reference():
         cpu.prepare(shard, torch.float32)
 
 
+@pytest.mark.parametrize("values", [None, cases.INTEGERS[0], cases.INTEGERS[6]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_biases_are_added_whatever_way_a_token_goes(code_path, dtype, values):
+    """Few tokens, lists and tiles; the linear's bias, the clusters', one for all, and neither."""
+    for experts, out, density, tokens in (
+        (1, 70, 0.3, 1), (3, 9, 0.3, 5), (1, 150, 0.1, 150), (1, 200, 1.0, 40), (4, 77, 0.5, 1100),
+        (1, 3, 0.5, 2), (2, 64, 0.5, 0),
+    ):  # fmt: skip
+        pool, x, chosen = random_case(out, experts, out, 172, density, tokens, dtype, values=values)
+        layout = cpu.prepare(pool, dtype)
+        for number in (1, 40):
+            bias, clusters, biases = cases.random_biases(pool, tokens, number, dtype)
+            for added in (
+                (bias, clusters, biases), (None, clusters, biases), (bias, None, None),
+                (bias, None, biases),
+            ):  # fmt: skip
+                if added[2] is not None and added[1] is None and number > 1:
+                    continue  # whose bias it would be nobody said
+                y = cpu.run(x, chosen, layout, out, *added)
+                cases.assert_matches(y, pool, x, chosen, TOLERANCE, *added)
+
+
+def test_what_is_added_is_rounded_once():
+    """bfloat16 has 8 bits: 256 + 1 is 256, twice, but 256 + 2 is not."""
+    pool = RowPool.pack(torch.full((8, 1), 256.0).bfloat16())
+    one = ClusterBias.pack(torch.ones(1, 8))
+    assert torch.equal(one.decoded(torch.bfloat16), torch.ones(1, 8, dtype=torch.bfloat16))
+    bias, x = torch.ones(8, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
+    y = cpu.run(x, None, cpu.prepare(pool, torch.bfloat16), 8, bias, None, one)
+    assert y.tolist() == [[258.0] * 8]
+
+
+def test_clusters_and_biases_that_do_not_fit_are_refused():
+    pool, x, _ = random_case(3, 1, 40, 64, 0.3, 2, torch.float32)
+    layout, (bias, _, biases) = cpu.prepare(pool, x.dtype), cases.random_biases(pool, 2, 5, x.dtype)
+    for wrong in (torch.tensor([0, 5]), torch.tensor([-1, 0])):
+        with pytest.raises(WexpandError, match="clusters: .* should be within 0 to 4"):
+            cpu.run(x, None, layout, 40, bias, wrong, biases)
+    with pytest.raises(WexpandError, match="bias: .39. should be contiguous, 40 out"):
+        cpu.run(x, None, layout, 40, bias[1:])
+
+
+@pytest.mark.parametrize("weight_dtype", ROUTER_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_routes(code_path, dtype, weight_dtype):
+    for clusters, parents, width, tokens in [
+        (2, 0, 5, 3), (40, 7, 256, 1), (256, 16, 1100, 40), (33, 2, 64, 0), (9, 9, 8, 30),
+        (30, 0, 385, 20), (256, 16, 64, 1500),
+    ]:  # fmt: skip
+        x, weight, bias, found = cases.assert_routes_match(
+            cpu, clusters, parents, width, tokens, dtype, weight_dtype
+        )
+        # whatever else is in the batch: a token's cluster depends on nothing else
+        for token in range(min(tokens, 50)):
+            assert cpu.route(x[token : token + 1], weight, bias, parents) == found[token]
+
+
+def test_routes_choose_the_first_of_equals_and_never_out_of_range():
+    weight, bias = torch.zeros(7 + 40, 8).half(), torch.zeros(7 + 40)
+    x = torch.zeros(3, 8)
+    assert cpu.route(x, weight, bias, 7).tolist() == [0, 0, 0]
+    bias[[3, 5]] = 1  # the first of the parents that win, and of its children 17 to 21
+    bias[[7 + 19, 7 + 20, 7 + 30]] = 1
+    assert cpu.route(x, weight, bias, 7).tolist() == [19, 19, 19]
+    x[1] = float("nan")
+    for parents in (7, 0):
+        found = cpu.route(x, weight, bias, parents)
+        assert torch.equal(found, choice(cpu.logits(x, weight) + bias, parents))
+
+
 @pytest.mark.parametrize("weight_dtype", ROUTER_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_router_logits(code_path, dtype, weight_dtype):
@@ -152,6 +223,10 @@ def test_what_does_not_fit_the_router_is_refused():
     for weight in (torch.randn(2, 8).bfloat16(), torch.randn(2, 9)):
         with pytest.raises(WexpandError, match="router: .* should be float16 or float32"):
             cpu.logits(x, weight)
+        with pytest.raises(WexpandError, match="router: .* should be float16 or float32"):
+            cpu.route(x, weight, torch.zeros(2), 0)
+    with pytest.raises(WexpandError, match="router: bias .* should be float32 .2."):
+        cpu.route(x, torch.randn(2, 8), torch.zeros(3), 0)
 
 
 def test_nothing_depends_on_torchs_default_dtype_and_device():
@@ -183,8 +258,15 @@ def test_many_tokens_of_very_sparse_rows(code_path, dtype, experts):
     assert_matches(pool, x, torch.randint(experts, (1100,)) if experts > 1 else None)
 
 
-def test_router_logits_on_all_threads():
-    cases.assert_logits_match(cpu, 16, 1024, 200, torch.bfloat16, torch.float16)
+def test_router_on_all_threads():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        cases.assert_logits_match(cpu, 16, 1024, 200, torch.bfloat16, torch.float16)
+        for tokens in (1, 200):
+            cases.assert_routes_match(cpu, 1000, 32, 4096, tokens, torch.bfloat16, torch.float16)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

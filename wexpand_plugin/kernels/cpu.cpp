@@ -11,7 +11,8 @@
 //   cpu_few.h       few tokens of one expert: decode in registers
 //   cpu_panels.h    many tokens: panels of x;   cpu_lists.h     ... times what is kept
 //                                               cpu_tiles.h     ... times decoded rows
-//   cpu_call.h      tokens by expert, threads   cpu_router.h    the router
+//   cpu_call.h      tokens by expert, threads   cpu_biases.h    what is added at the end
+//   cpu_router.h    the router
 //
 // The compiler's predefined macros choose the instructions, and WEXPAND_X the type of x and y.
 
@@ -155,20 +156,24 @@ void wexpand_pool_fill(Pool* pool, const uint8_t* values, const uint8_t* mask,
     fill(*pool, source);
 }
 
-// y [tokens, out] = x [tokens, in] times the rows of each token's expert. `chosen` [tokens], or
-// null for the first expert. Returns what does not fit, and then writes nothing: 1 in, 2 out, 3
-// type of the values, 4 chosen.
+// y [tokens, out] = x [tokens, in] times the rows of each token's expert, plus biases (see
+// cpu_biases.h; each may be null). `chosen` [tokens], or null for the first expert. Returns what
+// does not fit, and then writes nothing: 1 in, 2 out, 3 type of the values, 4 chosen, 5 cluster.
 int wexpand_linear(Pool* pool, const X* x, const int64_t* chosen, int64_t tokens, int64_t in,
-                   int64_t out, X* y, int threads) {
+                   int64_t out, const X* bias, const int8_t* cluster_bias, const Fp16* scale,
+                   const int64_t* cluster, int64_t clusters, X* y, int threads) {
     if (in != pool->in) return 1;
     if (out != pool->out) return 2;
     if (pool->type <= FLOAT16 && pool->type != TYPE_OF_X) return 3;
     for (int64_t t = 0; chosen && t < tokens; ++t)
         if (chosen[t] < 0 || chosen[t] >= pool->experts) return 4;
+    for (int64_t t = 0; cluster && t < tokens; ++t)
+        if (cluster[t] < 0 || cluster[t] >= clusters) return 5;
+    const Biases biases{bias, cluster_bias, scale, cluster, out};
     constexpr int64_t BATCH = 1024;  // bounds the packed x, which is kept
     for (int64_t t = 0; t < tokens; t += BATCH) {
-        Call call(*pool, x + t * in, y + t * out, threads, chosen ? chosen + t : nullptr,
-                  min(BATCH, tokens - t));
+        Call call(*pool, x + t * in, y + t * out, biases.from(t), threads,
+                  chosen ? chosen + t : nullptr, min(BATCH, tokens - t));
         if (pool->type == INT8) multiply<Int8>(call);
         else if (pool->type == INT4) multiply<Int4>(call);
         else multiply<X>(call);
@@ -176,11 +181,26 @@ int wexpand_linear(Pool* pool, const X* x, const int64_t* chosen, int64_t tokens
     return 0;
 }
 
-// logits [tokens, experts] = x [tokens, in] times weight [experts, in], float16 or else float32.
+// logits [tokens, rows] = x [tokens, in] times weight [rows, in], float16 or else float32.
 void wexpand_logits(int is_float16, const X* x, const void* weight, int64_t tokens, int64_t in,
-                    int64_t experts, float* y, int threads) {
-    if (is_float16) logits(x, (const Fp16*)weight, tokens, in, experts, y, threads);
-    else logits(x, (const float*)weight, tokens, in, experts, y, threads);
+                    int64_t rows, float* y, int threads) {
+    if (is_float16) logits(x, (const Fp16*)weight, tokens, in, rows, y, threads);
+    else logits(x, (const float*)weight, tokens, in, rows, y, threads);
+}
+
+// chosen [tokens] = cluster of each token of x [tokens, in], by a router of weight [parents +
+// clusters, in], as above, and bias [parents + clusters].
+void wexpand_route(int is_float16, const X* x, const void* weight, const float* bias,
+                   int64_t tokens, int64_t in, int64_t parents, int64_t clusters, int64_t* chosen,
+                   int threads) {
+    constexpr int64_t BATCH = 1024;  // bounds the logits, which are kept
+    const auto by = [&](auto* rows) {
+        for (int64_t t = 0; t < tokens; t += BATCH)
+            route(x + t * in, rows, bias, min(BATCH, tokens - t), in, parents, clusters,
+                  chosen + t, threads);
+    };
+    if (is_float16) by((const Fp16*)weight);
+    else by((const float*)weight);
 }
 
 }  // extern "C"

@@ -21,12 +21,11 @@ from torch import Tensor
 
 from ..errors import WexpandError
 from ..format.clusters import ClusterBias
-from ..format.router import ROUTER_DTYPES, choice
+from ..format.router import ROUTER_DTYPES
 from ..format.rowpool import RowPool
 from ..format.values import ValueCodec
 from . import LayerShape
 from .build import DEFAULT_FLAGS, BuildError, build
-from .reference import biased
 
 __all__ = ["instructions", "load", "logits", "name", "prepare", "route", "run", "unavailable"]
 
@@ -48,13 +47,14 @@ def load(dtype: torch.dtype, flags: tuple[str, ...] = DEFAULT_FLAGS) -> ctypes.C
     except OSError as error:
         raise BuildError(f"cannot load {path}: {error}") from error
     number, long, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    multiply = [pointer, pointer, pointer, long, long, long, pointer, number]
+    sizes, biases = [long] * 3, [*[pointer] * 4, long]
     signatures = {
         "wexpand_instructions": (ctypes.c_char_p, []),
         "wexpand_pool_bytes": (long, [pointer] * 2),
         "wexpand_pool_fill": (None, [pointer] * 6),
-        "wexpand_linear": (number, multiply),
-        "wexpand_logits": (None, [number, *multiply[1:]]),
+        "wexpand_linear": (number, [pointer] * 3 + sizes + biases + [pointer, number]),
+        "wexpand_logits": (None, [number, pointer, pointer, *sizes, pointer, number]),
+        "wexpand_route": (None, [number, *[pointer] * 3, *sizes, long, pointer, number]),
     }
     for function, (result, arguments) in signatures.items():
         getattr(library, function).restype = result
@@ -134,28 +134,31 @@ def run(
     clusters: Tensor | None = None,
     cluster_bias: ClusterBias | None = None,
 ) -> Tensor:
-    """y [tokens, out] = x [tokens, in] times each token's own expert, transposed, plus biases."""
-    y = multiply(x, experts, layout, out_features)
-    return biased(y, bias, None if cluster_bias is None else cluster_bias.of(clusters))
+    """y [tokens, out] = x [tokens, in] times each token's own expert, transposed, plus biases;
+    float32 sums.
 
-
-def route(x: Tensor, weight: Tensor, bias: Tensor, parents: int) -> Tensor:
-    """Cluster of each token: `x` [tokens, in] -> int64 [tokens]."""
-    return choice(logits(x, weight) + bias, parents)
-
-
-def multiply(
-    x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int
-) -> Tensor:
-    """y [tokens, out] = x [tokens, in] times each token's own expert, transposed; float32 sums.
-
-    Uses as many threads as torch does. Raises WexpandError if an expert does not exist.
+    Uses as many threads as torch does. Raises WexpandError if an expert or a cluster does not
+    exist.
     """
     x = x.contiguous()
     tokens, in_features = x.shape
     y = x.new_empty(tokens, out_features)
-    if experts is not None:
-        experts = experts.contiguous()
+    values = scale = None
+    number = 1
+    if cluster_bias is not None:
+        values, scale, number = cluster_bias.values, cluster_bias.scale, cluster_bias.clusters
+    if number == 1:
+        clusters = None
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    for part in (bias, values, scale):
+        if part is not None and (part.shape[-1] != out_features or not part.is_contiguous()):
+            raise WexpandError(f"bias: {list(part.shape)} should be contiguous, {out_features} out")
+    experts = None if experts is None else experts.contiguous()
+    clusters = None if clusters is None else clusters.contiguous()
+    pointers = [
+        None if part is None else part.data_ptr() for part in (bias, values, scale, clusters)
+    ]
     problem = load(x.dtype).wexpand_linear(
         layout[0].data_ptr(),
         x.data_ptr(),
@@ -163,19 +166,26 @@ def multiply(
         tokens,
         in_features,
         out_features,
+        *pointers,
+        number,
         y.data_ptr(),
         torch.get_num_threads(),
     )
     if problem:
-        _refuse(problem, x, experts, layout, out_features)
+        _refuse(problem, x, clusters if problem == 5 else experts, layout, out_features, number)
     return y
 
 
 def _refuse(
-    problem: int, x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int
+    problem: int,
+    x: Tensor,
+    chosen: Tensor | None,
+    layout: list[Tensor],
+    out_features: int,
+    clusters: int,
 ) -> None:
     """Say what the library found not to fit."""
-    values, _, _, in_features, out, number = layout[0][: 6 * 8].view(torch.int64).tolist()
+    values, _, _, in_features, out, experts = layout[0][: 6 * 8].view(torch.int64).tolist()
     if problem == 1:
         raise WexpandError(f"x: {x.shape[1]} columns do not fit the {in_features} of the weights")
     if problem == 2:
@@ -183,22 +193,45 @@ def _refuse(
     if problem == 3:
         wanted = [name for name, number in VALUES.items() if number == values]
         raise WexpandError(f"x: dtype {x.dtype} should be {wanted[0]}, that of the weights")
-    assert experts is not None
-    low, high = (int(v) for v in experts.aminmax())
-    raise WexpandError(f"experts: {low} to {high} should be within 0 to {number - 1}")
+    assert chosen is not None
+    low, high = (int(v) for v in chosen.aminmax())
+    what, last = ("experts", experts - 1) if problem == 4 else ("clusters", clusters - 1)
+    raise WexpandError(f"{what}: {low} to {high} should be within 0 to {last}")
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, parents: int) -> Tensor:
+    """Cluster of each token: `x` [tokens, in] -> int64 [tokens].
+
+    Of two levels a token reads the parents' rows and those of one parent's children. Its cluster
+    does not depend on the tokens beside it, and is what its `logits` choose.
+    """
+    x, weight, bias = *_checked(x, weight), bias.contiguous()
+    tokens, in_features = x.shape
+    rows = weight.shape[0]
+    if bias.dtype != torch.float32 or bias.shape != (rows,):
+        raise WexpandError(f"router: bias {bias.dtype} should be float32 [{rows}]")
+    chosen = torch.empty(tokens, dtype=torch.int64, device=x.device)
+    load(x.dtype).wexpand_route(
+        weight.dtype == torch.float16,
+        x.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        tokens,
+        in_features,
+        parents,
+        rows - parents,
+        chosen.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return chosen
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """float32 [tokens, experts] = x [tokens, in] times the router's `weight` [experts, in].
+    """float32 [tokens, rows] = x [tokens, in] times the router's `weight` [rows, in].
 
     A token's logits do not depend on the tokens beside it.
     """
-    if weight.dtype not in ROUTER_DTYPES or weight.shape[1] != x.shape[1]:
-        raise WexpandError(
-            f"router: {weight.dtype} {list(weight.shape)} should be float16 or float32 "
-            f"[experts, {x.shape[1]}]"
-        )
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = _checked(x, weight)
     found = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
     load(x.dtype).wexpand_logits(
         weight.dtype == torch.float16,
@@ -211,3 +244,13 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return found
+
+
+def _checked(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, contiguous."""
+    if weight.dtype not in ROUTER_DTYPES or weight.shape[1] != x.shape[1]:
+        raise WexpandError(
+            f"router: {weight.dtype} {list(weight.shape)} should be float16 or float32 "
+            f"[rows, {x.shape[1]}]"
+        )
+    return x.contiguous(), weight.contiguous()

@@ -9,7 +9,6 @@ neurons and experts, and all others share the neuron's base row. A compressed mo
 bytes where they help, so how rows are shared, and what its caches make of that, may differ.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from ..format.rowpool import MAX_EXPERTS, RowPool
 from ..format.sizes import StoredBytes
 from ..format.values import FLOATS, GROUP, ValueCodec, codec
 from ..format.writer import SHARD_BYTES, TensorWriter, partial_directory, require_empty, seal
+from ..method.clusters import parents_of
 
 __all__ = ["Shape", "synth"]
 
@@ -35,8 +35,6 @@ TARGETS = {"mlp": ("mlp.",), "all": ("mlp.", "self_attn.")}
 # linears that read the same tensor share a router
 GROUPS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 BYTES, SPECIAL = 256, ("<s>", "</s>")
-FLAT = 32
-"""clusters that a router of one level has at most"""
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def synth(
             kept = max(1, round((1 - sparsity) * columns))
             sizes = StoredBytes(how, FLOATS[dtype])
             routed = clusters or experts
-            parents = math.ceil(routed**0.5) if routed > FLAT else 0
+            parents = parents_of(routed)
             fixed = sizes.fixed(rows, columns, experts, routed, parents, biased=clusters > 0)
             row_map = _row_map(rows, columns, experts, kept, budget, sizes, fixed, generator)
             pool = _pool(row_map, columns, kept, how, generator)
