@@ -5,7 +5,6 @@ import torch
 
 from wexpand_plugin import kernels
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.format.values import codec
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")  # a device that no fast kernel runs on
 SHAPE = kernels.LayerShape(64, 32, experts=4, sparsity=0.5)
@@ -29,9 +28,3 @@ def test_a_forced_kernel_that_cannot_run_is_refused(monkeypatch):
     monkeypatch.setenv("WEXPAND_KERNEL", "cpu")
     with pytest.raises(WexpandError, match="WEXPAND_KERNEL: cpu: runs on cpu, not on meta"):
         kernels.choose(OTHER, torch.float32, SHAPE)
-
-
-def test_a_layer_goes_to_a_kernel_that_has_its_codec(monkeypatch):
-    monkeypatch.setenv("WEXPAND_KERNEL", "triton")
-    with pytest.raises(WexpandError, match="triton: has no int4 values"):
-        kernels.choose(CPU, torch.float32, SHAPE._replace(codec=codec("int4")))

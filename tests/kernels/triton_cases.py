@@ -10,10 +10,13 @@ from functools import partial
 import cases
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from wexpand_plugin.format.router import ROUTER_DTYPES
 from wexpand_plugin.format.rowpool import RowPool
-from wexpand_plugin.kernels import LayerShape
+from wexpand_plugin.format.values import codec
+from wexpand_plugin.kernels import LayerShape, reference
 from wexpand_plugin.kernels import triton as kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +33,8 @@ def run(pool, x, chosen):
 
 def test_is_available():
     shape = LayerShape(64, 32, experts=4, sparsity=0.5)
-    assert kernel.unavailable(DEVICE, torch.bfloat16, shape) is None
+    for how in (None, codec("int8"), codec("int4", 8)):
+        assert kernel.unavailable(DEVICE, torch.bfloat16, shape._replace(codec=how)) is None
     assert "float64" in kernel.unavailable(DEVICE, torch.float64, shape)
 
 
@@ -54,6 +58,98 @@ def test_matches_the_reference(experts, tokens, out, width, dtype):
     assert_matches(run(pool, x, chosen), pool, x, chosen)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("width", [3, 130, 256, 475])
+def test_full_rows_of_floats(width, tokens, dtype):
+    pool, x, chosen = random_case(width, 3, 7, width, 1, tokens, dtype)
+    assert pool.mask is None
+    assert_matches(run(pool, x, chosen), pool, x, chosen)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_match_the_reference(dtype):
+    """Neither q nor x is rounded: what differs is the rounding of float32 sums, and of y, whose
+    last bits the interpreter cuts off in bfloat16.
+    """
+
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(
+        seed=st.integers(0, 2**20),
+        experts=st.sampled_from([1, 3, 16]),
+        out=st.integers(1, 20),
+        width=st.sampled_from([1, 7, 8, 63, 64, 65, 128, 172, 256, 300, 385, 530]),
+        density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        tokens=st.sampled_from([1, 2, 4, 5, 16, 17, 40]),
+        values=st.sampled_from(cases.INTEGERS),
+    )
+    def check(seed, experts, out, width, density, tokens, values):
+        pool, x, chosen = random_case(
+            seed, experts, out, width, density, tokens, dtype, values=values
+        )
+        y = run(pool, x, chosen)
+        assert_matches(y, pool, x, chosen)
+        if values.group % kernel.NARROW == 0:
+            exact = reference.multiply(
+                x.double(), chosen, lambda e: pool.expert(e).double(), experts, out
+            )
+            half = torch.finfo(dtype).eps / (1 if dtype == torch.bfloat16 else 2)
+            allowed = exact.abs() * half + exact.abs().max() * 1e-5
+            assert ((y.double() - exact).abs() <= allowed).all()
+
+    check()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+@pytest.mark.parametrize("values", [codec("int8", 32), codec("int4")], ids=str)
+@pytest.mark.parametrize("density", [0.4, 1])
+def test_integers_of_wide_layers(density, values, tokens):
+    """More columns than a step of any kernel, and a last group and a last word that are short."""
+    case = random_case(3, 2, 5, 2048 + 77, density, tokens, torch.bfloat16, values=values)
+    assert_matches(run(*case), *case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_every_integer_is_read_as_it_is(name, dtype):
+    """One weight a row, all q there are, scales that are powers of two: no rounding at all."""
+    smallest = -codec(name).largest - 1
+    q = torch.arange(smallest, -smallest, dtype=torch.float32)
+    for keep in (torch.eye(len(q)).bool(), torch.ones(len(q), len(q)).bool()):
+        scale = torch.full((len(q), codec(name).scales(len(q))), 0.25).half()
+        pool = RowPool.pack(torch.diag(q / 4), keep=keep, codec=codec(name), scale=scale)
+        for tokens in (1, 8):
+            x = torch.full((tokens, len(q)), 2.0, dtype=dtype, device=DEVICE)
+            assert torch.equal(run(pool.to(DEVICE), x, None).cpu(), (q / 2).to(dtype).expand_as(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 192, 256])
+def test_sums_of_integers_cancel_exactly(group, tokens, dtype):
+    """100 - 100 * 1: nothing would be left of it if weights were rounded to the dtype of x."""
+    rows = torch.zeros(3, 600)
+    for first in range(0, 600 - 1, group):
+        rows[:, first], rows[:, first + 1] = 100, 1
+    scale = torch.full((3, codec("int8", group).scales(600)), 0.1).half()
+    pool = RowPool.pack(rows * scale[0, 0].float(), codec=codec("int8", group), scale=scale)
+    assert torch.equal(pool.stored()[0].float(), rows)
+    x = torch.zeros(tokens, 600, dtype=dtype, device=DEVICE)
+    x[:, 0::group], x[:, 1::group] = 1, -100
+    assert not run(pool.to(DEVICE), x, None).any()
+
+
+@pytest.mark.parametrize("columns", [(4, 300), (40, 300), (32, 172)])
+def test_columns_of_a_tensor_parallel_rank(columns):
+    """Whose groups of scales are as narrow as the place of the cut makes them."""
+    pool, x, chosen = random_case(2, 3, 9, 300, 0.5, 20, torch.float32, values=codec("int4", 64))
+    shard = pool.take(columns=columns)
+    assert shard.codec.group < 64
+    for tokens in (3, 20):
+        inputs = x[:tokens, columns[0] : columns[1]]
+        assert_matches(run(shard, inputs, chosen[:tokens]), shard, inputs, chosen[:tokens])
+
+
 @pytest.mark.parametrize("weight_dtype", ROUTER_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -63,10 +159,12 @@ def test_router_logits(experts, width, tokens, dtype, weight_dtype):
     cases.assert_logits_match(kernel, experts, width, tokens, dtype, weight_dtype, DEVICE)
 
 
+@pytest.mark.parametrize("values", [torch.bfloat16, codec("int4", 32), codec("int8")], ids=str)
 @pytest.mark.parametrize(("tokens", "block"), [(33, 64), (130, 128)])
-def test_larger_blocks(tokens, block):
-    assert kernel.tile(tokens, 1, 3, torch.bfloat16)[1] == block
-    pool, x, _ = random_case(tokens, 1, 3, 70, 0.3, tokens, torch.bfloat16)
+def test_larger_blocks(tokens, block, values):
+    size = (0, 0) if isinstance(values, torch.dtype) else (values.bits, values.group)
+    assert kernel.tile(tokens, 1, 3, torch.bfloat16, *size).tokens == block
+    pool, x, _ = random_case(tokens, 1, 3, 70, 0.3, tokens, torch.bfloat16, values=values)
     assert_matches(run(pool, x, None), pool, x, None)
 
 
@@ -116,10 +214,10 @@ def test_wide_row_starts_give_the_same():
     """Row starts are int64 from 2**31 kept weights on."""
     for tokens in (2, 20):
         pool, x, chosen = random_case(7, 3, 9, 64, 0.3, tokens, torch.float32)
-        values, mask, starts, row_map = kernel.prepare(pool, DTYPES[0])
+        values, mask, starts, *others = kernel.prepare(pool, DTYPES[0])
         assert starts.dtype == torch.int32
-        expected = kernel.run(x, chosen, [values, mask, starts, row_map], 9)
-        got = kernel.run(x, chosen, [values, mask, starts.long(), row_map], 9)
+        expected = kernel.run(x, chosen, [values, mask, starts, *others], 9)
+        got = kernel.run(x, chosen, [values, mask, starts.long(), *others], 9)
         assert torch.equal(got, expected)
 
 
@@ -136,29 +234,53 @@ def test_sort_is_a_stable_counting_sort(tokens):
     assert torch.equal(ends.long(), torch.bincount(chosen, minlength=7).cumsum(0))
 
 
-def test_layout_is_as_documented(monkeypatch):
+@pytest.mark.parametrize("values", [None, codec("int8"), codec("int4", 32)], ids=str)
+@pytest.mark.parametrize("density", [0.4, 1])
+def test_layout_is_as_documented(monkeypatch, density, values):
     """Group q of a span is columns q, 64+q, 128+q, 192+q, and keeps its values in that order."""
     monkeypatch.setattr(kernel, "AT_ONCE", 2 * 512)  # two rows at a time
-    pool, _, _ = random_case(8, 2, 5, 300, 0.4, 1, torch.float32)
-    values, mask, starts, row_map = (t.cpu() for t in kernel.prepare(pool, DTYPES[0]))
-    assert torch.equal(row_map, pool.version_map().cpu())
-    rows = torch.zeros(pool.versions, 512)
-    for version, words in enumerate(mask.tolist()):
+    pool, _, _ = random_case(8, 2, 5, 300, density, 1, torch.float32, values=values)
+    layout = [tensor.cpu() for tensor in kernel.prepare(pool, DTYPES[0])]
+    elements, mask, starts, row_map, scale, sizes = layout
+    pool = pool.to("cpu")
+    assert torch.equal(row_map, pool.version_map())
+    bits = 0 if values is None else values.bits
+    assert sizes.shape == (0, bits, pool.codec.group)
+    if values is not None:
+        assert torch.equal(scale[: pool.scale.numel()], pool.scale.flatten())
+    q, keep = pool.stored()
+    order = [s + 64 * b + g for s in (0, 256) for g in range(64) for b in range(4)]
+    order = [column for column in order if column < 300]
+    for version in range(pool.versions):
+        kept = keep[version][order]
+        expected = q[version][order][kept].tolist()
         place = int(starts[version])
-        for q in range(128):
-            for bit in range(4):
-                if words[q // 8] >> (4 * (q % 8) + bit) & 1:
-                    rows[version, q // 64 * 256 + bit * 64 + q % 64] = values[place]
-                    place += 1
-    assert torch.equal(rows[:, :300], pool.to("cpu").rows())
-    assert not rows[:, 300:].any()
+        if bits:
+            words = elements[place : place + -(-len(expected) * bits // 32)].tolist()
+            number = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
+            found = [number >> (bits * i) & (2**bits - 1) for i in range(len(expected))]
+            assert found == [value & (2**bits - 1) for value in expected]
+        else:
+            assert elements[place : place + len(expected)].tolist() == expected
+        if density < 1:
+            words = mask[version].tolist()
+            number = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
+            found = [s + 64 * b + g for s in (0, 256) for g in range(64) for b in range(4)
+                     if number >> (s + 4 * g + b) & 1]  # fmt: skip
+            assert found == [column for column in order if keep[version][column]]
+    assert (mask.numel() == 0) == (density == 1)
 
 
-@pytest.mark.parametrize("density", [0.5, 0.1])
-def test_layout_adds_less_than_five_percent(density):
+@pytest.mark.parametrize("values", [torch.bfloat16, codec("int8"), codec("int4", 32)], ids=str)
+@pytest.mark.parametrize("density", [1, 0.5, 0.1])
+def test_layout_adds_less_than_five_percent(density, values):
     torch.manual_seed(0)
     keep = torch.rand(400, 2048 + 128) < density
-    pool = RowPool.pack(keep.bfloat16(), torch.arange(2).unsqueeze(1).repeat(1, 200), keep=keep)
+    rows, how = keep.float(), values
+    if isinstance(values, torch.dtype):
+        rows, how = rows.to(values), None
+    row_map = torch.arange(2).unsqueeze(1).repeat(1, 200)
+    pool = RowPool.pack(rows, row_map, keep=keep, codec=how)
     packed = sum(pool.stored_bytes().values())
     held = sum(t.numel() * t.element_size() for t in kernel.prepare(pool, DTYPES[0]))
     assert packed <= held < 1.05 * packed

@@ -187,13 +187,18 @@ class RowPool:
         :param dtype: by default that of a float codec, float32 for an integer codec
         """
         some = self if versions is None else self._gather(versions.long())
-        dense, _ = some._dense()
+        dense, _ = some.stored()
         if some.scale is not None:
             dense = some.codec.decode(dense, some.scale)
         return dense if dtype is None else dense.to(dtype)
 
-    def _dense(self) -> tuple[Tensor, Tensor]:
-        """What is stored, dense and not yet scaled, zeros where pruned; and which are kept."""
+    def stored(self, versions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What is stored, dense and not yet scaled, and which weights are kept: both [n, in].
+
+        Floats, or q in int8; zeros where pruned.
+        """
+        if versions is not None:
+            return self._gather(versions.long()).stored()
         stored = self.codec.unpack(self.values, self.kept())
         if self.mask is None:
             dense = stored.view(-1, self.in_features)
@@ -246,7 +251,7 @@ class RowPool:
             scale = fine[:, first : first + codec.scales(stop - start)].contiguous()
         values, masks = [], []
         for part in self._chunks():
-            dense, keep = part._dense()
+            dense, keep = part.stored()
             values.append(codec.pack(dense[:, start:stop], keep[:, start:stop]))
             masks.append(pack_bits(keep[:, start:stop]))
         mask = None if self.mask is None else torch.cat(masks)
@@ -309,7 +314,7 @@ class RowPool:
             return self
         values = []
         for part in self._chunks():
-            dense, keep = part._dense()
+            dense, keep = part.stored()
             values.append(self.codec.pack(dense, torch.ones_like(keep)))
         return replace(self, values=torch.cat(values), mask=None)
 

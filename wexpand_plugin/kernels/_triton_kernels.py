@@ -1,64 +1,22 @@
-"""The device code of the Triton kernel: the layout it reads is described in `triton.py`.
+"""The Triton kernels; `_triton_rows` reads the packed rows, `triton.py` describes their layout.
 
-`nibbles` is the one idea: the mask words of a few row versions become, for every group of four
-columns, the four mask bits and the place of the group's first kept weight. From there a weight is
-"if its bit is set, load it and step one further", four times, with no more counting.
-
-Words are unsigned 32-bit (stored as int32); places count from the row version's first weight.
+`gather_gemv` and `grouped_gemm` have an outer loop over mask words and an inner one over the four
+columns of a group. With integers (BITS is 8 or 4, 0 for floats) what is summed are products of
+inputs with integers, exact in float32, and a sum is multiplied by the scale of its GROUP columns
+when the next column has another: after SHARE of the four. Past the last column that sum is zero and
+the scale is whatever comes next in memory, where `scale` is padded.
 """
 
 import triton
 import triton.language as tl
+
+from ._triton_rows import groups, integers, next_float, next_integer, row_versions
 
 __all__ = ["gather_gemv", "grouped_gemm", "router_logits", "sort_tokens"]
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers in tl.dot; products of bfloat16
 # are exact in float32, so widening there changes nothing else.
 WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-
-@triton.jit
-def bit_count(word):
-    """Set bits of uint32 words, as int32. LLVM turns this form into one `popc` instruction."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def nibbles(words, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """uint32 [ROWS, WORDS] -> bits and places [ROWS, 8 * WORDS], counts [ROWS].
-
-    The low four bits of `bits` belong to the group; `places` is relative to the first word.
-    """
-    counts = bit_count(words)
-    before = tl.cumsum(counts, 1) - counts
-    shift = (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, :]
-    bits = words[:, :, None] >> shift
-    lower = words[:, :, None] & ((shift * 0 + 1 << shift) - 1)
-    places = before[:, :, None] + bit_count(lower)
-    shape: tl.constexpr = (ROWS, 8 * WORDS)
-    return tl.reshape(bits, shape), tl.reshape(places, shape), tl.sum(counts, 1)
-
-
-@triton.jit
-def next_weights(at, bits, bit: tl.constexpr):
-    """Each group's weight for its column `bit` (zero where pruned), and the pointers after it.
-
-    The load has no mask: it may read one weight past a group, which costs no extra memory line
-    and fewer instructions than a masked one. `values` is padded for the last row version.
-    """
-    kept = (bits & (1 << bit)) != 0
-    return tl.where(kept, tl.load(at), 0.0), at + kept.to(tl.int32)
-
-
-@triton.jit
-def row_versions(row_map, starts, neurons, inside, values, mask, mask_words):
-    """Where each neuron's row version begins: pointers to its first weight and its first word."""
-    version = tl.load(row_map + neurons, mask=inside, other=0).to(tl.int64)
-    start = tl.load(starts + version, mask=inside, other=0).to(tl.int64)
-    return values + start, mask + version * mask_words
 
 
 @triton.jit
@@ -70,10 +28,15 @@ def gather_gemv(
     mask,
     starts,
     row_map,
+    scale,
     y,
     in_features,
     out_features,
     mask_words,
+    scales,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARE: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
@@ -83,24 +46,39 @@ def gather_gemv(
     inside = neurons < out_features
     if experts is not None:
         row_map += tl.load(experts + token) * out_features
-    weight, words_of = row_versions(row_map, starts, neurons, inside, values, mask, mask_words)
+    version, weight = row_versions(row_map, starts, neurons, inside, values)
     x += token.to(tl.int64) * x_stride
 
+    FULL: tl.constexpr = mask is None
     word = tl.arange(0, WORDS)
     group = tl.arange(0, 8 * WORDS)
     column = group // 64 * 256 + group % 64
+    before = tl.zeros((ROWS,), tl.int32)
     total = tl.zeros((ROWS, 8 * WORDS), tl.float32)
     for first in range(0, mask_words, WORDS):
         here = inside[:, None] & (first + word < mask_words)[None, :]
-        words = tl.load(words_of[:, None] + first + word[None, :], mask=here, other=0)
-        bits, places, count = nibbles(words.to(tl.uint32, bitcast=True), ROWS, WORDS)
-        at = weight[:, None] + places
+        bits, places, before = groups(
+            mask, mask_words, version, here, first, before, in_features, ROWS, WORDS
+        )
+        if BITS:
+            at = integers(weight, places, BITS)
+        else:
+            at = weight[:, None] + places
+        part = tl.zeros((ROWS, 8 * WORDS), tl.float32)
         for bit in tl.static_range(4):
             columns = first * 32 + column + bit * 64
             inputs = tl.load(x + columns, mask=columns < in_features, other=0).to(tl.float32)
-            weights, at = next_weights(at, bits, bit)
-            total += weights.to(tl.float32) * inputs[None, :]
-        weight += count
+            if BITS:
+                weights, at = next_integer(at, bits, bit, FULL, BITS)
+                part += weights.to(tl.float32) * inputs[None, :]
+                if bit % SHARE == SHARE - 1:
+                    of = columns // GROUP
+                    scales_of = tl.load(scale + version[:, None] * scales + of[None, :])
+                    total += part * scales_of.to(tl.float32)
+                    part = tl.zeros((ROWS, 8 * WORDS), tl.float32)
+            else:
+                weights, at = next_float(at, bits, bit, FULL)
+                total += weights.to(tl.float32) * inputs[None, :]
     tl.store(y + token.to(tl.int64) * out_features + neurons, tl.sum(total, 1), mask=inside)
 
 
@@ -154,14 +132,20 @@ def grouped_gemm(
     mask,
     starts,
     row_map,
+    scale,
     y,
     tokens,
     in_features,
     out_features,
     mask_words,
+    scales,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARE: tl.constexpr,
     EXPERTS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """A block of TOKENS tokens of one expert times ROWS of its neurons.
@@ -201,27 +185,43 @@ def grouped_gemm(
 
     neurons = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = neurons < out_features
-    weight, words_of = row_versions(row_map, starts, neurons, inside, values, mask, mask_words)
+    version, weight = row_versions(row_map, starts, neurons, inside, values)
     inputs_of = x + token.to(tl.int64) * x_stride
 
-    word = tl.arange(0, 8)
-    column = tl.arange(0, 64)
+    FULL: tl.constexpr = mask is None
+    lane = tl.arange(0, 8 * WORDS)
+    before = tl.zeros((ROWS,), tl.int32)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for first in range(0, mask_words, 8):
-        words = tl.load(words_of[:, None] + first + word[None, :], mask=inside[:, None], other=0)
-        bits, places, count = nibbles(words.to(tl.uint32, bitcast=True), ROWS, 8)
-        at = weight[:, None] + places
+    for first in range(0, mask_words, WORDS):
+        here = inside[:, None]
+        bits, places, before = groups(
+            mask, mask_words, version, here, first, before, in_features, ROWS, WORDS
+        )
+        if BITS:
+            at = integers(weight, places, BITS)
+        else:
+            at = weight[:, None] + places
+        begin = first // 8 * 256 + first % 8 * 8
+        part = tl.zeros((ROWS, TOKENS), tl.float32)
         for bit in tl.static_range(4):
-            columns = first * 32 + bit * 64 + column
+            columns = begin + bit * 64 + lane
             inputs = tl.load(
                 inputs_of[None, :] + columns[:, None],
                 mask=valid[None, :] & (columns < in_features)[:, None],
                 other=0,
             )
-            weights, at = next_weights(at, bits, bit)
             if WIDEN:
-                weights, inputs = weights.to(tl.float32), inputs.to(tl.float32)
-            total = tl.dot(weights.to(inputs.dtype), inputs, total, input_precision="ieee")
-        weight += count
+                inputs = inputs.to(tl.float32)
+            if BITS:
+                weights, at = next_integer(at, bits, bit, FULL, BITS)
+                part = tl.dot(weights.to(inputs.dtype), inputs, part, input_precision="ieee")
+                if bit % SHARE == SHARE - 1:
+                    of = (begin + bit * 64) // GROUP
+                    scales_of = tl.load(scale + version * scales + of)
+                    total += part * scales_of.to(tl.float32)[:, None]
+                    part = tl.zeros((ROWS, TOKENS), tl.float32)
+            else:
+                weights, at = next_float(at, bits, bit, FULL)
+                total = tl.dot(weights.to(inputs.dtype), inputs, total, input_precision="ieee")
     outputs = y + token.to(tl.int64)[None, :] * out_features + neurons[:, None]
     tl.store(outputs, total, mask=inside[:, None] & valid[None, :])

@@ -1,23 +1,33 @@
 """The Triton kernel for NVIDIA GPUs, compute capability 8.0 and up; bfloat16, float16, float32.
 
 What one token costs is what its rows weigh: at sparsity s, 2(1-s) + 1/8 bytes per weight instead
-of 2. So a row stays packed until it is in registers, and is unpacked there.
+of 2, and (1-s)/2 + 1/8 + 1/64 with int4 in groups of 128. So a row stays packed until it is in
+registers, and is unpacked there.
 
 Layout. A kernel thread owns groups of four columns. Inside every 256 columns, group q (0 to 63)
 is columns q, 64+q, 128+q, 192+q, so that threads side by side read inputs side by side.
 `prepare` puts mask bits and values into that order, 256 columns after 256 columns, group after
 group:
 
-    values   [nnz + 8]                  the kept weights in the new order, then zeros
+    values   [nnz + 8]                  of floats: the kept weights in the new order, then zeros
+             int32 [words + 8]          of integers: as many as fit side by side in a word, the
+                                        first in the low bits, each row version from a word on
     mask     int32 [versions, words]    8 words per 256 columns; group q is bits 4(q%8) to
-                                        4(q%8)+3 of word q//8; spare bits of the last 256 are zero
+                                        4(q%8)+3 of word q//8; spare bits of the last 256 are zero;
+                                        empty where rows are full
     starts   int32 [versions]           where each row version begins in `values`
-                                        (int64 from 2**31 kept weights on)
+                                        (int64 from 2**31 elements on)
     row_map  int32 [experts, out]       as in the checkpoint
+    scale    float16 [versions * scales + some]    as in the checkpoint, then zeros
 
-That is the checkpoint plus 4 bytes per row version and up to 31 bytes of spare mask: at 4096
-columns and 90% sparsity 0.3% more, at 50% 0.1%. Where a group begins inside its row is counted,
-not stored: a scan over word bit counts, and one bit count per group of four.
+That is the checkpoint plus 4 bytes per row version, up to 3 at the end of its integers and up to
+31 bytes of spare mask: at 4096 columns and 90% sparsity 0.3% more, at 50% 0.1%. Where a group
+begins inside its row is counted, not stored: a scan over word bit counts, and one bit count per
+group of four. In full rows it is known.
+
+Integers are multiplied as they are, which bfloat16 and float16 hold exactly, and float32 sums over
+the columns of a scale are multiplied by it. Groups of scales that no multiple of 16 columns makes
+(a tensor-parallel rank can get some) are decoded to the dtype of x instead, which takes its bytes.
 
 Three ways through, chosen by the number of tokens alone:
 
@@ -52,14 +62,18 @@ counted in it. From arithmetic only, for one token in bfloat16: the bytes allow 
 at 50% sparsity, 2.76x at 70%, 3.81x at 80%, 6.15x at 90%; the instructions (about 11 per weight,
 pruned or not) allow at best 1.2x on an H200 (4.8 TB/s), 1.6x on an H100, 1.8x on an A100 (2 TB/s)
 and more than 6x on an RTX 4090 (1 TB/s), at any sparsity. The smaller of the two is the bound.
+Integers in groups of 128 take about 16 instructions per weight with a mask and 9.5 in full rows:
+on those GPUs, but for the last, they bound int4 well before its bytes do.
 With many tokens there are as many multiplications as dense, plus unpacking: slower than dense, at
 best half its speed on an H200.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..format.bits import pack_bits, unpack_bits
+from ..format.bits import pack_bits, ranges, running
 from ..format.clusters import ClusterBias
 from ..format.router import choice
 from ..format.rowpool import RowPool
@@ -72,8 +86,10 @@ name = "triton"
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SPAN = 256  # columns that share one order of groups
-PAD = 8  # zeros after the values: the kernel reads one weight past a group
+PAD = 8  # zeros after the values: the kernel reads one element past a group
+NARROW = 16  # columns of the narrowest product on tensor cores
 GEMV_TOKENS = 4
+GEMV_WORDS = 32  # of the mask, in a step of `gather_gemv`
 FEW_TOKENS = 16
 WIDE = 8192  # output features from which fewer, larger programs fill a GPU
 AT_ONCE = 1 << 24  # weights that `prepare` holds dense
@@ -84,8 +100,6 @@ def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> 
 
     With TRITON_INTERPRET=1 it runs on the CPU, in Triton's interpreter: slow, made for tests.
     """
-    if shape.codec:
-        return f"has no {shape.codec.name} values"
     if dtype not in DTYPES:
         return f"{dtype} is not bfloat16, float16 or float32"
     try:
@@ -103,16 +117,23 @@ def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> 
 
 
 def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
-    """`values`, `mask`, `starts` and `row_map` in the layout above, on the pool's device.
+    """`values`, `mask`, `starts`, `row_map` and `scale` in the layout above, on the pool's device,
+    and an empty tensor whose sizes are the bits of an integer (0 for floats) and the group.
 
     Works through the row versions AT_ONCE weights at a time; no more is ever dense.
     """
+    if pool.codec.group % NARROW:
+        pool = pool.decoded(dtype)
+    codec, device = pool.codec, pool.values.device
+    bits = codec.bits if codec.scaled else 0
     spans = -(-pool.in_features // SPAN)
     width = spans * SPAN
-    starts, bits = pool.starts(), pool.masked().mask
-    assert bits is not None
-    values = pool.values.new_zeros(pool.nnz + PAD)
-    mask = torch.empty(pool.versions, spans * 8, dtype=torch.int32, device=bits.device)
+    starts = running(elements(pool.kept(), bits))
+    values = torch.zeros(
+        int(starts[-1]) + PAD, dtype=torch.int32 if bits else codec.storage, device=device
+    )
+    rows = 0 if pool.mask is None else pool.versions
+    mask = torch.empty(rows, spans * 8, dtype=torch.int32, device=device)
 
     def regroup(rows: Tensor) -> Tensor:
         """[rows, in] -> [rows, width], every span's 4 x 64 columns transposed."""
@@ -121,24 +142,69 @@ def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
 
     step = max(1, AT_ONCE // width)
     for first in range(0, pool.versions, step):
-        some = torch.arange(first, min(first + step, pool.versions), device=bits.device)
+        some = torch.arange(first, min(first + step, pool.versions), device=device)
+        dense, keep = (regroup(part) for part in pool.stored(some))
         begin, end = int(starts[first]), int(starts[first + len(some)])
-        keep = regroup(unpack_bits(bits[some], pool.in_features))
-        values[begin:end] = regroup(pool.rows(some))[keep]
-        mask[first : first + step] = pack_bits(keep).view(torch.int32)
-    small = pool.nnz < 1 << 31
+        values[begin:end] = into_words(dense, keep, bits) if bits else dense[keep]
+        if pool.mask is not None:
+            mask[first : first + step] = pack_bits(keep).view(torch.int32)
+    small = len(values) < 1 << 31
     starts = starts[:-1].to(torch.int32 if small else torch.int64)
-    return [values, mask, starts, pool.version_map()]
+    scale = torch.empty(0, device=device)
+    if pool.scale is not None:
+        spare = GEMV_WORDS * 32 // codec.group + 1  # the kernels read a step past the last column
+        scale = torch.nn.functional.pad(pool.scale.flatten(), (0, spare))
+    sizes = torch.empty(0, bits, codec.group, device=device)
+    return [values, mask, starts, pool.version_map(), scale, sizes]
 
 
-def tile(tokens: int, experts: int, out_features: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Neurons and tokens of one `grouped_gemm` program, and its warps."""
+def elements(kept: Tensor, bits: int) -> Tensor:
+    """Elements of `values` that row versions take which keep so many weights."""
+    return -(-kept * bits // 32) if bits else kept
+
+
+def into_words(q: Tensor, keep: Tensor, bits: int) -> Tensor:
+    """int32 [words]: the kept of `q` (int8 [rows, n]), each row version from a word boundary."""
+    counts = keep.sum(dim=1)
+    starts = running(elements(counts, bits)) * (32 // bits)
+    integers = torch.zeros(int(starts[-1]), dtype=torch.int8, device=q.device)
+    integers[ranges(starts[:-1], starts[:-1] + counts)] = q[keep]
+    if bits == 8:
+        return integers.view(torch.int32)
+    halves = integers.view(torch.uint8) & 0xF
+    return (halves[0::2] | (halves[1::2] << 4)).view(torch.int32)
+
+
+def share(group: int) -> int:
+    """How many of four columns, 64 apart, share a scale."""
+    return next(share for share in (4, 2, 1) if share == 1 or group % (64 * share) == 0)
+
+
+class Tile(NamedTuple):
+    """What one program of `grouped_gemm` multiplies."""
+
+    neurons: int
+    tokens: int
+    words: int
+    """of the mask, in a step: 8 columns side by side for each, four times"""
+    warps: int
+
+
+def tile(
+    tokens: int, experts: int, out_features: int, dtype: torch.dtype, bits: int, group: int
+) -> Tile:
+    """Its size, for integers of `bits` (0: floats) in groups of so many columns."""
     mean = tokens / experts
+    # columns side by side in a step share a scale
+    words = next(words for words in (8, 4, 2) if group % (8 * words) == 0)
     if tokens <= FEW_TOKENS:
-        return (32 if out_features > WIDE else 16), FEW_TOKENS, 4
+        return Tile(32 if out_features > WIDE else 16, FEW_TOKENS, words, 4)
     if mean <= 32 or dtype == torch.float32:
-        return 32, 32, 4
-    return 64, (64 if mean <= 64 else 128), 8
+        return Tile(32, 32, words, 4)
+    if mean <= 64:
+        return Tile(64, 64, words, 8)
+    # sums of a group beside those of all leave no registers for longer steps
+    return Tile(64, 128, min(words, 4) if bits else words, 8)
 
 
 def run(
@@ -172,19 +238,21 @@ def multiply(
         return y
     if x.stride(1) != 1:
         x = x.contiguous()
-    values, mask, starts, row_map = layout
-    weights = (values, mask, starts, row_map, y)
-    words = mask.shape[1]
+    values, mask, starts, row_map, scale, sizes = layout
+    bits, group = sizes.shape[1:]
+    weights = (values, mask if mask.numel() else None, starts, row_map, scale if bits else None, y)
+    mask_words, scales = -(-in_features // SPAN) * 8, -(-in_features // group) if bits else 0
+    codec = dict(BITS=bits, GROUP=group, SHARE=share(group))
     with torch.cuda.device_of(x):
         if tokens <= (1 if experts is None else GEMV_TOKENS):
             rows = 8 if out_features > WIDE else 4
             gather_gemv[(-(-out_features // rows), tokens)](
-                x, x.stride(0), experts, *weights, in_features, out_features, words,
-                ROWS=rows, WORDS=32, num_warps=4,
+                x, x.stride(0), experts, *weights, in_features, out_features, mask_words, scales,
+                ROWS=rows, WORDS=GEMV_WORDS, num_warps=4, **codec,
             )  # fmt: skip
             return y
         number = 1 if experts is None else row_map.shape[0]
-        rows, block, warps = tile(tokens, number, out_features, x.dtype)
+        rows, block, words, warps = tile(tokens, number, out_features, x.dtype, bits, group)
         order = ends = None
         used = min(number, tokens)
         blocks = (tokens - used) // block + used  # no split over experts needs more
@@ -196,8 +264,8 @@ def multiply(
             sort_tokens[(number,)](experts, order, ends, tokens, BLOCK=1024, num_warps=4)
         grouped_gemm[(blocks, -(-out_features // rows))](
             x, x.stride(0), experts, order, ends, *weights, tokens, in_features, out_features,
-            words, EXPERTS=number, EXPERTS_PADDED=1 << (number - 1).bit_length(), ROWS=rows,
-            TOKENS=block, num_warps=warps, num_stages=2,
+            mask_words, scales, EXPERTS=number, EXPERTS_PADDED=1 << (number - 1).bit_length(),
+            ROWS=rows, WORDS=words, TOKENS=block, num_warps=warps, num_stages=2, **codec,
         )  # fmt: skip
     return y
 
