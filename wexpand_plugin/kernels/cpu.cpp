@@ -148,7 +148,7 @@ int64_t wexpand_pool_bytes(Pool* pool, const uint8_t* mask) {
     return pool->bytes;
 }
 
-// Fills that block, which is zero behind its sizes, from the tensors of the checkpoint.
+// Fills that block, behind its sizes, from the tensors of the checkpoint.
 void wexpand_pool_fill(Pool* pool, const uint8_t* values, const uint8_t* mask,
                        const uint16_t* scales, const int32_t* firsts, const uint8_t* map) {
     const Source source{values, mask, scales, firsts, map};

@@ -119,7 +119,7 @@ def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
     size = library.wexpand_pool_bytes(header.data_ptr(), pointers[1])
     if size >= 1 << 35:
         raise WexpandError(f"row pool: {size} bytes in one linear should be below 32 GiB")
-    layout = torch.zeros(size, dtype=torch.uint8, device="cpu")
+    layout = torch.empty(size, dtype=torch.uint8, device="cpu")
     layout[: header.nbytes] = header.view(torch.uint8)
     library.wexpand_pool_fill(layout.data_ptr(), *pointers)
     return [layout]
