@@ -90,16 +90,21 @@ def test_biases_come_closer_to_the_dense_model(kind, keys, tmp_path):
     assert errors[1] < (0.99 if "tune_epochs" in keys else 0.97) * errors[0]
 
 
-def test_later_linears_are_calibrated_on_rounded_biases(tmp_path):
-    """The tokens that down_proj counted in each cluster are those of the inputs it has in use."""
-    model = run(tiny("Llama", tmp_path / "dense"), **one(1, 6, targets=["re:.*layers.0.mlp.*"]))
-    down, seen = model.model.layers[0].mlp.down_proj, []
-    down.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 52)))
+@pytest.mark.parametrize("experts,layer", [(1, 1), (2, 0)])
+def test_later_linears_are_calibrated_on_rounded_biases(experts, layer, tmp_path):
+    """The tokens that a linear counted in each cluster are those of the inputs it has in use: with
+    one expert in the next block, else in the same."""
+    mlp = ["re:.*layers.0.mlp.*", "re:.*layers.1.*q_proj"]
+    model = run(tiny("Llama", tmp_path / "dense"), **one(experts, 6, targets=mlp))
+    layers, seen = model.model.layers, []
+    linear = layers[1].self_attn.q_proj if layer else layers[0].mlp.down_proj
+    width = linear.in_features
+    linear.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, width)))
     with torch.no_grad():
         for row in calibration()["input_ids"]:
             model(input_ids=torch.tensor([row]))
-    counts = torch.bincount(down.router.route(torch.cat(seen)), minlength=6)
-    assert (counts - torch.tensor(down.tokens)).abs().sum() <= 4
+    counts = torch.bincount(linear.router.route(torch.cat(seen)), minlength=6)
+    assert (counts - torch.tensor(linear.tokens)).abs().sum() <= 4
 
 
 def test_tuning_trains_biases(tmp_path):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..errors import WexpandError
 from ..hf.linear import RoutedLinear
 from ..method.candidates import Candidates, allocate_model
-from ..method.group import expand_group
+from ..method.group import GroupResult, expand_group
 from ..method.inputs import InputGroup
 from ..method.settings import Settings
 from ..method.statistics import GroupStatistics
@@ -71,7 +71,9 @@ def expand_block(
 ) -> None:
     """Replace the `targets` of one block, group by group, calibrated by `replay`, and tune them.
 
-    Until they are dematerialised, the new linears compute with what calibrates later ones.
+    Later groups are calibrated on what earlier ones have become; until they are dematerialised, the
+    new linears compute with what calibrates best. One expert is calibrated on the dense block as a
+    whole, as in llm-compressor's SparseGPT, which comes out better (evals/LOG.md).
 
     :param passing: where the method needs no more, in place of replays
     :param path: the dense model's hidden states, followed where blocks are tuned
@@ -82,10 +84,15 @@ def expand_block(
         groups = replay.groups(linears)
     else:
         groups = passing.groups()
+    solved: list[_Solved] = []
     for whole in tqdm(groups, "Expanding", leave=False):
         statistics = passing.take(whole) if passing else None
         for group, own in _alike(whole, targets, settings):
-            _expand_group(model, group, whole.names[0], targets, replay, statistics, own)
+            result = _solve_group(model, group, replay, statistics, own)
+            solved.append(_Solved(group, whole.names[0], result, own))
+        if settings.num_experts > 1:
+            _replace_groups(model, solved, targets)
+    _replace_groups(model, solved, targets)
     routed = {name: t.routed for name, t in targets.items() if t.routed is not None}
     if settings.tune_epochs and routed:
         for name, linear in tune(block.name, model, routed, replay, outputs, settings).items():
@@ -112,23 +119,30 @@ def _alike(
     ]
 
 
-def _expand_group(
+class _Solved(NamedTuple):
+    """An input group that is solved and not yet replaced."""
+
+    group: InputGroup
+    called: str
+    """its name in the checkpoint"""
+    result: GroupResult
+    settings: Settings
+
+
+def _solve_group(
     model: nn.Module,
     group: InputGroup,
-    called: str,
-    targets: Mapping[str, Target],
     replay: BlockReplay,
     statistics: GroupStatistics | None,
     settings: Settings,
-) -> None:
-    """Replace the linears of `group`, which is called `called` in the checkpoint."""
+) -> GroupResult:
+    """What expansion finds for a group; says so."""
     start, first = time.perf_counter(), group.linears[0]
     weights = [linear.weight.detach() for linear in group.linears]
     biases: list[Tensor | None] = [
         None if linear.bias is None else linear.bias.detach() for linear in group.linears
     ]
     dtype = stored_dtype(model, weights[0])
-    how = codec_for(dtype, settings)
     try:
         result = expand_group(
             weights, biases, ReplayedInputs(replay, first),
@@ -136,31 +150,41 @@ def _expand_group(
         )  # fmt: skip
     except WexpandError as error:
         raise WexpandError(f"{group.label}: {error}") from None
-    tokens, errors, which = result.tokens, [], ""
-    for name, linear, found in zip(group.names, group.linears, result.linears, strict=True):
-        target, stored = targets[name], found.stored
-        if stored is None:
-            # until the budget's choice, the base versions stand for what will be stored
-            assert found.candidates is not None
-            stored, which = found.candidates.base(), " (full expansion, for calibration)"
-        target.routed = replace_linear(
-            model, name, linear, packed(stored, how), result.router, group=called,
-            tokens=tokens.tolist(), cluster_bias=packed_biases(stored),
-            cluster_expert=result.cluster_expert,
-        )  # fmt: skip
-        target.linear, target.group = None, group.label
-        target.candidates = found.candidates
-        # until the block has been propagated and its other groups have been replayed
-        shift = packed_biases(found.calibrating)
-        target.routed.materialise(
-            found.calibrating.dense(), None if shift is None else shift.decoded()
-        )
-        errors.append(f"{found.calibrating.error:.3f}")
+    tokens = result.tokens
+    errors = ", ".join(f"{found.calibrating.error:.3f}" for found in result.linears)
+    waits = any(found.stored is None for found in result.linears)
+    which = " (full expansion, for calibration)" if waits else ""
     logger.info(
         f"{group.label}: {parts(settings)}, tokens of each "
         f"{int(tokens.min())}/{int(tokens.median())}/{int(tokens.max())} (min/median/max), "
-        f"relative error {', '.join(errors)}{which}, {time.perf_counter() - start:.1f} s"
+        f"relative error {errors}{which}, {time.perf_counter() - start:.1f} s"
     )
+    return result
+
+
+def _replace_groups(model: nn.Module, solved: list[_Solved], targets: Mapping[str, Target]) -> None:
+    """Put what was found in the places of the linears; empties `solved`."""
+    while solved:
+        group, called, result, settings = solved.pop(0)
+        for name, linear, found in zip(group.names, group.linears, result.linears, strict=True):
+            target, stored = targets[name], found.stored
+            if stored is None:
+                # until the budget's choice, the base versions stand for what will be stored
+                assert found.candidates is not None
+                stored = found.candidates.base()
+            how = codec_for(stored_dtype(model, linear.weight), settings)
+            target.routed = replace_linear(
+                model, name, linear, packed(stored, how), result.router, group=called,
+                tokens=result.tokens.tolist(), cluster_bias=packed_biases(stored),
+                cluster_expert=result.cluster_expert,
+            )  # fmt: skip
+            target.linear, target.group = None, group.label
+            target.candidates = found.candidates
+            # until the block has been propagated and its other groups have been replayed
+            shift = packed_biases(found.calibrating)
+            target.routed.materialise(
+                found.calibrating.dense(), None if shift is None else shift.decoded()
+            )
 
 
 def parts(settings: Settings) -> str:
