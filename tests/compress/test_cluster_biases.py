@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 from wexpand_plugin.compress.modifier import SparseExpansionModifier
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.model_dir import ModelDir
+from wexpand_plugin.format.router import StoredRouter
 from wexpand_plugin.hf.linear import RoutedLinear
+from wexpand_plugin.method.clusters import fit_router
 from wexpand_plugin.tools.verify import verify
 
 SLOW = pytest.mark.slow
@@ -117,6 +119,17 @@ def test_tuning_trains_biases(tmp_path):
     plain, tuned = (module.cluster_biases.decoded() for module in found)
     assert torch.equal(found[0].router.weight, found[1].router.weight)
     assert not torch.equal(plain, tuned) and (plain - tuned).norm() < plain.norm()
+
+
+@pytest.mark.parametrize("clusters", [16, 40, 256])
+def test_calibration_routes_as_what_is_stored(clusters):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(6000, 48, generator=generator) + 3 * torch.randn(20, 1, 48).repeat(
+        1, 300, 1
+    ).flatten(0, 1)
+    router = fit_router(rows, clusters, restarts=1)
+    same = router.route(rows) == StoredRouter(*router).route(rows)
+    assert same.float().mean() > 0.9995
 
 
 def test_the_log_counts_clusters(tmp_path):

@@ -21,6 +21,18 @@ BYTES = 4 * (80 + 80 + 160)
         ({}, 5 * 400 * 4 + 4 * 640),
         (dict(size_budget=1.0, budget_scope="layer"), 5 * 400 * 4 + 8 * 640),
         (dict(size_budget=1.5), 5 * 400 * 4 + 8 * 640 + 2 * 1.5 * BYTES),
+        # the sample, and four things of each cluster, all of 20 columns
+        (dict(num_clusters=6), 5 * 400 * 4 + 4 * 640 + 20 * 4 * (2 * 8192 + 4 * 6)),
+        (dict(num_clusters=512), 5 * 400 * 4 + 4 * 640 + 20 * 4 * (2 * 16384 + 4 * 512)),
+        # means and held-out sums of two groups, and the outputs for them of three linears
+        (
+            dict(num_clusters=6, size_budget=1.5),
+            5 * 400 * 4
+            + 8 * 640
+            + 20 * 4 * (2 * 8192 + 24)
+            + 2 * 1.5 * BYTES
+            + 2 * 4 * 6 * (28 + 28),
+        ),
     ],
 )
 def test_widest_group_and_what_is_kept(values, expected):

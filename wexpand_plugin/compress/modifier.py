@@ -215,14 +215,14 @@ class SparseExpansionModifier(Modifier):
         kept = torch.tensor([round(width * (1 - self._settings.sparsity))])
         fixed = settings_for(dtype, self._settings).fixed_bytes(out, width)
         base = out * int(weighs.row(kept, width)) + fixed
-        least = base / weighs.dense(out, width)
+        least, biased = base / weighs.dense(out, width), self._settings.biased
         if self.size_budget < least:
             raise WexpandError(
                 f"size_budget: {self.size_budget} is below {least:.3f}, the size of the base "
-                f"versions, row map and router {'and cluster biases ' if self.num_clusters else ''}"
+                f"versions, row map{', router and cluster biases' if biased else ' and router'} "
                 f"of {name} alone (sparsity {self.sparsity}, {parts(self._settings)}, {dtype}); "
                 f"raise the budget or the sparsity, or use fewer "
-                f"{'clusters' if self.num_clusters else 'experts'}"
+                f"{'clusters' if biased else 'experts'}"
             )
 
     def _check_tokens(self, state: State) -> None:
