@@ -13,7 +13,6 @@ from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.model_dir import ModelDir
 from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.method.prospects import Dial
-from wexpand_plugin.method.settings import Settings
 from wexpand_plugin.tools.verify import verify
 
 SLOW = pytest.mark.slow
@@ -21,9 +20,7 @@ AUTO = dict(sparsity="auto", num_experts=1, value_group=16)
 
 
 def dial(budget=0.4, **values):
-    some = ("values", "num_experts", "num_clusters", "budget_scope", "mask_structure")
-    keys = {key: getattr(Settings, key) for key in some}
-    keys |= {"num_experts": 1, "value_group": 16, "size_budget": budget} | values
+    keys = {"num_experts": 1, "value_group": 16, "size_budget": budget} | values
     return Dial.of(keys)
 
 

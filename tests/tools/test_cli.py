@@ -27,7 +27,9 @@ RECIPE = (
     "a_stage:\n  b_modifiers:\n    SparseExpansionModifier:\n"
     "      sparsity: 0.5\n      num_experts: 2\n      targets: ['re:.*mlp.*']\n"
 )
-COMMANDS = ("compress", "pack", "unpack", "inspect", "verify", "report", "synth", "lm-eval")
+COMMANDS = (
+    "compress", "plan", "pack", "unpack", "inspect", "verify", "report", "synth", "lm-eval",
+)  # fmt: skip
 
 
 def run(*arguments, code: int = 0):
@@ -350,6 +352,10 @@ def test_compress_refuses_before_work(pruned, tmp_path):
     assert "recipe.yaml: is empty" in sentence(run("compress", pruned, *options, code=1))
     text = sentence(run("compress", pruned, "-r", "unknown", *options[2:], code=1))
     assert "'unknown' is neither a file nor one of " in text and "sparse_expansion_budget" in text
+    for size, wrong in (((), "size: None should be"), (("--size", 1.5), "size: 1.5 should be")):
+        assert wrong in sentence(run("compress", pruned, *options[2:], *size, code=1))
+    both = sentence(run("compress", pruned, *options, "--size", 0.2, code=1))
+    assert "size: 0.2 is for compressing without a recipe" in both
     assert not (tmp_path / "out").exists()
 
 

@@ -56,19 +56,23 @@ class Plan:
     """that the plan was made from"""
     seconds_per_token: float
     """of the dense model's forward"""
-    seconds_solving: float
-    """of all candidates"""
+    seconds: float
+    """that the plan took"""
+
+    @property
+    def least(self) -> float:
+        """The smallest size that can be chosen, of dense bytes."""
+        return smallest(self.groups) / self.dense_bytes
 
     def choose(self, size_budget: float) -> dict[str, Candidate]:
         """The best candidate of each linear in `size_budget` times the dense bytes.
 
         :raises WexpandError: no choice is as small
         """
-        least = smallest(self.groups) / self.dense_bytes
-        if size_budget < least:
+        if size_budget < self.least:
             raise WexpandError(
-                f"size_budget: {size_budget} is below {least:.4f}, the smallest that the linears "
-                "can be made; raise it"
+                f"size_budget: {size_budget} is below {self.least:.4f}, the smallest that the "
+                "linears can be made; raise it"
             )
         return allocate_settings(self.groups, size_budget * self.dense_bytes)
 
@@ -171,10 +175,11 @@ def _plan(
     batches: Sequence[Mapping[str, Tensor]],
     dial: Dial,
 ) -> Plan:
+    begin = time.perf_counter()
     sensitivity = output_sensitivity(model, linears, batches, dial.base.seed)
     counts = [counted_tokens(batch) for batch in batches]
     tokens = sum(int(count.sum()) for count in counts if count is not None)
-    found, solving = [], 0.0
+    found = []
     with torch.no_grad():
         forwards = [partial(run, model, batch) for batch in batches]
         groups = find_groups(linears, forwards)
@@ -185,7 +190,6 @@ def _plan(
         for some in _chunks(groups):
             known = _hessians(some, forwards, counts, dial)
             for group, (hessian, unseen) in zip(some, known, strict=True):
-                start = time.perf_counter()
                 weights = [linear.weight.detach() for linear in group.linears]
                 try:
                     candidates = prospects(
@@ -195,7 +199,6 @@ def _plan(
                 except WexpandError as error:
                     raise WexpandError(f"{group.label}: {error}") from None
                 found.append(dict(zip(group.names, candidates, strict=True)))
-                solving += time.perf_counter() - start
                 bar.update()
         bar.close()
     missed = linears.keys() - {name for group in groups for name in group.names}
@@ -205,8 +208,9 @@ def _plan(
     dense = sum(weight.numel() * stored_dtype(model, weight).itemsize for weight in sizes)
     first = batches[0]["input_ids"].numel()
     return Plan(
-        found, dense, sum(weight.numel() for weight in sizes), tokens, running / first, solving
-    )
+        found, dense, sum(weight.numel() for weight in sizes), tokens, running / first,
+        time.perf_counter() - begin,
+    )  # fmt: skip
 
 
 def _chunks(groups: Sequence[InputGroup]) -> Iterator[list[InputGroup]]:

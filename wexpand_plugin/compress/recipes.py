@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import WexpandError
 
-__all__ = ["check_recipe", "recipe", "recipe_names"]
+__all__ = ["check_recipe", "dial_recipe", "recipe", "recipe_names"]
 
 
 def recipe_names() -> list[str]:
@@ -29,6 +29,23 @@ def recipe(name: str | Path) -> str:
             f"recipe: {str(name)!r} is neither a file nor one of {', '.join(recipe_names())}"
         )
     return str(found)
+
+
+def dial_recipe(size: float | None) -> str:
+    """The text of recipe "dial" with `size` for its size_budget.
+
+    :raises WexpandError: a size that cannot be, or none
+    """
+    import yaml
+
+    if size is None or not 0 < size < 1:
+        raise WexpandError(
+            f"size: {size} should be above 0 and below 1, bytes over dense bytes; or give a recipe"
+        )
+    stages = yaml.safe_load(Path(recipe("dial")).read_text(encoding="utf8"))
+    ((_, modifiers),) = stages["dial_stage"].items()
+    modifiers["SparseExpansionModifier"]["size_budget"] = size
+    return yaml.safe_dump(stages, sort_keys=False)
 
 
 def _folder() -> Path:

@@ -52,24 +52,24 @@ class Dial:
 
     @classmethod
     def of(cls, keys: Mapping[str, Any]) -> "Dial":
-        """From the keys of a recipe, all of Settings', with `sparsity: auto`.
+        """From the keys of a recipe with `sparsity: auto`; those left out are Settings' own.
 
         :raises WexpandError: a value that cannot be, by its key, with what would be right
         """
         plain = {"num_experts": 1, "num_clusters": 0, "budget_scope": "model"}
         for key, right in plain.items():
-            if keys[key] != right:
+            if (value := keys.get(key, getattr(Settings, key))) != right:
                 raise WexpandError(
-                    f"{key}: {keys[key]!r} should be {right} with sparsity auto, which chooses "
+                    f"{key}: {value!r} should be {right} with sparsity auto, which chooses "
                     "for linears of one expert over the whole model"
                 )
-        budget, values = keys["size_budget"], keys["values"]
+        budget, values = keys.get("size_budget"), keys.get("values", Settings.values)
         if budget is None or not 0 < budget < 1:
             raise WexpandError(
                 f"size_budget: {budget} should be above 0 and below 1 with sparsity auto, which "
                 "chooses what is best in so many bytes"
             )
-        structure = MaskStructure.parse(keys["mask_structure"])
+        structure = MaskStructure.parse(keys.get("mask_structure", Settings.mask_structure))
         some = {
             "sparsity": structure.n / structure.m if structure.m else 0.5,
             "values": "int4" if values == "auto" else values,

@@ -1,4 +1,4 @@
-"""The command line, `wexpand`: its commands stand in `commands`.
+"""The command line, `wexpand`: its commands stand in `commands` and `commands_compress`.
 
 Exit codes: 0 all is well; 1 a problem was found or the work could not be done; 2 wrong use. Errors
 are one sentence on standard error, with --debug a traceback.
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import commands
+from . import commands, commands_compress
 from .cli_errors import ErrorGroup
 
 __all__ = ["app", "main"]
@@ -46,8 +46,9 @@ def wexpand(
     A model that was pruned already, and is saved with its zeros:
       wexpand pack PRUNED OUT              make it small
       vllm serve OUT                       serve it
-    A model to prune, each linear into several sparse experts:
-      wexpand compress MODEL -r RECIPE -d TEXT -o OUT
+    A dense model, to a size that you choose (or, with -r, by a recipe):
+      wexpand plan MODEL -d TEXT           what sizes are predicted to cost
+      wexpand compress MODEL -d TEXT -o OUT --size 0.2
       wexpand inspect OUT                  what it weighs, and what a token reads
       wexpand verify OUT                   whether every byte is as written
 
@@ -55,7 +56,8 @@ def wexpand(
     """
 
 for command in (
-    commands.compress,
+    commands_compress.compress,
+    commands_compress.plan,
     commands.pack,
     commands.unpack,
     commands.inspect,

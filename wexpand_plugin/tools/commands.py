@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 __all__ = [
-    "compress",
     "inspect",
     "lm_eval",
     "pack",
@@ -32,72 +31,6 @@ Out = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
-
-
-def compress(
-    model: Model,
-    recipe: Annotated[
-        str,
-        typer.Option("--recipe", "-r", help="YAML file, or a recipe of the package by its name."),
-    ],
-    dataset: Annotated[
-        str,
-        typer.Option(
-            "--dataset",
-            "-d",
-            help="Calibration text or chats: .txt, .jsonl, .csv or .parquet file, saved data set, "
-            "or hub id.",
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New directory.")],
-    samples: Annotated[int, typer.Option(min=1, help="Rows of calibration tokens.")] = 128,
-    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
-    dataset_config: Annotated[
-        str | None, typer.Option(help="Configuration of a hub data set.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
-    text_column: Annotated[
-        str, typer.Option(help="Column of texts, or of chats (lists of role and content).")
-    ] = "text",
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows at a time; a few make calibration faster.")
-    ] = 1,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="What to compute in: float32, bfloat16, float16, or auto: the model's own dtype "
-            "where this machine is fast with it, else float32. It is saved in its own."
-        ),
-    ] = "auto",
-    seed: Annotated[int, typer.Option(help="Which texts are taken, and their order.")] = 0,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No summary (llm-compressor has its own bars).")
-    ] = False,
-) -> None:
-    """Prune MODEL by a recipe, through llm-compressor.
-
-    \b
-    Example:
-      wexpand compress Qwen/Qwen3-0.6B -r sparse_expansion_budget -d notes.txt -o OUT
-
-    The recipe says which linears, how sparse, how many experts and how many bytes; an unknown name
-    lists those of the package, whose files explain their keys. More experts want more calibration
-    tokens (samples x length): some thousands for each.
-    """
-    from ..compress.oneshot import compress
-
-    compress(
-        model=model, recipe=recipe, dataset=dataset, output=output, samples=samples,
-        max_seq_length=max_seq_length, dataset_config=dataset_config, split=split,
-        text_column=text_column, batch_size=batch_size, dtype=dtype, seed=seed,
-    )  # fmt: skip
-    if not quiet:
-        from ..format.model_dir import ModelDir
-
-        further = f"wexpand inspect {output}, vllm serve {output}"
-        if not ModelDir(output).ours:  # a recipe without a modifier of ours that packs
-            further = f"wexpand pack {output} PACKED if it is pruned"
-        typer.echo(f"wrote {output}; next: {further}")
 
 
 def pack(

@@ -1,0 +1,65 @@
+"""`wexpand plan`, and `wexpand compress` to a size."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_cli import run, sentence
+
+from wexpand_plugin.tools.inspect import inspect
+from wexpand_plugin.tools.synth import Shape, synth
+from wexpand_plugin.tools.verify import verify
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("plan")
+    shape = Shape(hidden=64, ffn=128, layers=2, heads=4, vocab=300)
+    synth(path / "dense", shape, dense=True, dtype="bfloat16", quiet=True)
+    (path / "text.txt").write_text(Path(__file__).read_text() * 4)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(dense) -> tuple:
+    return "-d", dense / "text.txt", "--max-seq-length", 64, "--samples", 16
+
+
+def test_a_dozen_sizes_as_a_table_json_and_a_picture(dense, text, tmp_path):
+    picture = tmp_path / "curve.svg"
+    result = run("plan", dense / "dense", *text, "--json", "--plot", picture)
+    found = json.loads(result.stdout)
+    points = found["points"]
+    assert len(points) >= 10 and found["dense_bits"] == 16 and found["tokens"] == 1024
+    losses = [point["added_loss"] for point in points]
+    assert losses == sorted(losses) and losses[0] < losses[-1] / 100
+    for point in points:
+        assert point["stored"] <= point["size"]
+        assert point["bits"] == pytest.approx(16 * point["stored"])
+        assert len(point["linears"]) == 14
+        own = sum(share["added_loss"] for share in point["linears"].values())
+        assert own == pytest.approx(point["added_loss"])
+    assert found["least"] <= points[-1]["size"] and found["seconds_to_compress"] > found["seconds"]
+    assert "bits per weight" in picture.read_text() and "$" not in picture.read_text()
+
+
+def test_the_table_and_what_is_refused(dense, text, tmp_path):
+    table = run("plan", dense / "dense", *text, "--size", 0.3, "--size", 0.2).stdout
+    lines = [line for line in table.splitlines() if re.match(r" 0\.\d{4} ", line)]
+    assert [float(line.split()[0]) for line in lines] == [0.3, 0.2]
+    assert "4 with" in table and "before tuning" in table and "on this machine" in table
+    no = run("plan", dense / "dense", *text, "--size", 0.01, code=1).stderr.splitlines()[-1]
+    assert no.startswith("wexpand: size_budget: 0.01 is below 0.1")  # after progress bars
+    assert "size: 2.0 should be" in sentence(run("plan", "none", *text, "--size", 2, code=1))
+    bad = run("plan", dense / "dense", *text, "--plot", tmp_path / "curve.xyz", code=1)
+    assert "plot: curve.xyz should end in" in sentence(bad)
+
+
+def test_compress_to_a_size(dense, text, tmp_path):
+    run("compress", dense / "dense", *text, "-o", tmp_path / "out", "--size", 0.2)
+    assert verify(tmp_path / "out") == []
+    found = inspect(tmp_path / "out")
+    assert len(found.linears) == 14
+    assert 0.18 < found.linear_bytes / found.dense_bytes <= 0.2
+    assert found.made_by["size_budget"] == 0.2 and found.made_by["tune_epochs"] == 8

@@ -1,0 +1,153 @@
+"""`wexpand plan`: what sizes of a model are predicted to cost, before any work."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import WexpandError
+from .loading import DTYPES, load_dense, load_inputs
+from .recipes import dial_recipe
+
+if TYPE_CHECKING:
+    from .planning import Plan
+
+__all__ = ["Curve", "Point", "Share", "curve"]
+
+BITS = (8.25, 6, 5, 4.5, 4.25, 4, 3.5, 3.25, 3, 2.75, 2.5, 2.25, 2, 1.75, 1.5)
+"""per weight, of the sizes that are looked at if none are asked for"""
+TOKENS, EPOCHS = 128 * 512, 8
+"""what `wexpand compress --size` does if nothing else is said"""
+PASSES_PER_EPOCH = 4
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one linear gets."""
+
+    values: str
+    """int8, int4, or auto: as they are"""
+    sparsity: float
+    """fraction pruned; 0 with values auto: dense"""
+    added_loss: float
+    """predicted, nats per token"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size."""
+
+    size: float
+    """bytes stored over dense bytes, at most"""
+    stored: float
+    """what is chosen, of dense bytes"""
+    bits: float
+    """stored, per weight"""
+    added_loss: float
+    """predicted, nats per token, before tuning"""
+    linears: dict[str, Share]
+    """by name"""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The sizes of a model."""
+
+    model: str
+    tokens: int
+    """that the plan was made from"""
+    dense_bits: float
+    """per weight"""
+    least: float
+    """the smallest size that can be reached"""
+    seconds: float
+    """that the plan took"""
+    seconds_to_compress: float
+    """what `wexpand compress --size` is expected to take on this machine, at any size"""
+    points: list[Point]
+    """largest size first"""
+
+
+def curve(
+    model: str,
+    dataset: str,
+    *,
+    sizes: Sequence[float] = (),
+    samples: int = 16,
+    max_seq_length: int = 512,
+    dataset_config: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    dtype: str = "auto",
+    seed: int = 0,
+) -> Curve:
+    """Plan all linears of the blocks, as recipe "dial" has them, and look at several sizes.
+
+    Parameters as of `oneshot.compress`; few samples do.
+
+    :param sizes: bytes over dense bytes, each above 0 and below 1; by default BITS
+    :raises WexpandError: what `compress` refuses, or a size that cannot be reached
+    """
+    import torch
+    import yaml
+
+    from ..method.prospects import Dial
+    from .calibration import MASKS
+    from .checks import refuse_nonfinite, refuse_unrolled
+    from .planning import plan_linears
+    from .targets import target_linears
+
+    begin = time.monotonic()
+    if dtype not in DTYPES:
+        raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    for size in sizes:
+        dial_recipe(size)  # refuses what cannot be
+    ((_, modifiers),) = yaml.safe_load(dial_recipe(0.5))["dial_stage"].items()
+    keys = modifiers["SparseExpansionModifier"]
+    targets, ignore = keys.pop("targets"), keys.pop("ignore")
+    inputs = load_inputs(
+        model, dataset, samples=samples, max_seq_length=max_seq_length,
+        dataset_config=dataset_config, split=split, text_column=text_column, seed=seed,
+    )  # fmt: skip
+    dense, _ = load_dense(model, dtype)
+    accelerator = torch.accelerator.current_accelerator()
+    device = torch.device("cpu") if accelerator is None else accelerator
+    dense.to(device)
+    linears = target_linears(dense, targets, ignore)
+    refuse_unrolled(dense, linears)
+    refuse_nonfinite(linears)
+    batches = [
+        {
+            key: torch.tensor([row[key][: inputs.length]], device=device)
+            for key in ("input_ids", *MASKS)
+            if row.get(key)
+        }
+        for row in inputs.rows
+    ]
+    plan = plan_linears(dense, linears, batches, Dial.of(keys))
+    dense_bits = 8 * plan.dense_bytes / plan.weights
+    wanted = sorted(sizes or (bits / dense_bits for bits in BITS), reverse=True)
+    if not sizes:
+        wanted = [size for size in wanted if plan.least <= size < 1]
+    return Curve(
+        model, plan.tokens, dense_bits, plan.least, time.monotonic() - begin,
+        _seconds(plan), [_point(plan, size, dense_bits) for size in wanted],
+    )  # fmt: skip
+
+
+def _point(plan: "Plan", size: float, dense_bits: float) -> Point:
+    choice = plan.choose(size)
+    stored = sum(candidate.stored for candidate in choice.values()) / plan.dense_bytes
+    loss = sum(candidate.loss for candidate in choice.values())
+    linears = {name: Share(*found.setting, found.loss) for name, found in choice.items()}
+    return Point(size, stored, stored * dense_bits, loss, linears)
+
+
+def _seconds(plan: "Plan") -> float:
+    """Of compressing: the plan again, and so many forwards of all calibration tokens.
+
+    Blocks run once to calibrate, once to propagate and once on the dense path; an epoch of tuning
+    takes about PASSES_PER_EPOCH forwards, backward included.
+    """
+    forwards = 3 + PASSES_PER_EPOCH * EPOCHS
+    return plan.seconds + TOKENS * forwards * plan.seconds_per_token

@@ -1,0 +1,109 @@
+"""A dense model and the rows that it is calibrated on, looked at before any work.
+
+Nothing here runs code that a model brings.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import WexpandError, reason
+from ..hf.hub import resolve
+from .data import calibration_rows, check_rows, load_text
+from .precision import compute_dtype, own_dtypes, set_dtypes
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+__all__ = ["DTYPES", "Inputs", "load_dense", "load_inputs"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is calibrated on."""
+
+    tokenizer: Any
+    source: Path
+    """directory with the model's files, weights perhaps left out"""
+    rows: "Dataset"
+    """input_ids, and masks where there are any"""
+    length: int
+    """tokens of a row, at most"""
+
+
+def load_inputs(
+    model: str,
+    dataset: str,
+    *,
+    samples: int = 128,
+    max_seq_length: int = 512,
+    dataset_config: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    seed: int = 0,
+) -> Inputs:
+    """Find the model's config and tokenizer, and cut calibration text into rows of tokens.
+
+    Parameters as of `oneshot.compress`.
+
+    :raises WexpandError: a model that is none, is compressed already or has no tokenizer; text that
+        cannot be read or is too short; tokens that the model does not know
+    """
+    from loguru import logger
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # configs and tokenizers of transformers raise what they like
+        raise WexpandError(f"model: {model!r}: {reason(error)}") from error
+    existing = getattr(config, "quantization_config", None)
+    if existing is not None:
+        method = existing.get("quant_method") if isinstance(existing, dict) else existing
+        raise WexpandError(
+            f"model: {model!r} is already compressed (quant_method {method!r}); "
+            "compress the dense model instead"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:
+        raise WexpandError(f"model: {model!r} has no tokenizer ({reason(error)})") from error
+    source = resolve(model, weights=False)
+    longest = getattr(config, "max_position_embeddings", None) or max_seq_length
+    length = min(max_seq_length, longest)
+    rows = calibration_rows(
+        load_text(dataset, config=dataset_config, split=split, column=text_column),
+        tokenizer, samples=samples, length=length, column=text_column, seed=seed,
+    )  # fmt: skip
+    if len(rows) > samples:  # tokenised already
+        rows = rows.shuffle(seed=seed).select(range(samples))
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    tokens = check_rows(rows, vocabulary, length)
+    if tokens < samples * max_seq_length:
+        logger.warning(
+            f"{tokens} tokens in {len(rows)} rows calibrate, fewer than {samples} rows of "
+            f"{max_seq_length}: the text is used up, or the model takes no longer rows"
+        )
+    return Inputs(tokenizer, source, rows, length)
+
+
+def load_dense(model: str, dtype: str) -> tuple[Any, dict[str, "torch.dtype"]]:
+    """The model, in the dtype to compute in, and the dtypes that its parameters are saved in.
+
+    :param dtype: one of DTYPES; see `precision.compute_dtype`
+    """
+    from loguru import logger
+    from transformers import AutoModelForCausalLM
+
+    try:
+        dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
+    except Exception as error:
+        raise WexpandError(f"model: {model!r} cannot be loaded ({reason(error)})") from error
+    own, computing = own_dtypes(dense), compute_dtype(dtype, dense.dtype)
+    if computing != dense.dtype:
+        why = f", as this CPU has no {dense.dtype} instructions" if dtype == "auto" else ""
+        logger.info(f"Computing in {computing}{why}; saving in {dense.dtype}, as the model is")
+        set_dtypes(dense, {n: computing if d == dense.dtype else d for n, d in own.items()})
+    return dense, own

@@ -1,0 +1,149 @@
+"""`wexpand compress` and `wexpand plan`: the commands that run a dense model on text."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .commands import Json, Model
+
+__all__ = ["compress", "plan"]
+
+Dataset = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        "-d",
+        help="Calibration text or chats: .txt, .jsonl, .csv or .parquet file, saved data set, "
+        "or hub id.",
+    ),
+]
+DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub data set.")]
+Split = Annotated[str, typer.Option(help="Split of the data set.")]
+TextColumn = Annotated[
+    str, typer.Option(help="Column of texts, or of chats (lists of role and content).")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="What to compute in: float32, bfloat16, float16, or auto: the model's own dtype "
+        "where this machine is fast with it, else float32. It is saved in its own."
+    ),
+]
+
+
+def compress(
+    model: Model,
+    dataset: Dataset,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory.")],
+    size: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a recipe: bytes of the blocks' linears over their dense bytes; 0.2 of "
+            "bfloat16 is 3.2 bits per weight."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="YAML file, or a recipe of the package by its name."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rows of calibration tokens.")] = 128,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows at a time; a few make calibration faster.")
+    ] = 1,
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Which texts are taken, and their order.")] = 0,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No summary (llm-compressor has its own bars).")
+    ] = False,
+) -> None:
+    """Make MODEL small: to a size, or by a recipe, through llm-compressor.
+
+    \b
+    Examples:
+      wexpand compress Qwen/Qwen3-0.6B -d notes.txt -o OUT --size 0.2
+      wexpand compress Qwen/Qwen3-0.6B -d notes.txt -o OUT -r sparse_expansion_budget
+
+    With --size, zeros and bits of each linear are chosen for the least loss, then tuned (recipe
+    "dial"); `wexpand plan` shows what sizes are predicted to cost. A recipe says which linears, how
+    sparse, how many experts and how many bytes; an unknown name lists those of the package, whose
+    files explain their keys. More experts want more calibration tokens (samples x length): some
+    thousands for each.
+    """
+    from ..compress.oneshot import compress
+
+    compress(
+        model=model, recipe=recipe, dataset=dataset, output=output, size=size, samples=samples,
+        max_seq_length=max_seq_length, dataset_config=dataset_config, split=split,
+        text_column=text_column, batch_size=batch_size, dtype=dtype, seed=seed,
+    )  # fmt: skip
+    if not quiet:
+        from ..format.model_dir import ModelDir
+
+        further = f"wexpand inspect {output}, vllm serve {output}"
+        if not ModelDir(output).ours:  # a recipe without a modifier of ours that packs
+            further = f"wexpand pack {output} PACKED if it is pruned"
+        typer.echo(f"wrote {output}; next: {further}")
+
+
+def plan(
+    model: Model,
+    dataset: Dataset,
+    size: Annotated[
+        list[float] | None,
+        typer.Option(help="A size to look at, bytes over dense bytes; may be given again."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="A picture of the curve: .png, .svg or .pdf.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rows of tokens; few do.")] = 16,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
+    dataset_config: DatasetConfig = None,
+    split: Split = "train",
+    text_column: TextColumn = "text",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Which texts are taken, and their order.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Predict what MODEL loses at a dozen sizes, before compressing it to one.
+
+    One backward pass says what errors of each linear cost, a trial of every choice of zeros and
+    bits says what errors there are. The loss is in nats per token, over the dense model's, before
+    tuning.
+
+    \b
+    Example:
+      wexpand plan Qwen/Qwen3-0.6B -d notes.txt --plot curve.png
+      wexpand compress Qwen/Qwen3-0.6B -d notes.txt -o OUT --size 0.2
+    """
+    from contextlib import redirect_stdout
+    from dataclasses import asdict
+
+    from loguru import logger
+
+    from . import plan_curve
+
+    if plot is not None:
+        plan_curve.refuse_plot(plot)
+    # llm-compressor logs to standard output, from its import on; that is the table's
+    with redirect_stdout(sys.stderr):
+        import llmcompressor  # noqa: F401
+
+        from ..compress.curve import curve
+
+        logger.remove()
+        logger.add(sys.stderr, level="WARNING", format="{message}")
+        found = curve(
+            model, dataset, sizes=size or (), samples=samples, max_seq_length=max_seq_length,
+            dataset_config=dataset_config, split=split, text_column=text_column, dtype=dtype,
+            seed=seed,
+        )  # fmt: skip
+    if plot is not None:
+        plan_curve.plot(found, plot)
+    typer.echo(json.dumps(asdict(found), indent=2) if as_json else plan_curve.table(found))

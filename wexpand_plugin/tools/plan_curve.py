@@ -1,0 +1,92 @@
+"""The curve of `wexpand plan`, as a table and as a picture."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import WexpandError
+
+if TYPE_CHECKING:
+    from ..compress.curve import Curve, Point
+
+__all__ = ["plot", "refuse_plot", "table"]
+
+
+def table(curve: "Curve") -> str:
+    """One line per size, and what the plan says of all."""
+    lines = [f"{'--size':>7}  {'bits per weight':>15}  {'added loss':>10}  linears"]
+    lines += [
+        f"{point.size:7.4f}  {point.bits:15.2f}  {point.added_loss:10.4f}  {_linears(point)}"
+        for point in curve.points
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"added loss: predicted, nats per token, before tuning, from {curve.tokens} tokens; "
+            "above about 0.3 an order rather than a number",
+            f"size: bytes of these linears over their dense {curve.dense_bits:.0f} bits per "
+            f"weight; {curve.least:.4f} is the smallest",
+            f"compressing at any size, tuned: about {_minutes(curve.seconds_to_compress)} on this "
+            f"machine (the plan took {_minutes(curve.seconds)})",
+        ]
+    )
+
+
+def _linears(point: "Point") -> str:
+    """How many linears have which values and zeros."""
+    found: dict[str, list[float]] = {}
+    for share in point.linears.values():
+        kind = "as they are" if share.values == "auto" else share.values
+        found.setdefault(kind + (", zeros" if share.sparsity else ""), []).append(share.sparsity)
+    parts = []
+    for kind, shares in sorted(found.items()):
+        name, _, zeros = kind.partition(", ")
+        if zeros:
+            low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+            name += f" with {low if low == high else f'{low[:-1]}-{high}'} zeros"
+        parts.append(f"{len(shares)} {name}")
+    return ", ".join(parts)
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def refuse_plot(file: Path) -> None:
+    """Whether matplotlib is there and knows the format is found before work starts.
+
+    :raises WexpandError: it does not know the ending of the file's name
+    """
+    from matplotlib.figure import Figure
+
+    if file.suffix[1:] not in Figure().canvas.get_supported_filetypes():
+        raise WexpandError(f"plot: {file.name} should end in .png, .svg or .pdf")
+
+
+def plot(curve: "Curve", file: Path) -> None:
+    """Predicted loss against bits per weight, in the format that the file's name ends in."""
+    from matplotlib.figure import Figure
+
+    from .report.style import COMPRESSED, SOFT, styled
+
+    with styled():
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axes = figure.subplots()
+        bits = [point.bits for point in curve.points]
+        losses = [max(point.added_loss, 1e-6) for point in curve.points]
+        axes.plot(bits, losses, "o-", color=COMPRESSED, markersize=4)
+        for point in curve.points:
+            axes.annotate(
+                f"{point.size:.3g}", (point.bits, max(point.added_loss, 1e-6)), (4, 4),
+                textcoords="offset points", color=SOFT, fontsize=7.5,
+            )  # fmt: skip
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("bits per weight (beside the points: --size)")
+        axes.set_ylabel("predicted added loss, nats per token")
+        axes.set_title(f"{Path(curve.model).name}, before tuning")
+        figure.savefig(file)
