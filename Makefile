@@ -2,7 +2,8 @@
 # make test        lint and the whole test suite, vLLM included
 # make test-serve  the vLLM half of the suite; with VLLM=0.29.0, here or above, that version of
 #                  vLLM is used instead of the pinned one, in an environment of its own
-# All first make the environments they need; versions are pinned in .ci/pins.txt.
+# make sanitize    random cases of the CPU kernel under AddressSanitizer and UBSan (x86; minutes)
+# The others first make the environments they need; versions are pinned in .ci/pins.txt.
 
 VENVS ?= .venvs
 COMPRESS := $(VENVS)/compress
@@ -11,7 +12,7 @@ SERVE := $(VENVS)/serve$(if $(VLLM),-$(VLLM))
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 TEST_SERVE := $(TEST_ENV) $(SERVE)/bin/python -m pytest tests/serve
 
-.PHONY: help demo test test-serve lint env-compress env-serve clean
+.PHONY: help demo test test-serve sanitize lint env-compress env-serve clean
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
 	@echo "make lint, make env-compress, make env-serve, make clean (keeps the environments)"
@@ -42,6 +43,15 @@ test: env-compress env-serve lint
 
 test-serve: env-serve
 	$(TEST_SERVE)
+
+# Every set of instructions and dtype of x; not optimised, so that it compiles in seconds.
+SANITIZE := -std=c++17 -O0 -g1 -w -Wno-psabi -fopenmp \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize:
+	@mkdir -p build && for march in native haswell x86-64; do for x in float Bf16 Fp16; do \
+		$(CXX) $(SANITIZE) -march=$$march -DWEXPAND_X=$$x tests/kernels/sanitize_cpu.cpp \
+			-o build/sanitize && ASAN_OPTIONS=detect_leaks=0 build/sanitize 120 || exit 1; \
+	done; done
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
