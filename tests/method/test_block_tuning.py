@@ -23,7 +23,8 @@ def batches(width: int = 12, count: int = 32, seed: int = 0) -> list[Tensor]:
 
 
 def test_reaches_the_least_squares_answer():
-    """With a fixed mask the best values of each row are a regression on the kept columns."""
+    """With a fixed mask the best values of each row are a regression on the kept columns, each
+    token's error relative to the size of its target."""
     generator = torch.Generator().manual_seed(1)
     dense, inputs = torch.randn(4, 12, generator=generator), batches()
     keep = torch.rand(4, 12, generator=generator) < 0.5
@@ -33,6 +34,7 @@ def test_reaches_the_least_squares_answer():
         lambda n: module(inputs[n]), targets, [module], epochs=60, lr=0.03, quiet=True
     )
     x, y = torch.cat(inputs).flatten(0, 1), torch.cat(targets).flatten(0, 1)
+    x, y = (part / y.norm(dim=1, keepdim=True) for part in (x, y))
     best = 0.0
     for row in range(4):
         answer = torch.linalg.lstsq(x[:, keep[row]], y[:, row : row + 1]).solution
@@ -106,7 +108,7 @@ def test_values_stay_on_their_grid(bits, lr):
     solved = module.solved()
     q = solved.weights / solved.scales.float().repeat_interleave(8, 1)[:, :12]
     assert (q - q.round()).abs().max() < 1e-3 and q.abs().max() <= 2 ** (bits - 1)
-    assert found.after <= found.before and found.after < 0.9 * found.before
+    assert found.after <= found.before and found.after < 0.95 * found.before
 
 
 def test_what_does_not_count_is_not_learned_from():

@@ -4,7 +4,9 @@ A solver sees one linear at a time and minimises the error of its outputs. What 
 of the block's output, to which the linears contribute together, and to which earlier blocks have
 contributed already: the inputs are those that the compressed model produces. So after a block has
 been solved, its kept values, biases and cluster biases are trained by Adam, in float32, on the
-squared error between the block's output on those inputs and the dense model's output.
+squared error between the block's output on those inputs and the dense model's output, each token's
+relative to the size of what the dense model gives: the next block normalises its input, and a few
+tokens that are a thousand times larger than the rest would else be all that counts.
 
 Masks, row maps and routers stay as they are, so no byte is added. A row version that experts share
 gets the gradient of all their tokens. Values of a `Grid` are trained through their rounding (the
@@ -145,7 +147,7 @@ class TunableLinear(nn.Module):
 
 @dataclass(frozen=True)
 class TuneResult:
-    """Squared error of a block's outputs over their variance, on the held-out batches."""
+    """Relative squared error of a block's outputs, the mean over the held-out tokens."""
 
     before: float
     after: float
@@ -182,28 +184,26 @@ def tune_block(
     train = order[len(held_out) :] or order
 
     def error(number: int) -> Tensor:
-        """Sum of the squared error of a batch."""
-        y, target = run(number).float(), targets[number]
-        change = (y - target.to(y)).square().sum(dim=-1)
+        """Sum of the relative squared error of the tokens of a batch that count."""
+        y, target = run(number).float(), targets[number].float()
+        size = target.square().sum(dim=-1)
+        change = (y - target.to(y)).square().sum(dim=-1) / size.clamp(min=1e-12).to(y)
         count = counts[number]
         return change.sum() if count is None else change[count.to(change.device)].sum()
 
+    def tokens(number: int) -> int:
+        count = counts[number]
+        return targets[number][..., 0].numel() if count is None else int(count.sum())
+
+    seen = max(1, sum(map(tokens, held_out)))
+
     def measure() -> float:
         with torch.no_grad():
-            return sum(float(error(number)) for number in held_out) / max(energy, 1e-30)
+            return sum(float(error(number)) for number in held_out) / seen
 
-    def spread(number: int) -> float:
-        target = targets[number].float().flatten(0, -2)
-        count = counts[number]
-        if count is not None:
-            target = target[count.flatten().to(target.device)]
-        return float((target - target.mean(dim=0)).square().sum())
-
-    energy = sum(map(spread, held_out))
-    scale = sum(map(spread, train)) / len(train)
+    usual = max(1, sum(map(tokens, train)) / len(train))
     parameters = [p for linear in linears for p in linear.parameters()]
-    tokens = sum(math.prod(target.shape[:-1]) for target in targets) / len(targets)
-    size = max(1, min(round(STEP_TOKENS / tokens), len(train) // LEAST_STEPS))
+    size = max(1, min(round(STEP_TOKENS / usual), len(train) // LEAST_STEPS))
     steps = -(-len(train) // size)
     adam = torch.optim.Adam(parameters, lr=lr)
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda n: 1 - n / (epochs * steps + 1))
@@ -219,7 +219,7 @@ def tune_block(
                 adam.zero_grad()
                 with torch.enable_grad():
                     for place in some:
-                        (error(train[place]) / (scale * len(some))).backward()
+                        (error(train[place]) / (usual * len(some))).backward()
                 adam.step()
                 decay.step()
                 bar.update()
