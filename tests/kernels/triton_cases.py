@@ -150,6 +150,50 @@ def test_columns_of_a_tensor_parallel_rank(columns):
         assert_matches(run(shard, inputs, chosen[:tokens]), shard, inputs, chosen[:tokens])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", [None, codec("int4", 32)], ids=str)
+@pytest.mark.parametrize(("experts", "tokens"), [(1, 1), (3, 2), (1, 7), (2, 20), (1, 70)])
+def test_biases_are_added(experts, tokens, values, dtype):
+    """The linear's and the clusters', by each of the three ways, and after the largest blocks."""
+    pool, x, chosen = random_case(tokens, experts, 19, 70, 0.4, tokens, dtype, values=values)
+    layout = kernel.prepare(pool, dtype)
+    for number in (1, 40):
+        bias, clusters, biases = cases.random_biases(pool, tokens, number, dtype, DEVICE)
+        for added in ((bias, clusters, biases), (None, clusters, biases), (bias, None, None)):
+            y = kernel.run(x, chosen, layout, 19, *added)
+            cases.assert_matches(y, pool, x, chosen, TOLERANCE, *added)
+    one = cases.random_biases(pool, tokens, 1, dtype, DEVICE)[2]
+    y = kernel.run(x, chosen, layout, 19, None, None, one)
+    cases.assert_matches(y, pool, x, chosen, TOLERANCE, None, None, one)
+
+
+@pytest.mark.parametrize("weight_dtype", ROUTER_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("clusters", "parents", "width", "tokens"),
+    [
+        (40, 7, 300, 1), (256, 16, 64, 4), (9, 9, 8, 16), (33, 2, 40, 20), (5, 0, 40, 3),
+        (9, 2, 9, 0),
+    ],
+)  # fmt: skip
+def test_routes(clusters, parents, width, tokens, dtype, weight_dtype):
+    cases.assert_routes_match(
+        kernel, clusters, parents, width, tokens, dtype, weight_dtype, DEVICE
+    )
+
+
+def test_routes_choose_the_first_of_equals_and_never_out_of_range():
+    weight, bias = torch.zeros(7 + 40, 8, device=DEVICE), torch.zeros(7 + 40, device=DEVICE)
+    x = torch.zeros(3, 8, device=DEVICE)
+    assert kernel.route(x, weight, bias, 7).tolist() == [0, 0, 0]
+    bias[[3, 5]] = 1
+    bias[[7 + 19, 7 + 20, 7 + 30]] = 1
+    assert kernel.route(x, weight, bias, 7).tolist() == [19, 19, 19]
+    x[1] = float("nan")
+    found = kernel.route(x, weight, bias, 7)
+    assert found[0] == found[2] == 19 and 0 <= found[1] < 40
+
+
 @pytest.mark.parametrize("weight_dtype", ROUTER_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ._triton_rows import groups, integers, next_float, next_integer, row_versions
 
-__all__ = ["gather_gemv", "grouped_gemm", "router_logits", "sort_tokens"]
+__all__ = ["gather_gemv", "grouped_gemm", "router_choice", "router_logits", "sort_tokens"]
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers in tl.dot; products of bfloat16
 # are exact in float32, so widening there changes nothing else.
@@ -30,6 +30,10 @@ def gather_gemv(
     row_map,
     scale,
     y,
+    bias,
+    clusters,
+    cluster_bias,
+    cluster_scale,
     in_features,
     out_features,
     mask_words,
@@ -79,7 +83,15 @@ def gather_gemv(
             else:
                 weights, at = next_float(at, bits, bit, FULL)
                 total += weights.to(tl.float32) * inputs[None, :]
-    tl.store(y + token.to(tl.int64) * out_features + neurons, tl.sum(total, 1), mask=inside)
+    output = tl.sum(total, 1)
+    if bias is not None:
+        output += tl.load(bias + neurons, mask=inside, other=0).to(tl.float32)
+    if cluster_bias is not None:
+        if clusters is not None:
+            cluster_bias += tl.load(clusters + token) * out_features
+        whole = tl.load(cluster_bias + neurons, mask=inside, other=0).to(tl.float32)
+        output += whole * tl.load(cluster_scale + neurons, mask=inside, other=0).to(tl.float32)
+    tl.store(y + token.to(tl.int64) * out_features + neurons, output, mask=inside)
 
 
 @triton.jit
@@ -96,6 +108,47 @@ def router_logits(x, x_stride, weight, logits, in_features, BLOCK: tl.constexpr)
         inputs = tl.load(x + columns, mask=inside, other=0).to(tl.float32)
         total += inputs * tl.load(weight + columns, mask=inside, other=0).to(tl.float32)
     tl.store(logits + token * tl.num_programs(0) + expert, tl.sum(total, 0))
+
+
+@triton.jit
+def _best_row(x, weight, bias, first, count, in_features, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The row from `first` on, of `count`, with the largest logit, the first of equal ones; counted
+    from `first`."""
+    row, lane = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    there = row < count
+    at = (first + row).to(tl.int64)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, in_features, BLOCK):
+        columns = start + lane
+        inside = columns < in_features
+        inputs = tl.load(x + columns, mask=inside, other=0).to(tl.float32)
+        weights = tl.load(
+            weight + at[:, None] * in_features + columns[None, :],
+            mask=there[:, None] & inside[None, :],
+            other=0,
+        )
+        total += inputs[None, :] * weights.to(tl.float32)
+    logits = tl.sum(total, 1) + tl.load(bias + at, mask=there, other=0)
+    # of NaNs it may be any row
+    return tl.minimum(tl.argmax(tl.where(there, logits, float("-inf")), 0), count - 1)
+
+
+@triton.jit
+def router_choice(
+    x, x_stride, weight, bias, chosen, in_features, parents, number,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The cluster, of such a number, that a router of two levels chooses; grid (tokens,).
+
+    ROWS is at least `parents`, and the children of one of them.
+    """
+    token = tl.program_id(0)
+    x += token.to(tl.int64) * x_stride
+    parent = _best_row(x, weight, bias, 0, parents, in_features, ROWS, BLOCK)
+    first = parent * number // parents
+    count = (parent + 1) * number // parents - first
+    child = _best_row(x, weight, bias, parents + first, count, in_features, ROWS, BLOCK)
+    tl.store(chosen + token, (first + child).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=("tokens",))
@@ -134,6 +187,10 @@ def grouped_gemm(
     row_map,
     scale,
     y,
+    bias,
+    clusters,
+    cluster_bias,
+    cluster_scale,
     tokens,
     in_features,
     out_features,
@@ -223,5 +280,15 @@ def grouped_gemm(
             else:
                 weights, at = next_float(at, bits, bit, FULL)
                 total = tl.dot(weights.to(inputs.dtype), inputs, total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + neurons, mask=inside, other=0).to(tl.float32)[:, None]
+    if cluster_bias is not None:
+        rows = cluster_bias + neurons[:, None]
+        if clusters is not None:
+            cluster = tl.load(clusters + token, mask=valid, other=0)
+            rows += cluster[None, :] * out_features
+        whole = tl.load(rows, mask=inside[:, None], other=0).to(tl.float32)
+        scale_of = tl.load(cluster_scale + neurons, mask=inside, other=0).to(tl.float32)
+        total += whole * scale_of[:, None]
     outputs = y + token.to(tl.int64)[None, :] * out_features + neurons[:, None]
     tl.store(outputs, total, mask=inside[:, None] & valid[None, :])

@@ -42,6 +42,9 @@ void logits_block(const X* x, const W* weight, int64_t in, float* y, int64_t str
         for (int t = 0; t < T; ++t) v[t] = of_x(x + t * in + column);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
+            // one token waits for memory: the rows that come next
+            if (T == 1 && column * sizeof(W) % 64 == 0)
+                __builtin_prefetch(weight + (n + N) * in + column);
             const Float8 w = of_weight(weight + n * in + column);
             for (int t = 0; t < T; ++t) multiply_add(acc[t][n], w, v[t]);
         }

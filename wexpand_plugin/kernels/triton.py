@@ -40,8 +40,12 @@ Three ways through, chosen by the number of tokens alone:
    32, 64 or 128 tokens. The grid has room for the worst split of tokens over experts; what is not
    needed ends at once.
 
-The router is a fourth kernel for up to 16 tokens, `router_logits`, a program per token and expert,
-which reads the map as it is stored; for more its bytes do not count and torch multiplies.
+The router is a fourth kernel for up to 16 tokens: `router_logits`, a program per token and row of
+its weight, which is read as it is stored; or, where it has two levels, `router_choice`, a program
+per token, which reads the parents' rows and those of one parent's children. Of more tokens its
+bytes do not count and torch multiplies. Biases, the linear's and the clusters', are added to the
+sums before these are rounded and written; after blocks of 128 tokens, which have no registers left,
+torch adds them.
 
 Shapes depend on the shapes of the arguments only and nothing waits for the GPU, so `run` can be
 captured in a CUDA graph after one ordinary call (which compiles).
@@ -91,6 +95,9 @@ NARROW = 16  # columns of the narrowest product on tensor cores
 GEMV_TOKENS = 4
 GEMV_WORDS = 32  # of the mask, in a step of `gather_gemv`
 FEW_TOKENS = 16
+BIASED_TOKENS = 64  # of the largest blocks that have registers left for biases
+CHOICE_ROWS = 64  # of a level of a router, at most, that one program compares
+CHOICE_COLUMNS = 128  # in a step
 WIDE = 8192  # output features from which fewer, larger programs fill a GPU
 AT_ONCE = 1 << 24  # weights that `prepare` holds dense
 
@@ -217,19 +224,6 @@ def run(
     cluster_bias: ClusterBias | None = None,
 ) -> Tensor:
     """y [tokens, out] = x [tokens, in] times each token's own expert, transposed, plus biases."""
-    y = multiply(x, experts, layout, out_features)
-    return biased(y, bias, None if cluster_bias is None else cluster_bias.of(clusters))
-
-
-def route(x: Tensor, weight: Tensor, bias: Tensor, parents: int) -> Tensor:
-    """Cluster of each token: `x` [tokens, in] -> int64 [tokens]."""
-    return choice(logits(x, weight) + bias, parents)
-
-
-def multiply(
-    x: Tensor, experts: Tensor | None, layout: list[Tensor], out_features: int
-) -> Tensor:
-    """y [tokens, out] = x [tokens, in] times each token's own expert, transposed."""
     from ._triton_kernels import gather_gemv, grouped_gemm, sort_tokens
 
     tokens, in_features = x.shape
@@ -238,6 +232,10 @@ def multiply(
         return y
     if x.stride(1) != 1:
         x = x.contiguous()
+    biases: tuple[Tensor | None, ...] = (bias, None, None, None)
+    if cluster_bias is not None:
+        alike = clusters is None or cluster_bias.clusters == 1
+        biases = (bias, None if alike else clusters, cluster_bias.values, cluster_bias.scale)
     values, mask, starts, row_map, scale, sizes = layout
     bits, group = sizes.shape[1:]
     weights = (values, mask if mask.numel() else None, starts, row_map, scale if bits else None, y)
@@ -247,12 +245,15 @@ def multiply(
         if tokens <= (1 if experts is None else GEMV_TOKENS):
             rows = 8 if out_features > WIDE else 4
             gather_gemv[(-(-out_features // rows), tokens)](
-                x, x.stride(0), experts, *weights, in_features, out_features, mask_words, scales,
-                ROWS=rows, WORDS=GEMV_WORDS, num_warps=4, **codec,
+                x, x.stride(0), experts, *weights, *biases, in_features, out_features, mask_words,
+                scales, ROWS=rows, WORDS=GEMV_WORDS, num_warps=4, **codec,
             )  # fmt: skip
             return y
         number = 1 if experts is None else row_map.shape[0]
         rows, block, words, warps = tile(tokens, number, out_features, x.dtype, bits, group)
+        late = block > BIASED_TOKENS
+        if late:
+            biases = (None,) * 4
         order = ends = None
         used = min(number, tokens)
         blocks = (tokens - used) // block + used  # no split over experts needs more
@@ -263,11 +264,36 @@ def multiply(
             ends = torch.empty(number, dtype=torch.int32, device=x.device)
             sort_tokens[(number,)](experts, order, ends, tokens, BLOCK=1024, num_warps=4)
         grouped_gemm[(blocks, -(-out_features // rows))](
-            x, x.stride(0), experts, order, ends, *weights, tokens, in_features, out_features,
-            mask_words, scales, EXPERTS=number, EXPERTS_PADDED=1 << (number - 1).bit_length(),
-            ROWS=rows, WORDS=words, TOKENS=block, num_warps=warps, num_stages=2, **codec,
+            x, x.stride(0), experts, order, ends, *weights, *biases, tokens, in_features,
+            out_features, mask_words, scales, EXPERTS=number,
+            EXPERTS_PADDED=1 << (number - 1).bit_length(), ROWS=rows, WORDS=words, TOKENS=block,
+            num_warps=warps, num_stages=2, **codec,
         )  # fmt: skip
+    if late:
+        return biased(y, bias, None if cluster_bias is None else cluster_bias.of(clusters))
     return y
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, parents: int) -> Tensor:
+    """Cluster of each token: `x` [tokens, in] -> int64 [tokens]."""
+    from ._triton_kernels import router_choice
+
+    tokens, in_features = x.shape
+    clusters = len(weight) - parents
+    rows = max(parents, -(-clusters // max(parents, 1)))
+    if parents == 0 or tokens > FEW_TOKENS or rows > CHOICE_ROWS:
+        return choice(logits(x, weight) + bias, parents)
+    chosen = torch.empty(tokens, dtype=torch.int64, device=x.device)
+    if tokens == 0:
+        return chosen
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    with torch.cuda.device_of(x):
+        router_choice[(tokens,)](
+            x, x.stride(0), weight, bias, chosen, in_features, parents, clusters,
+            ROWS=max(2, 1 << (rows - 1).bit_length()), BLOCK=CHOICE_COLUMNS, num_warps=8,
+        )  # fmt: skip
+    return chosen
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
