@@ -20,6 +20,8 @@ from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.checks import check_pool
 from wexpand_plugin.format.clusters import ClusterBias
 from wexpand_plugin.format.router import ROUTER_DTYPES, StoredRouter
+from wexpand_plugin.format.rowpool import RowPool
+from wexpand_plugin.format.values import codec
 from wexpand_plugin.serve import config
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
@@ -220,6 +222,19 @@ def test_integers_with_scales(values):
     layer = qkv_layer(checkpoint, disable_tp=True)
     assert layer.weight.dtype == checkpoint.linears[0].pool.codec.storage
     checkpoint.fill(layer, QKV)
+    x = torch.randn(9, WIDTH)
+    assert_close(run(layer, x), expected(checkpoint, x))
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_full_rows_beside_rows_with_zeros(values):
+    """Linears of one input group may differ in sparsity, and one may have no mask."""
+    full = RowPool.pack(torch.randn(12, WIDTH), codec=codec(values, 8)).smallest()
+    assert full.mask is None
+    pools = {"gate_proj": random_pool(1, 12, WIDTH, values=values), "up_proj": full}
+    checkpoint = Checkpoint([Linear(f"{MLP}.{name}", pool) for name, pool in pools.items()])
+    layer = gate_up_layer(checkpoint, disable_tp=True)
+    checkpoint.fill(layer, GATE_UP)
     x = torch.randn(9, WIDTH)
     assert_close(run(layer, x), expected(checkpoint, x))
 

@@ -19,11 +19,12 @@ def table(found: Inspection) -> str:
     width = max((len(linear.name) for linear in found.linears), default=4)
     balance = any(linear.balance is not None for linear in found.linears)
     clusters = any(linear.clusters > linear.experts for linear in found.linears)
+    values = found.ours and len({linear.values for linear in found.linears}) > 1
     lines = [
-        f"{'linear':{width}}  {'out x in':>13}  {'clusters  ' * clusters}experts  versions  zeros  "
-        "  stored  x dense  per token" + "  balance" * balance
+        f"{'linear':{width}}  {'out x in':>13}  {'clusters  ' * clusters}experts  versions  "
+        f"{'  values  ' * values}zeros    stored  x dense  per token" + "  balance" * balance
     ]
-    lines += [_row(linear, width, balance, clusters) for linear in found.linears]
+    lines += [_row(linear, width, balance, clusters, values) for linear in found.linears]
     kinds = ", ".join(f"{k} {readable_bytes(b)}" for k, b in found.bytes_by_kind().items() if b)
     dense, count = found.dense_bytes, len(found.linears)
     lines.append("")
@@ -36,19 +37,29 @@ def table(found: Inspection) -> str:
             f"one token reads {readable_bytes(found.bytes_per_token)} of them, "
             f"{found.bytes_per_token / dense:.2f} x dense",
         ]
+    if losses := found.made_by.get("predicted_loss"):
+        lines.append(
+            f"predicted to add {sum(losses.values()):.3g} nats per token, before tuning; the most "
+            f"in {max(losses, key=losses.get)}"
+        )
     lines.append(f"all tensors: {readable_bytes(found.disk_bytes)} on disk")
     return "\n".join(lines)
 
 
 def _row(
-    linear: LinearInspection, width: int, with_balance: bool, with_clusters: bool
+    linear: LinearInspection,
+    width: int,
+    with_balance: bool,
+    with_clusters: bool,
+    with_values: bool,
 ) -> str:
     size = f"{linear.out_features} x {linear.in_features}"
     balance = f"{'-':>9}" if linear.balance is None else f"{linear.balance:9.2f}"
     clusters = f"{linear.clusters:8}  " if with_clusters else ""
+    values = f"{linear.values.partition(',')[0]:>8}  " if with_values else ""
     return (
         f"{linear.name:{width}}  {size:>13}  {clusters}{linear.experts:7}  {linear.versions:8}  "
-        f"{linear.sparsity:5.1%}  {readable_bytes(linear.stored_bytes):>8}  "
+        f"{values}{linear.sparsity:5.1%}  {readable_bytes(linear.stored_bytes):>8}  "
         f"{linear.stored_bytes / linear.dense_bytes:7.2f}  "
         f"{readable_bytes(linear.bytes_per_token):>9}{balance if with_balance else ''}"
     )
