@@ -30,7 +30,7 @@ from ..method.statistics import GroupStatistics
 from .calibration import counted_tokens, run
 from .expansion import Target
 from .precision import stored_dtype
-from .sensitivity import output_sensitivity
+from .sensitivity import output_sensitivity, unseen
 
 __all__ = ["Plan", "choose_settings", "plan_batches", "plan_linears", "refuse_unreachable"]
 
@@ -38,8 +38,6 @@ PLAN_TOKENS = 8192
 """tokens that a plan is made from"""
 PLAN_TOKENS_PER_COLUMN = 4
 """and for each input column of the widest linear"""
-UNSEEN = 4
-"""one batch in so many is kept to measure errors on"""
 HESSIAN_BYTES = 2 << 30
 
 
@@ -189,11 +187,11 @@ def _plan(
         bar = tqdm(total=len(groups), desc="Planning", leave=False)
         for some in _chunks(groups):
             known = _hessians(some, forwards, counts, dial)
-            for group, (hessian, unseen) in zip(some, known, strict=True):
+            for group, (hessian, other) in zip(some, known, strict=True):
                 weights = [linear.weight.detach() for linear in group.linears]
                 try:
                     candidates = prospects(
-                        weights, hessian, unseen, [sensitivity[name] for name in group.names],
+                        weights, hessian, other, [sensitivity[name] for name in group.names],
                         dial, _weighs(model, group.linears[0], dial),
                     )  # fmt: skip
                 except WexpandError as error:
@@ -243,15 +241,13 @@ def _hessians(
         for linear in firsts
     }
     for number, seen in enumerate(record_inputs(firsts, forwards)):
-        kept = number % UNSEEN == UNSEEN - 1
         for linear, x in seen.items():
-            parts[linear][kept].add(token_rows(x, counts[number]))
+            parts[linear][unseen(number)].add(token_rows(x, counts[number]))
     found = []
     for linear in firsts:
-        solve_for, unseen = parts[linear]
-        solve_for.flush()
-        unseen.flush()
-        if not int(unseen.tokens.sum()):
-            unseen = solve_for
-        found.append((solve_for.total(), unseen.total()))
+        solved, other = parts[linear]
+        solved.flush()
+        other.flush()
+        measured = other if int(other.tokens.sum()) else solved
+        found.append((solved.total(), measured.total()))
     return found

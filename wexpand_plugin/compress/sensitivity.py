@@ -1,7 +1,8 @@
 """The sensitivity of every targeted linear's outputs, from one backward pass over a few batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,16 +10,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import WexpandError
-from ..method.sensitivity import sampled_loss
+from ..method.sensitivity import Sensitivity, sampled_loss
+from ..method.statistics import RowSample
 from .calibration import counted_tokens, run
 
-__all__ = ["output_sensitivity"]
+__all__ = ["output_sensitivity", "unseen"]
+
+SAMPLE_TOKENS = 1024
+"""whose gradients and inputs are kept, of each linear"""
+UNSEEN = 4
+"""one batch in so many is kept to measure errors on; nothing is solved for it"""
+
+
+def unseen(number: int) -> bool:
+    """Whether the batch of this number is one to measure on."""
+    return number % UNSEEN == UNSEEN - 1
 
 
 def output_sensitivity(
     model: Any, linears: Mapping[str, nn.Linear], batches: Sequence[Mapping[str, Tensor]], seed: int
-) -> dict[str, Tensor]:
-    """G of each neuron of each of `linears`: float32 [out] by name (see `method.sensitivity`).
+) -> dict[str, Sensitivity]:
+    """What gradients say of each of `linears`, by name (see `method.sensitivity`).
 
     Weights get no gradients: what is held is the activations of one batch.
 
@@ -26,44 +38,55 @@ def output_sensitivity(
     :param seed: of the labels, which are drawn from the model's predictions
     :raises WexpandError: predictions or gradients that are not finite, or no gradients at all
     """
-    found = {name: torch.zeros(len(linear.weight)) for name, linear in linears.items()}
+    squares = {name: torch.zeros(len(linear.weight)) for name, linear in linears.items()}
+    # of one seed: the same tokens of both
+    gradients = {name: RowSample(SAMPLE_TOKENS, seed) for name in linears}
+    inputs = {name: RowSample(SAMPLE_TOKENS, seed) for name in linears}
+
+    def take(name: str, x: Tensor, gradient: Tensor) -> None:
+        rows = gradient.detach().float().flatten(0, -2)
+        squares[name] += rows.square().sum(dim=0).cpu()
+        if sampled:
+            gradients[name].add(rows.bfloat16().cpu())
+            inputs[name].add(x.detach().flatten(0, -2).bfloat16().cpu())
+
     generator = torch.Generator().manual_seed(seed)
     tokens = 0
-    with torch.enable_grad(), _gradients_of(model, linears, found):
-        for batch in tqdm(batches, "Measuring sensitivity", leave=False):
+    with torch.enable_grad(), _gradients_of(model, linears, take):
+        for number, batch in enumerate(tqdm(batches, "Measuring sensitivity", leave=False)):
             counts = counted_tokens(batch)
+            sampled = len(batches) < UNSEEN or unseen(number)
             logits = run(model, batch)
             if not bool(torch.isfinite(logits).all()):
                 raise WexpandError("model: its predictions on the calibration text are not finite")
             tokens += logits[..., 0].numel() if counts is None else int(counts.sum())
             sampled_loss(logits, counts, generator).backward()
-    for name, summed in found.items():
+    for name, summed in squares.items():
         if not bool(torch.isfinite(summed).all()):
             raise WexpandError(f"{name}: the loss has gradients that are not finite there")
         summed /= max(1, tokens)
-    if not any(bool(summed.any()) for summed in found.values()):
+    if not any(bool(summed.any()) for summed in squares.values()):
         raise WexpandError("sparsity: auto needs gradients, and none reached the targeted linears")
-    return found
+    return {
+        name: Sensitivity(summed, gradients[name].rows, inputs[name].rows)
+        for name, summed in squares.items()
+    }
 
 
 @contextmanager
 def _gradients_of(
-    model: nn.Module, linears: Mapping[str, nn.Linear], sums: Mapping[str, Tensor]
+    model: nn.Module, linears: Mapping[str, nn.Linear], take: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """While it lasts, backward passes add the squared gradients of outputs to `sums`."""
+    """While it lasts, backward passes give inputs [..., in] and gradients [..., out] to `take`."""
     frozen = [p for p in model.parameters() if p.requires_grad]
 
     def begin(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         return output.detach().requires_grad_()
 
     def watch(name: str):
-        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+        def hook(_module: nn.Module, args: tuple, output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(take)
-
-        def take(gradient: Tensor) -> None:
-            squared = gradient.detach().float().square().flatten(0, -2).sum(dim=0)
-            sums[name].add_(squared.cpu())
+                output.register_hook(partial(take, name, args[0]))
 
         return hook
 

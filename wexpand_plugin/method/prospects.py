@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import WexpandError
 from .dial import Candidate, Setting
 from .masks import MaskStructure
-from .sensitivity import added_loss, output_errors
+from .sensitivity import Sensitivity, added_loss
 from .settings import Settings
 from .solvers.sparsegpt import chunk_size, solve
 from .versions import StoredBytes
@@ -114,7 +114,7 @@ def prospects(
     weights: Sequence[Tensor],
     hessian: Tensor,
     unseen: Tensor,
-    sensitivities: Sequence[Tensor],
+    sensitivities: Sequence[Sensitivity],
     dial: Dial,
     weighs: Weighs,
 ) -> list[list[Candidate]]:
@@ -123,7 +123,7 @@ def prospects(
     :param weights: dense weights [out_i, in]
     :param hessian: mean of x x^T over the inputs to solve for [in, in], float32
     :param unseen: the same over other inputs, to measure errors on
-    :param sensitivities: G of the neurons [out_i] of each (see `sensitivity`)
+    :param sensitivities: of the outputs of each
     """
     found: list[list[Candidate]] = [[] for _ in weights]
     linears = [len(weight) for weight in weights]
@@ -133,8 +133,7 @@ def prospects(
             stored = dial.stored(setting, dense.shape, weighs)
             loss = 0.0
             if setting != DENSE:
-                errors = output_errors((part - dense).float(), unseen)
-                loss = added_loss(errors, sensitivity)
+                loss = added_loss((part - dense).float(), unseen, sensitivity)
             own.append(Candidate(setting, loss, stored))
     return found
 

@@ -3,20 +3,37 @@
 With g the gradient of the loss with respect to the outputs y of a linear, a small error dy adds
 (g . dy)^2 / 2 to the loss on average: to second order by the Fisher information, which is the
 expected g g^T when labels are drawn from the model's own predictions (the expected g is 0 then).
-With the errors of different neurons, and of different tokens, taken as independent that is
+With errors of different tokens taken as independent, and of different neurons too, that is
 
-    1/2 sum_r E[g_r^2] E[dy_r^2],    and E[dy_r^2] = (w_r - w'_r) H (w_r - w'_r)^T
+    sum_r E[g_r^2] E[dy_r^2] / 2,    E[dy_r^2] = dw_r H dw_r^T, H = E[x x^T]
 
-for a linear whose weight W became W', H the mean of x x^T over its inputs. So one backward pass
-over a few tokens gives a weight G_r = E[g_r^2] for every neuron, and with it errors of all linears
-of a model are in one unit, and add up. It is a prediction for small errors: where much is lost, a
-model loses more or less than the sum.
+for a linear whose weight changed by dW. For rounding errors that is enough. Where most weights are
+pruned it is not: errors of different neurons then go together, and are large where gradients are,
+and the loss is two to four times that sum (evals/LOG.md). So a sample of tokens, whose g and x are
+kept, says by what factor the mean of (g . dW x)^2 differs from the sum over neurons.
+
+One backward pass over a few tokens gives all of it, for all linears; their losses are in one unit,
+and add up. Losses of a few tenths of a nat and more are no longer small errors.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["added_loss", "output_errors", "sampled_loss"]
+__all__ = ["Sensitivity", "added_loss", "output_errors", "sampled_loss"]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What is known of the loss's gradients with respect to a linear's outputs."""
+
+    squares: Tensor
+    """E[g_r^2] of each neuron, float32 [out]: of the loss summed over tokens, a mean over tokens"""
+    gradients: Tensor
+    """g of some tokens [n, out]"""
+    inputs: Tensor
+    """x of the same tokens [n, in]"""
 
 
 def output_errors(change: Tensor, hessian: Tensor) -> Tensor:
@@ -29,14 +46,18 @@ def output_errors(change: Tensor, hessian: Tensor) -> Tensor:
     return ((change @ hessian) * change).sum(dim=1).clamp_(min=0)
 
 
-def added_loss(errors: Tensor, sensitivity: Tensor) -> float:
-    """The loss that errors of a linear's outputs add, in nats per token.
+def added_loss(change: Tensor, hessian: Tensor, sensitivity: Sensitivity) -> float:
+    """The loss that a change of a linear's weight adds, in nats per token.
 
-    :param errors: E[dy_r^2] of each neuron [out], see `output_errors`
-    :param sensitivity: G of each neuron [out]: squared gradients of the summed loss with respect to
-        the outputs, summed over the tokens and divided by their number
+    :param change: of the weight [out, in]
+    :param hessian: mean of x x^T over the inputs [in, in]
     """
-    return float((errors.double() * sensitivity.to(errors.device).double()).sum()) / 2
+    errors = output_errors(change, hessian)
+    apart = float((errors * sensitivity.squares.to(errors)).sum(dtype=torch.float64)) / 2
+    g, x = sensitivity.gradients.to(errors), sensitivity.inputs.to(errors)
+    together = float(((x @ change.to(errors).t()) * g).sum(dim=1).square().sum(dtype=torch.float64))
+    alone = float((g.square() @ errors).sum(dtype=torch.float64))
+    return apart * together / alone if alone > 0 else apart
 
 
 def sampled_loss(logits: Tensor, counts: Tensor | None, generator: torch.Generator) -> Tensor:
