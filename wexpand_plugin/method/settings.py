@@ -140,7 +140,7 @@ class Settings:
         are less patient: at large steps they jump to and fro between neighbours."""
         if self.tune_lr is not None:
             return self.tune_lr
-        return 0.06 if self.grid is None else 0.02
+        return 0.06 if self.grid is None else 0.01
 
     @property
     def biased(self) -> bool:
