@@ -2,6 +2,7 @@
 # make test        lint and the whole test suite, vLLM included
 # make test-serve  the vLLM half of the suite; with VLLM=0.29.0, here or above, that version of
 #                  vLLM is used instead of the pinned one, in an environment of its own
+# make docs      writes every table of README.md and docs/ anew from evals/results
 # make sanitize    random cases of the CPU kernel under AddressSanitizer and UBSan (x86; minutes)
 # The others first make the environments they need; versions are pinned in .ci/pins.txt.
 
@@ -12,7 +13,7 @@ SERVE := $(VENVS)/serve$(if $(VLLM),-$(VLLM))
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 TEST_SERVE := $(TEST_ENV) $(SERVE)/bin/python -m pytest tests/serve
 
-.PHONY: help demo test test-serve sanitize lint env-compress env-serve clean
+.PHONY: help demo docs test test-serve sanitize lint env-compress env-serve clean
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
 	@echo "make lint, make env-compress, make env-serve, make clean (keeps the environments)"
@@ -24,6 +25,9 @@ $(VENVS)/%/.complete: .ci/pins.txt .ci/make-env pyproject.toml
 
 demo: env-compress env-serve
 	$(COMPRESS)/bin/python -m evals.demo --serve-env $(SERVE)
+
+docs: env-compress
+	$(COMPRESS)/bin/python -m evals.documents
 
 lint: env-compress
 	$(COMPRESS)/bin/ruff check .

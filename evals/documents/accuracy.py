@@ -1,0 +1,243 @@
+"""What compression costs in loss: tables of docs/accuracy.md and README."""
+
+from collections.abc import Callable
+from statistics import mean, stdev
+from typing import Any
+
+from .results import paragraph, percent, results, spread, table
+
+__all__ = ["TABLES", "Point", "real_model_points"]
+
+Point = tuple[float, float]
+"""bits per weight, loss added"""
+
+
+def _bits(name: str, row: dict[str, Any]) -> float:
+    """Bits per weight; of GPTQModifier's rows computed: 16 bits of scale for 64 values."""
+    if "bits_stored" in row:
+        return row["bits_stored"]
+    return int(name.split()[1]) + 16 / 64
+
+
+def _label(name: str) -> str:
+    """A row of evals.real_model, in words."""
+    kind, *rest = name.split()
+    if kind == "GPTQ":
+        return f"llm-compressor's GPTQModifier, {rest[0]} bits"
+    if kind in ("int4", "int8"):
+        return f"`values: {' '.join([f'{kind}`', *rest])}"
+    zeros = f"{kind} zeros" if kind.endswith("%") else kind
+    return f"{zeros}, {' '.join(rest)} values" if rest else zeros
+
+
+def real_model_points() -> dict[str, tuple[Point | None, Point | None]]:
+    """Row -> one-shot and tuned, each where it was run; most bits first."""
+    rows = results("real_model")["rows"]
+    found: dict[str, list[Point | None]] = {}
+    for name, row in rows.items():
+        if name == "dense":
+            continue
+        plain = name.removesuffix(" tuned")
+        both = found.setdefault(plain, [None, None])
+        both[name != plain] = (_bits(name, row), row["loss"] - rows["dense"]["loss"])
+    order = sorted(found.items(), key=lambda item: (-max(p[0] for p in item[1] if p), item[0]))
+    return {name: (both[0], both[1]) for name, both in order}
+
+
+def _nats(point: Point | None) -> str:
+    return "" if point is None else f"{point[1]:.3f}".replace("-0.000", "0.000")
+
+
+def real_model() -> str:
+    """Loss against bits on SmolLM2."""
+    lines = []
+    for name, (plain, tuned) in real_model_points().items():
+        bits = next(p[0] for p in (plain, tuned) if p)
+        lines.append([_label(name), f"{bits:.2f}", _nats(plain), _nats(tuned)])
+    head = ["", "bits per weight", "loss added", "tuned (`tune_epochs: 8`)"]
+    return table(head, lines)
+
+
+def real_model_setting() -> str:
+    """What was run, and the dense loss."""
+    found = results("real_model")
+    return paragraph(
+        f"{found['model']}, MLP linears, calibrated on WikiText-2's validation text and measured "
+        f"on its test text. Loss added to the dense model's {found['rows']['dense']['loss']:.3f} "
+        "nats per token; bits per weight of those linears, scales and masks included; one run "
+        f"each (`{found['command']}`, evals/results/real_model.json; bits of GPTQModifier's rows "
+        "are computed)."
+    )
+
+
+def real_model_short() -> str:
+    """The one comparison that decides what to take."""
+    points = real_model_points()
+    ours, theirs, half = (points[name] for name in ("int4", "GPTQ 4 bits", "50% int4"))
+    assert ours[0] and theirs[0] and half[0] and half[1]
+    return paragraph(
+        f"At about four bits per weight `int4` adds {ours[0][1]:.3f} nats to the loss of "
+        f"SmolLM2-135M, llm-compressor's GPTQModifier {theirs[0][1]:.3f}. At {half[0][0]:.1f} "
+        f"bits, half zeros and half 4-bit values, it is {half[0][1]:.3f}, and {half[1][1]:.3f} "
+        "after tuning."
+    )
+
+
+Cells = list[dict[str, Any]]
+
+
+def _cells(**wanted: Any) -> Cells:
+    """Cells of evals.allocation with these settings and no others, by seed."""
+    found = [
+        cell
+        for cell in results("allocate_by")["cells"]
+        if {k: v for k, v in cell["cell"].items() if k != "seed"} == wanted
+    ]
+    return sorted(found, key=lambda cell: cell["cell"]["seed"])
+
+
+def _budget(sparsity: float, by: str = "gain", size: float = 1.0) -> Cells:
+    return _cells(sparsity=sparsity, num_experts=16, size_budget=size, allocate_by=by, path="full")
+
+
+def _recovered(one: Cells, full: Cells, budget: Cells) -> list[float]:
+    """Of what full experts gain over one mask, the share that a budget keeps, by seed."""
+    return [
+        (a["loss"] - c["loss"]) / (a["loss"] - b["loss"])
+        for a, b, c in zip(one, full, budget, strict=True)
+    ]
+
+
+def experts() -> str:
+    """Experts on the pocket model at 80 and 90%."""
+    columns = (0.8, 0.9)
+    one = {s: _cells(sparsity=s, num_experts=1) for s in columns}
+    full = {s: _cells(sparsity=s, num_experts=16) for s in columns}
+    budget = {s: _budget(s) for s in columns}
+    equal = {s: _cells(sparsity=t, num_experts=1) for s, t in ((0.8, 0.7664), (0.9, 0.8649))}
+
+    def row(label: str, value: Callable[[float], str]) -> list[str]:
+        return [label, *(value(s) for s in columns)]
+
+    def loss(cells: dict[float, Cells]) -> Callable[[float], str]:
+        return lambda s: spread([cell["loss"] for cell in cells[s]])
+
+    stored = " and ".join(f"{full[s][0]['stored']:.2f}" for s in columns)
+    denser = " and ".join(percent(equal[s][0]["cell"]["sparsity"]) for s in columns)
+    return table(
+        ["", *(percent(s) for s in columns)],
+        [
+            row("SparseGPT, one mask", loss(one)),
+            row(f"16 full experts: {stored} times the dense bytes", loss(full)),
+            row("16 experts, `size_budget: 1.0`", loss(budget)),
+            row(
+                "... of the full experts' gain",
+                lambda s: percent(mean(_recovered(one[s], full[s], budget[s]))),
+            ),
+            row(
+                "... bytes read per token, of dense",
+                lambda s: f"{mean(cell['read'] for cell in budget[s]):.2f}",
+            ),
+            row(f"one mask that reads as much ({denser} sparse)", loss(equal)),
+        ],
+    )
+
+
+def recipe_recovers() -> str:
+    """The recipe itself, run end to end."""
+    rows = results("recipe")["rows"]
+    said = []
+    for sparsity in sorted({row["sparsity"] for row in rows}):
+        variants = [
+            sorted(
+                (r for r in rows if r["variant"] == v and r["sparsity"] == sparsity),
+                key=lambda r: r["seed"],
+            )
+            for v in ("one expert", "full", "budget")
+        ]
+        shares = [100 * share for share in _recovered(*variants)]
+        said.append(f"{mean(shares):.1f} +- {stdev(shares):.1f}% at {sparsity:.0%}")
+    return paragraph(
+        f"The recipe itself, run end to end and read back by transformers "
+        f"(`{results('recipe')['command']}`), recovers {' and '.join(said)} of that gain."
+    )
+
+
+def allocate_by() -> str:
+    """What the budget is spent on."""
+    columns = (0.7, 0.8, 0.9)
+    names = {c["cell"]["allocate_by"] for c in results("allocate_by")["cells"]
+             if "allocate_by" in c["cell"]}  # fmt: skip
+    shares = {}
+    for name in names:
+        shares[name] = [
+            _recovered(
+                _cells(sparsity=s, num_experts=1), _cells(sparsity=s, num_experts=16),
+                _budget(s, name),
+            )
+            for s in columns
+        ]  # fmt: skip
+    order = sorted(names, key=lambda name: -sum(mean(cell) for cell in shares[name]))
+    return table(
+        ["`allocate_by`", *(percent(s) for s in columns)],
+        [
+            [f"`{n}`", *(f"{100 * mean(c):.0f} +- {100 * stdev(c):.0f}%" for c in shares[n])]
+            for n in order
+        ],
+    )
+
+
+def clusters() -> str:
+    """Cluster biases on the pocket model."""
+    rows = results("clusters")["rows"]
+    lines = [
+        [str(r["clusters"] or "none"), f"{r['tokens']}", f"{r['added']:.3f}",
+         f"{r['stored']:.2f}", f"{r['read']:.2f}"]
+        for r in sorted(rows, key=lambda r: (r["tokens"], r["clusters"]))
+    ]  # fmt: skip
+    head = ["clusters", "calibration tokens", "loss added", "bytes stored, of dense", "read"]
+    return table(head, lines)
+
+
+def dial() -> str:
+    """What a plan predicts, and what came out."""
+    found = results("dial")
+    lines = []
+    for row in sorted(found["rows"], key=lambda row: -row["stored"]):
+        if "sensitivity" in row:  # by an earlier way of predicting
+            continue
+        name = row["run"] + (f", tuned ({row['epochs']} epochs)" if row["epochs"] else "")
+        predicted = f"{row['predicted']:.3f}" if "predicted" in row else ""
+        lines.append([name, f"{row['stored']:.3f}", f"{row['added']:.3f}", predicted])
+    return table(["", "size, of dense", "loss added", "predicted"], lines)
+
+
+def paper() -> str:
+    """The paper's claims on the pocket model."""
+    neurons, gains = results("entangled_neurons"), results("improvement")
+
+    def last(name: str) -> float:
+        return mean(seed[-1] for seed in neurons["loss"][name]) - neurons["dense_loss"]
+
+    r2 = gains["summary"]["R2 wasserstein"]["mean"]
+    return paragraph(
+        f"That the {neurons['percent']:.0f}% of neurons with the highest Wasserstein distance bear "
+        f"sparsity worst holds on the pocket model: at {neurons['sparsity'][-1]:.0%} sparsity of "
+        f"these neurons alone the loss rises by {last('wasserstein'):.2f}, with random neurons "
+        f"instead by {last('random'):.2f} (`{neurons['command']}`). That they gain most from "
+        f"experts does not hold: the distance explains a share of {r2:.3f} of the variance of the "
+        f"gain (`{gains['command']}`)."
+    )
+
+
+def demo() -> str:
+    """What `make demo` prints at its end."""
+    from evals.demo import table as text
+
+    return f"```text\n{text(results('demo'))}\n```"
+
+
+TABLES = (
+    real_model, real_model_setting, real_model_short, experts, recipe_recovers, allocate_by,
+    clusters, dial, paper, demo,
+)  # fmt: skip
