@@ -287,6 +287,9 @@ def test_yaml_recipe_with_unquoted_mask_structure(tmp_path):
         output_dir=str(tmp_path / "out"),
     )  # fmt: skip
     assert model.model.layers[0].mlp.up_proj.experts == 2
+    there = {file.name for file in (tmp_path / "out").iterdir()}
+    assert there >= {"recipe.yaml", "tokenizer.json", "generation_config.json"}
+    assert "mask_structure: '2:4'" in (tmp_path / "out" / "README.md").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     made_by = config["made_by"]
     assert made_by["mask_structure"] == "2:4" and made_by["targets"] == ["re:.*mlp.*"]

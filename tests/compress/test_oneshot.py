@@ -46,16 +46,25 @@ def test_from_files_to_a_directory(inputs, tmp_path):
 
 
 def test_all_files_of_the_model_but_code_come_along(inputs, tmp_path):
-    """As with `wexpand pack`: processors, licence, card, and the tokenizer byte for byte."""
-    model = Path(inputs["model"])
-    names = ("LICENSE", "README.md", "preprocessor_config.json", "tokenizer.json")
-    for name in names[:3]:
+    """As with `wexpand pack`: processors, licence, and the tokenizer byte for byte; its card beside
+    ours."""
+    model, out = Path(inputs["model"]), tmp_path / "out"
+    names = ("LICENSE", "preprocessor_config.json", "chat_template.jinja", "tokenizer.json",
+             "processor_config.json", "tokenizer_config.json")  # fmt: skip
+    for name in ("README.md", *names[:3]):
         (model / name).write_text(name)
+    (model / "processor_config.json").write_text("{}")
+    (model / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.25}')
     (model / "own.py").write_text("")
     compress(**inputs)
     for name in names:
-        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes(), name
-    assert not (tmp_path / "out" / "own.py").exists()
+        assert (out / name).read_bytes() == (model / name).read_bytes(), name
+    assert not (out / "own.py").exists()
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.25
+    assert "SparseExpansionModifier" in (out / "recipe.yaml").read_text()
+    assert (out / "README.base_model.md").read_text() == "README.md"
+    card = (out / "README.md").read_text()
+    assert "# dense, compressed" in card and "sparsity: 0.6" in card and "num_experts: 2" in card
 
 
 def test_mistakes_are_found_before_work(inputs, tmp_path):

@@ -1,10 +1,6 @@
 """Recipes: found by name, and refused with the key, its value and what would be right."""
 
-import shutil
-import subprocess
-import sys
 import tomllib
-import zipfile
 
 import pytest
 
@@ -67,24 +63,3 @@ def test_every_folder_is_packaged(root):
     folders = {file.parent for file in (root / "wexpand_plugin").rglob("*.py")}
     packages = {".".join(folder.relative_to(root).parts) for folder in folders}
     assert set(setuptools["packages"]) == packages | {"wexpand_plugin.recipes"}
-
-
-@pytest.mark.slow
-def test_recipes_travel_in_the_wheel(root, recipes, tmp_path):
-    """Built from a copy, as building leaves files beside the sources."""
-    for name in ("wexpand_plugin", "recipes"):
-        shutil.copytree(root / name, tmp_path / name)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(root / name, tmp_path)
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "."],
-        cwd=tmp_path, check=True, capture_output=True,
-    )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as opened:
-        packed = set(opened.namelist())
-    for file in recipes.glob("*.yaml"):
-        assert f"wexpand_plugin/recipes/{file.name}" in packed
-    for file in (root / "wexpand_plugin").rglob("*"):
-        if file.is_file() and file.suffix != ".pyc":
-            assert str(file.relative_to(root)) in packed

@@ -296,3 +296,7 @@ def test_copy_others(tmp_path):
     copied = sorted(str(f.relative_to(target)) for f in target.rglob("*") if f.is_file())
     assert copied == ["kept.json", "sub/template.jinja", "tokenizer.json"]
     assert (target / "kept.json").read_text() == "new"
+    other = tmp_path / "other"
+    other.mkdir()
+    copy_others(source, other, but=("tokenizer.json",))
+    assert not (other / "tokenizer.json").exists() and (other / "kept.json").exists()

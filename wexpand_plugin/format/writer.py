@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -175,10 +175,12 @@ def require_empty(output: str | Path) -> None:
         raise WexpandError(f"{output}: is a file; name a directory that does not exist")
 
 
-def copy_others(source: Path, target: Path) -> list[str]:
+def copy_others(source: Path, target: Path, *, but: Collection[str] = ()) -> list[str]:
     """Copy tokenizer and all other files but weights, code and what a writer of ours makes itself.
 
     Files that `target` has already stay as they are.
+
+    :param but: further files to leave, by their paths inside `source`
 
     :return: the files of code, pickles among them, that were left out
     """
@@ -191,7 +193,7 @@ def copy_others(source: Path, target: Path) -> list[str]:
         if file.name.endswith(_CODE):
             left_out.append(str(inside))
             continue
-        if str(inside) in (CONFIG, CHECKSUMS) or (target / inside).exists():
+        if str(inside) in (CONFIG, CHECKSUMS, *but) or (target / inside).exists():
             continue
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / inside)

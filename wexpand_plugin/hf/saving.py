@@ -2,8 +2,8 @@
 
 `save_pretrained` of transformers, or of llm-compressor around it, writes the tensors and a
 config.json. Ours lets it write into a partial directory, adds what makes that a checkpoint (input
-groups, checksums, digest), reads all of it back, and only then puts the files in place, config.json
-last.
+groups, checksums, digest) and the model card, reads all of it back, and only then puts the files in
+place, config.json last.
 """
 
 import types
@@ -21,6 +21,7 @@ from ..format.model_dir import ModelDir
 from ..format.problems import problems
 from ..format.router import narrowest
 from ..format.writer import partial_directory, seal
+from .card import write_card
 from .linear import WIDENED, RoutedLinear
 from .names import check_fit, module_tensor_names
 
@@ -62,6 +63,9 @@ def wrap_save_pretrained(model: Any, made_by: Mapping[str, Any]) -> None:
             result = save(self, str(partial), *args, **kwargs)
             names = ModelDir(partial, partial.glob("*.safetensors")).headers
             seal(partial, group_entries(self, names), self._wexpand_made_by)
+            made_by = self._wexpand_made_by
+            sources = [str(s) for s in (self.name_or_path, made_by.get("model")) if s]
+            write_card(partial, save_directory, made_by, sources)
             _read_back(self, partial, save_directory)
         return result
 

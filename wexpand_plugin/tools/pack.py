@@ -33,6 +33,7 @@ from ..format.writer import (
     seal,
     write_json,
 )
+from ..hf.card import write_card
 from ..hf.hub import resolve
 from ..method.grids import GRIDS, Grid
 from .inspect_table import readable_bytes
@@ -109,12 +110,15 @@ def pack(
         if not packer.groups:
             raise WexpandError(f"{model}: {packer.nothing()}")
         writer.close()
-        if left_out := copy_others(source.path, partial):
-            done.notes.append(f"not copied, as loading them runs code: {', '.join(left_out)}")
         write_json(partial / "config.json", packer.config_json)
-        made_by = {"wexpand": __version__, "command": "pack", "values": values}
+        made_by = {
+            "wexpand": __version__, "command": "pack", "values": values, "model": str(model)
+        }  # fmt: skip
         order = [packer.groups[n] for n in packer.linears.values() if n in packer.groups]
         seal(partial, order, made_by, checksums=writer.checksums)
+        write_card(partial, output, made_by, [source.path])
+        if left_out := copy_others(source.path, partial):
+            done.notes.append(f"not copied, as loading them runs code: {', '.join(left_out)}")
         done.bytes_after = ModelDir(partial).disk_bytes
     done.bytes_before = source.disk_bytes
     if done.negative_zeros:

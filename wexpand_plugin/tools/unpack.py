@@ -1,5 +1,6 @@
 """A checkpoint of ours as a dense model again, zeros included."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from ..format.writer import (
     require_empty,
     write_json,
 )
+from ..hf.card import BASE_CARD, CARD, is_card
 from .pack import progress_bar
 
 __all__ = ["unpack"]
@@ -83,6 +85,17 @@ def unpack(
                 if name not in ours:
                     writer.add(name, tensor)
         writer.close()
-        copy_others(model.path, partial)
+        _copy_others(model.path, partial)
         values = {k: v for k, v in model.config_json.items() if k != "quantization_config"}
         write_json(partial / "config.json", values)
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """All other files; the base model's card takes the place of ours, if ours was not changed."""
+    card, base = source / CARD, source / BASE_CARD
+    if not card.exists() or not is_card(card):
+        copy_others(source, target)
+        return
+    if base.exists():
+        shutil.copyfile(base, target / CARD)
+    copy_others(source, target, but=(CARD, BASE_CARD))
