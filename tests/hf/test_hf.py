@@ -387,7 +387,8 @@ def test_saving_over_an_older_model_replaces_its_shards(tmp_path):
     (tmp_path / "b" / "notes.txt").write_text("mine")
     model.save_pretrained(tmp_path / "b")
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "notes.txt", CHECKSUMS,
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "notes.txt",
+        CHECKSUMS,
     ]  # fmt: skip
     assert torch.equal(logits(load(tmp_path / "b")), logits(model))
 
