@@ -371,3 +371,36 @@ def test_compress_then_verify(tmp_path):
     )  # fmt: skip
     assert verify(tmp_path / "out") == []
     assert [linear.experts for linear in inspect(tmp_path / "out").linears] == [2, 2, 2]
+
+
+def test_resume_takes_everything_from_the_run_that_ended(tmp_path, monkeypatch):
+    from wexpand_plugin.compress import oneshot
+
+    model = tiny.dense(dtype=torch.float32)
+    model.save_pretrained(tmp_path / "dense")
+    tiny.tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "t5 t6 t7 t9 " * 400}))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    out = tmp_path / "out"
+    command = (
+        "compress", tmp_path / "dense", "-r", tmp_path / "recipe.yaml", "-d",
+        tmp_path / "text.jsonl", "-o", out, "--samples", 16, "--max-seq-length", 32,
+    )  # fmt: skip
+    copy_others = oneshot.copy_others
+
+    def full(*args):
+        raise OSError(28, "No space left on device", "out")
+
+    def said(*arguments):
+        """The last line: llm-compressor's log, made in another test, may complain before."""
+        return run(*arguments, code=1).stderr.strip().splitlines()[-1]
+
+    assert "out: there is no unfinished run" in said("compress", "--resume", out)
+    monkeypatch.setattr(oneshot, "copy_others", full)
+    assert said(*command) == "wexpand: out: No space left on device"
+    assert "left 2 finished blocks" in said(*command)
+    monkeypatch.setattr(oneshot, "copy_others", copy_others)
+    assert "seed was 0 and is 3 now" in said("compress", "--resume", out, "--seed", 3)
+    run("compress", "--resume", out, "-o", tmp_path / "other", code=2)
+    assert "wrote" in run("compress", "--resume", out).output and verify(out) == []
+    run("compress", "-d", tmp_path / "text.jsonl", "-o", out, code=2)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import WexpandError
 
-__all__ = ["MASKS", "CalibrationBatches", "counted_tokens", "run"]
+__all__ = ["MASKS", "CalibrationBatches", "about_rows", "counted_tokens", "run"]
 
 MASKS = ("attention_mask", "loss_mask")
 """where a batch has them, which of its tokens count"""
@@ -43,6 +43,20 @@ def counted_tokens(batch: Any) -> Tensor | None:
             )
         counts &= mask.bool().cpu()
     return counts
+
+
+def about_rows(loader: DataLoader | None) -> dict[str, Any]:
+    """What tells one data loader's rows from another's, in whatever order it gives them."""
+    rows, crc, tokens = 0, 0, 0
+    for row in getattr(loader, "dataset", None) or ():
+        rows += 1
+        for key in ("input_ids", *MASKS):
+            if (values := row.get(key)) is not None:
+                ids = torch.as_tensor(values, dtype=torch.int64).flatten()
+                crc = zlib.crc32(ids.numpy().astype("<i8").tobytes(), crc)
+                tokens += len(ids) if key == "input_ids" else 0
+    batch_size = getattr(loader, "batch_size", None)
+    return {"rows": rows, "tokens": tokens, "crc32": f"{crc:08x}", "batch_size": batch_size}
 
 
 def run(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

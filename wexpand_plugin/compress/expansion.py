@@ -24,7 +24,7 @@ from .passing import PassingStatistics
 from .precision import stored_dtype
 from .replay import BlockReplay, ReplayedInputs
 from .rows import codec_for, packed, packed_biases, replace_linear, settings_for
-from .tuning import DensePath, tune
+from .tuning import tune
 
 __all__ = ["Block", "Target", "allocate_targets", "expand_block", "parts"]
 
@@ -50,8 +50,8 @@ class Target:
     """share of the model's blocks that an error of the linear reaches: its own and later ones"""
     routed: RoutedLinear | None = None
     """what has replaced it"""
-    group: str = ""
-    """label of its input group, once replaced"""
+    label: str = ""
+    """of its input group, once replaced"""
     settings: Settings | None = None
     """its own, where they are chosen linear by linear"""
     loss: float | None = None
@@ -66,8 +66,8 @@ def expand_block(
     targets: Mapping[str, Target],
     replay: BlockReplay,
     passing: PassingStatistics | None,
+    outputs: list[Tensor],
     settings: Settings,
-    path: DensePath,
 ) -> None:
     """Replace the `targets` of one block, group by group, calibrated by `replay`, and tune them.
 
@@ -76,9 +76,8 @@ def expand_block(
     whole, as in llm-compressor's SparseGPT, which comes out better (evals/LOG.md).
 
     :param passing: where the method needs no more, in place of replays
-    :param path: the dense model's hidden states, followed where blocks are tuned
+    :param outputs: where blocks are tuned, what the dense model has after this one, of each batch
     """
-    outputs = path.targets(replay, block.place) if settings.tune_epochs else []
     if passing is None:
         linears = {n: t.linear for n, t in targets.items() if t.linear is not None}
         groups = replay.groups(linears)
@@ -178,9 +177,12 @@ def _replace_groups(model: nn.Module, solved: list[_Solved], targets: Mapping[st
                 tokens=result.tokens.tolist(), cluster_bias=packed_biases(stored),
                 cluster_expert=result.cluster_expert,
             )  # fmt: skip
-            target.linear, target.group = None, group.label
+            target.linear, target.label = None, group.label
             target.candidates = found.candidates
             # until the block has been propagated and its other groups have been replayed
+            if target.candidates is None:
+                target.routed.materialise()
+                continue
             shift = packed_biases(found.calibrating)
             target.routed.materialise(
                 found.calibrating.dense(), None if shift is None else shift.decoded()
@@ -220,6 +222,6 @@ def allocate_targets(model: nn.Module, targets: Mapping[str, Target], settings: 
         )  # fmt: skip
         target.routed, target.candidates = new, None
         share = new.stored_bytes() / new.dense_bytes()
-        errors.setdefault(target.group, []).append(f"{stored.error:.3f} ({share:.2f} of dense)")
+        errors.setdefault(target.label, []).append(f"{stored.error:.3f} ({share:.2f} of dense)")
     for label, found in errors.items():
         logger.info(f"{label}: stored with relative error {', '.join(found)}")

@@ -1,14 +1,16 @@
 """What config.json records of a run: enough to repeat it."""
 
+import zlib
 from importlib.metadata import version
 from typing import Any
 
 from llmcompressor.modifiers import Modifier
 
 from .. import __version__
+from ..format.model_dir import checksum
 from .calibration import CalibrationBatches
 
-__all__ = ["made_by"]
+__all__ = ["crc_of_weights", "made_by"]
 
 
 def made_by(
@@ -24,3 +26,13 @@ def made_by(
         found["data"] = batches.about()
     libraries = {name: version(name) for name in ("llmcompressor", "transformers", "torch")}
     return found | {"versions": {"wexpand": __version__} | libraries}
+
+
+def crc_of_weights(model: Any) -> str:
+    """What tells a model's weights from others, in the dtypes that they are computed with."""
+    found = 0
+    for name, weight in model.named_parameters():
+        if not weight.is_meta:
+            about = f"{name} {weight.dtype} {list(weight.shape)} {checksum(weight)}"
+            found = zlib.crc32(about.encode(), found)
+    return f"{found:08x}"

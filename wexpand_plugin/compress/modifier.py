@@ -19,14 +19,16 @@ from ..hf.saving import wrap_save_pretrained
 from ..method.masks import MaskStructure
 from ..method.prospects import Dial
 from ..method.settings import Settings
-from .calibration import CalibrationBatches, counted_tokens
+from .calibration import CalibrationBatches, about_rows, counted_tokens
 from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .estimate import working_bytes
 from .expansion import Block, Target, allocate_targets, expand_block, parts
-from .made_by import made_by
+from .finished import finished_linears, restore_linears
+from .made_by import crc_of_weights, made_by
 from .passing import PassingStatistics
-from .planning import choose_settings, refuse_unreachable
+from .planning import choose_settings, refuse_unreachable, use_settings
 from .precision import stored_dtype
+from .progress import Part
 from .replay import BlockReplay
 from .rows import settings_for
 from .targets import target_linears
@@ -147,6 +149,7 @@ class SparseExpansionModifier(Modifier):
     _passing: dict[str, PassingStatistics] = PrivateAttr(default_factory=dict)
     _batches: CalibrationBatches = PrivateAttr(default_factory=CalibrationBatches)
     _path: DensePath = PrivateAttr(default_factory=DensePath)
+    _part: Part = PrivateAttr(default_factory=Part)
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -197,6 +200,11 @@ class SparseExpansionModifier(Modifier):
         if self._dial is not None:
             refuse_unreachable(model, linears, self._dial)
         self._check_tokens(state)
+        self._part = Part()
+        if self._part.kept:
+            data = {"data": about_rows(kwargs.get("calib_data"))}
+            weights = {"weights": crc_of_weights(model)}
+            self._part.same_run(made_by(self, model) | data | weights)
         self._batches = CalibrationBatches.watch(kwargs.get("calib_data"))
         self._say(model, linears)
         return True
@@ -260,11 +268,18 @@ class SparseExpansionModifier(Modifier):
         """Choose settings where the recipe leaves them open; from now on record each block's
         arguments."""
         if self._dial is not None:
-            choose_settings(state.model, self._targets, state.data.calib or (), self._dial)
+            choice = self._part.read("plan")
+            if choice is None:
+                linears = {n: t.linear for n, t in self._targets.items() if t.linear is not None}
+                loader = state.data.calib or ()
+                choice = choose_settings(state.model, linears, loader, self._dial)
+                self._part.write("plan", choice)
+            use_settings(self._targets, choice, self._dial)
         for name, block in self._blocks.items():
             counts = self._batches.current
             self._replays[name] = BlockReplay(block.module, self.register_hook, counts)
-            if self._settings.clusters == 1 and not self._settings.biased:
+            passing = self._settings.clusters == 1 and not self._settings.biased
+            if passing and not self._part.has(_record(block)):
                 linears = {
                     n: t.linear
                     for n, t in self._targets.items()
@@ -282,11 +297,26 @@ class SparseExpansionModifier(Modifier):
             ready = [n for n in ready if any(m is self._blocks[n].module for m in modules)]
         for name in ready:
             with torch.no_grad(), calibration_forward_context(state.model):
-                targets = {n: t for n, t in self._targets.items() if t.block == name}
-                expand_block(
-                    state.model, self._blocks[name], targets, self._replays.pop(name),
-                    self._passing.pop(name, None), self._settings, self._path,
-                )  # fmt: skip
+                self._finish(state.model, self._blocks[name], self._replays.pop(name))
+
+    def _finish(self, model: nn.Module, block: Block, replay: BlockReplay) -> None:
+        """Expand the linears of a block, or put back what an earlier run made of them."""
+        targets = {n: t for n, t in self._targets.items() if t.block == block.name}
+        outputs = self._path.targets(replay, block.place) if self._settings.tune_epochs else []
+        passing, data = self._passing.pop(block.name, None), self._batches.about()
+        known = self._part.read(_record(block))
+        if known is not None:
+            if known["data"] != data:
+                raise WexpandError(
+                    "resume: the calibration batches come in another order; call "
+                    "torch.manual_seed with the same seed before oneshot"
+                )
+            restore_linears(model, targets, known["linears"])
+            logger.info(f"{block.name}: as it was found before")
+            return
+        expand_block(model, block, targets, replay, passing, outputs, self._settings)
+        finished = finished_linears(targets) if self._part.kept else {}
+        self._part.write(_record(block), {"data": data, "linears": finished})
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         """Drop hooks; settle what the whole model competes for."""
@@ -330,3 +360,8 @@ class SparseExpansionModifier(Modifier):
         for target in self._targets.values():
             if target.routed is not None:
                 target.routed.dematerialise()
+
+
+def _record(block: Block) -> str:
+    """The name of what is kept of a block."""
+    return f"block-{block.place:05d}"

@@ -2,15 +2,19 @@
 
 The recipe is parsed and the model, the calibration text and the output directory are looked at
 first. Calibration text is joined and cut into rows of equal length, so that no padding enters the
-statistics. Everything is written beside the output directory and moved there when it is complete.
+statistics. Everything is written beside the output directory and moved there when it is complete;
+blocks that are finished are kept there meanwhile, so that a run that ends early can go on
+(`progress`).
 """
 
 from pathlib import Path
 
 from ..errors import WexpandError
+from ..format.model_dir import CHECKSUMS
 from ..format.writer import copy_others, partial_directory, require_empty
 from .loading import DTYPES, load_dense, load_inputs
 from .precision import set_dtypes
+from .progress import resumable
 from .recipes import check_recipe, dial_recipe
 from .recipes import recipe as find_recipe
 
@@ -32,6 +36,7 @@ def compress(
     batch_size: int = 1,
     dtype: str = "auto",
     seed: int = 0,
+    resume: bool = False,
 ) -> Path:
     """Apply `recipe` to `model`, calibrated on `dataset`, and save to the new directory `output`.
 
@@ -46,18 +51,29 @@ def compress(
     :param dtype: what is computed in: "float32", "bfloat16", "float16", or "auto": the model's own
         where the machine is fast with it, else float32. The model is saved in its own
     :param seed: which texts or rows are taken, and their order
+    :param resume: go on with an earlier run of `output` that ended early, at its first unfinished
+        block, to the same bytes; everything else must be as it was. Begins one where there is none
     :return: the output directory
 
     Runs no code that the model brings.
     """
     import torch
+    import yaml
     from llmcompressor import oneshot
     from llmcompressor.core import create_session
     from loguru import logger
 
     if dtype not in DTYPES:
         raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if resume and (Path(output) / CHECKSUMS).is_file():
+        raise WexpandError(f"{output}: is complete; there is nothing to resume")
     require_empty(output)
+    options = {
+        "model": model, "recipe": None if recipe is None else str(recipe), "dataset": dataset,
+        "size": size, "samples": samples, "max_seq_length": max_seq_length,
+        "dataset_config": dataset_config, "split": split, "text_column": text_column,
+        "batch_size": batch_size, "dtype": dtype, "seed": seed,
+    }  # fmt: skip
     if recipe is not None and size is not None:
         raise WexpandError(
             f"size: {size} is for compressing without a recipe; set size_budget in {recipe} instead"
@@ -67,13 +83,18 @@ def compress(
     else:
         recipe = find_recipe(recipe)
         check_recipe(recipe)
+        options["stages"] = yaml.safe_load(Path(recipe).read_text(encoding="utf8"))
     inputs = load_inputs(
         model, dataset, samples=samples, max_seq_length=max_seq_length,
         dataset_config=dataset_config, split=split, text_column=text_column, seed=seed,
     )  # fmt: skip
     torch.manual_seed(seed)
     # a session of its own: a run that fails leaves nothing for the next one to clear up
-    with create_session(), partial_directory(output) as partial:
+    with (
+        resumable(output, resume=resume, options=options),
+        create_session(),
+        partial_directory(output) as partial,
+    ):
         dense, own = load_dense(model, dtype)
         oneshot(
             model=dense, tokenizer=inputs.tokenizer, dataset=inputs.rows, recipe=recipe,

@@ -32,7 +32,14 @@ from .expansion import Target
 from .precision import stored_dtype
 from .sensitivity import output_sensitivity, unseen
 
-__all__ = ["Plan", "choose_settings", "plan_batches", "plan_linears", "refuse_unreachable"]
+__all__ = [
+    "Plan",
+    "choose_settings",
+    "plan_batches",
+    "plan_linears",
+    "refuse_unreachable",
+    "use_settings",
+]
 
 PLAN_TOKENS = 8192
 """tokens that a plan is made from"""
@@ -107,23 +114,29 @@ def refuse_unreachable(model: Any, linears: Mapping[str, nn.Linear], dial: Dial)
 
 def choose_settings(
     model: Any,
-    targets: dict[str, Target],
+    linears: Mapping[str, nn.Linear],
     loader: Iterable[Mapping[str, Tensor]],
     dial: Dial,
-) -> None:
-    """Give each of `targets` the settings that a plan chooses; those that stay dense are dropped.
+) -> dict[str, Candidate]:
+    """What a plan chooses for each of `linears`, by name; one that is missing stays dense.
 
     :param loader: of the calibration batches, of which a part is used
     """
-    linears = {n: t.linear for n, t in targets.items() if t.linear is not None}
     device = get_execution_device(next(iter(linears.values())))
-    batches = plan_batches(loader, linears, torch.device(device))
+    # a run that goes on has no plan to make, and is to see the data in the same order
+    with torch.random.fork_rng(devices=[]):
+        batches = plan_batches(loader, linears, torch.device(device))
     choice = plan_linears(model, linears, batches, dial).choose(dial.size_budget)
     counts = Counter(candidate.setting for candidate in choice.values())
     found = "; ".join(f"{setting}: {count}" for setting, count in sorted(counts.items()))
     loss = sum(candidate.loss for candidate in choice.values())
     logger.info(f"Of {len(choice)} linears {found}; predicted to add {loss:.3f} nats, untuned")
-    for name in linears:
+    return choice
+
+
+def use_settings(targets: dict[str, Target], choice: Mapping[str, Candidate], dial: Dial) -> None:
+    """Give each of `targets` the settings that were chosen; those that stay dense are dropped."""
+    for name in list(targets):
         candidate = choice.get(name)
         if candidate is None or candidate.setting == DENSE:
             del targets[name]

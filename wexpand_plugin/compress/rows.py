@@ -1,7 +1,7 @@
 """From row versions to a routed linear in the place of the dense one."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,8 +18,16 @@ from ..method.clusters import Router
 from ..method.settings import Settings
 from ..method.versions import RowVersions, SolvedRows
 from .precision import stored_dtype
+from .records import recorded
 
-__all__ = ["codec_for", "packed", "packed_biases", "replace_linear", "settings_for"]
+__all__ = [
+    "PackedRows",
+    "codec_for",
+    "packed",
+    "packed_biases",
+    "replace_linear",
+    "settings_for",
+]
 
 
 def codec_for(weight_dtype: torch.dtype, settings: Settings) -> ValueCodec:
@@ -33,19 +41,30 @@ def settings_for(weight_dtype: torch.dtype, settings: Settings) -> Settings:
     """`settings` that know what the rows of a linear of this dtype weigh, and how to pack them."""
     how = codec_for(weight_dtype, settings)
     weighs = StoredBytes(how, weight_dtype)
-    return replace(settings, stored_bytes=weighs, keep=partial(_PackedRows, how))
+    return replace(settings, stored_bytes=weighs, keep=partial(PackedRows.pack, how))
 
 
-class _PackedRows:
+@recorded
+@dataclass(frozen=True)
+class PackedRows:
     """Rows [n, in] kept packed, in main memory."""
 
-    def __init__(self, how: ValueCodec, rows: SolvedRows):
-        self.device, self.dtype = rows.weights.device, rows.weights.dtype
-        self.pool = RowPool.pack(rows.weights, codec=how, scale=rows.scales).to("cpu")
+    pool: RowPool
+    device: str
+    """where they are unpacked to"""
+    dtype: str
+    """and in what"""
+
+    @classmethod
+    def pack(cls, how: ValueCodec, rows: SolvedRows) -> "PackedRows":
+        """Solved `rows`, as `how` stores them."""
+        weights, dtype = rows.weights, str(rows.weights.dtype).removeprefix("torch.")
+        pool = RowPool.pack(weights, codec=how, scale=rows.scales).to("cpu")
+        return cls(pool, str(weights.device), dtype)
 
     def __getitem__(self, index: Tensor) -> SolvedRows:
         scales = None if self.pool.scale is None else self.pool.scale[index.cpu()]
-        rows = SolvedRows(self.pool.rows(index.cpu(), self.dtype), scales)
+        rows = SolvedRows(self.pool.rows(index.cpu(), getattr(torch, self.dtype)), scales)
         return rows.apply(lambda part: part.to(self.device))
 
 

@@ -48,6 +48,10 @@ class StoredRouter(NamedTuple):
         """Bytes of all tensors."""
         return self.weight.nbytes + self.bias.nbytes
 
+    def to(self, device: torch.device | str) -> "StoredRouter":
+        """The same on another device."""
+        return StoredRouter(self.weight.to(device), self.bias.to(device), self.parents)
+
     def route(self, x: Tensor) -> Tensor:
         """Cluster of each token: `x` [tokens, in] -> int64 [tokens]; logits in the bias's dtype."""
         weight, bias, parents = self

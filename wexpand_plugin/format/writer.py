@@ -29,9 +29,11 @@ __all__ = [
     "TensorWriter",
     "atomic",
     "copy_others",
+    "made_parents",
     "partial_directory",
     "require_empty",
     "seal",
+    "working_path",
     "write_json",
 ]
 
@@ -41,6 +43,8 @@ SHARD_BYTES = 1 << 29
 _WEIGHTS = tuple(
     ".safetensors .index.json .bin .pt .pth .ckpt .npz .gguf .h5 .msgpack .onnx .onnx_data".split()
 )
+# as `working_path` names them, in a directory
+_TEMPORARY = re.compile(r"\.partial-\d+|\.unfinished")
 # what runs when it is loaded: our own output holds none, whatever the source is
 _CODE = (".py", ".pkl", ".pickle")
 
@@ -167,9 +171,12 @@ def _read_all(model: ModelDir, quiet: bool) -> dict[str, str]:
 
 
 def require_empty(output: str | Path) -> None:
-    """Refuse an output that exists, unless it is an empty directory. Raises WexpandError."""
+    """Refuse an output that exists, unless it is an empty directory. Raises WexpandError.
+
+    What writers of ours put there for a while, and leave when they are killed, does not count.
+    """
     path = Path(output)
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(not _TEMPORARY.fullmatch(file.name) for file in path.iterdir()):
         raise WexpandError(f"{output}: is not empty; name a directory that does not exist")
     if path.exists() and not path.is_dir():
         raise WexpandError(f"{output}: is a file; name a directory that does not exist")
@@ -219,33 +226,47 @@ def partial_directory(target: str | Path) -> Iterator[Path]:
                 f"{target}: holds {foreign[0]}, which would be read as a part of the model; save "
                 "to another directory"
             )
-        # inside, as the directory may be the only writable one of its file system
-        stem, parent = ".partial", target
-    else:
-        stem, parent = f".{target.name}.partial", target.parent
-    partial = parent / f"{stem}-{os.getpid()}"
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    stem = working_path(target, "partial")
+    partial = stem.with_name(f"{stem.name}-{os.getpid()}")
+    with made_parents(partial.parent):
+        try:
+            _remove_abandoned(stem)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            if target.exists():
+                _move_into(partial, target)
+            else:
+                os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def working_path(target: Path, kind: str) -> Path:
+    """Where something lies that is to become a part of `target`: beside it, and in it where it
+    exists, as it may be the only directory of its file system that can be written to."""
+    if target.exists():
+        return target / f".{kind}"
+    return target.parent / f".{target.name}.{kind}"
+
+
+@contextmanager
+def made_parents(folder: Path) -> Iterator[None]:
+    """`folder` and those above it are there; in the end those that it made and nobody filled go."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(parent, stem)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            _move_into(partial, target)
-        else:
-            os.replace(partial, target)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in missing:
-            with suppress(OSError):  # `target` is in it, or it could not be made
-                folder.rmdir()
+        for parent in missing:
+            with suppress(OSError):  # something is in it, or it could not be made
+                parent.rmdir()
 
 
-def _remove_abandoned(parent: Path, stem: str) -> None:
+def _remove_abandoned(stem: Path) -> None:
     """Remove the partial directories of processes of this machine that do not run any more."""
-    for left in parent.glob(f"{stem}-*"):
-        number = left.name.removeprefix(f"{stem}-")
+    for left in stem.parent.glob(f"{stem.name}-*"):
+        number = left.name.removeprefix(f"{stem.name}-")
         if number.isdigit() and left.is_dir() and not _alive(int(number)):
             shutil.rmtree(left, ignore_errors=True)
 

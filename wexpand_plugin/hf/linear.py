@@ -184,6 +184,11 @@ class RoutedLinear(nn.Module):
             weights = torch.stack([pool.expert(e) for e in range(self.experts)])
         self._dense, self._dense_biases = weights, biases
 
+    @property
+    def computes_with(self) -> tuple[Tensor | None, Tensor | None]:
+        """What `materialise` keeps at hand, None for what it does not."""
+        return self._dense, self._dense_biases
+
     def dematerialise(self) -> None:
         """Undo `materialise`."""
         self._dense = self._dense_biases = None

@@ -3,23 +3,21 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..errors import WexpandError
 from .commands import Json, Model
 
 __all__ = ["compress", "plan"]
 
-Dataset = Annotated[
-    str,
-    typer.Option(
-        "--dataset",
-        "-d",
-        help="Calibration text or chats: .txt, .jsonl, .csv or .parquet file, saved data set, "
-        "or hub id.",
-    ),
-]
+_DATASET = typer.Option(
+    "--dataset",
+    "-d",
+    help="Calibration text or chats: .txt, .jsonl, .csv or .parquet file, saved data set, "
+    "or hub id.",
+)
 DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub data set.")]
 Split = Annotated[str, typer.Option(help="Split of the data set.")]
 TextColumn = Annotated[
@@ -35,9 +33,15 @@ Dtype = Annotated[
 
 
 def compress(
-    model: Model,
-    dataset: Dataset,
-    output: Annotated[Path, typer.Option("--output", "-o", help="New directory.")],
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Model directory, or its id on the hub."),
+    ] = None,
+    dataset: Annotated[str | None, _DATASET] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="New directory.")
+    ] = None,
     size: Annotated[
         float | None,
         typer.Option(
@@ -59,6 +63,14 @@ def compress(
     ] = 1,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Which texts are taken, and their order.")] = 0,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Go on with the run of OUT that ended early, at its first unfinished block; all "
+            "else is taken from it.",
+        ),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No summary (llm-compressor has its own bars).")
     ] = False,
@@ -69,32 +81,53 @@ def compress(
     Examples:
       wexpand compress Qwen/Qwen3-0.6B -d notes.txt -o OUT --size 0.2
       wexpand compress Qwen/Qwen3-0.6B -d notes.txt -o OUT -r sparse_expansion_budget
+      wexpand compress --resume OUT
 
     With --size, zeros and bits of each linear are chosen for the least loss, then tuned (recipe
     "dial"); `wexpand plan` shows what sizes are predicted to cost. A recipe says which linears, how
     sparse, how many experts and how many bytes; an unknown name lists those of the package, whose
     files explain their keys. More experts want more calibration tokens (samples x length): some
     thousands for each.
+
+    A run that was killed or ran out of disk goes on with --resume, to the same bytes as if nothing
+    had happened. Until OUT is complete, finished blocks lie beside it in .OUT.unfinished.
     """
+    options = {k: v for k, v in ctx.params.items() if k not in ("resume", "quiet")}
+    if resume is not None:
+        options = _resumed(ctx, options, resume)
+    for key, flag in (("model", "MODEL"), ("dataset", "--dataset"), ("output", "--output")):
+        if options[key] is None:
+            ctx.fail(f"Missing {flag}.")
+
     from ..compress.oneshot import compress
 
-    compress(
-        model=model, recipe=recipe, dataset=dataset, output=output, size=size, samples=samples,
-        max_seq_length=max_seq_length, dataset_config=dataset_config, split=split,
-        text_column=text_column, batch_size=batch_size, dtype=dtype, seed=seed,
-    )  # fmt: skip
+    compress(**options, resume=resume is not None)
     if not quiet:
         from ..format.model_dir import ModelDir
 
+        output = options["output"]
         further = f"wexpand inspect {output}, vllm serve {output}"
         if not ModelDir(output).ours:  # a recipe without a modifier of ours that packs
             further = f"wexpand pack {output} PACKED if it is pruned"
         typer.echo(f"wrote {output}; next: {further}")
 
 
+def _resumed(ctx: typer.Context, options: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The options of the unfinished run of `output`, under those that were given again."""
+    from ..compress.progress import options_of
+
+    known = {k: v for k, v in options_of(output).items() if k in options}
+    given = {k for k in options if getattr(ctx.get_parameter_source(k), "name", "") != "DEFAULT"}
+    if "output" in given and options["output"] != output:
+        ctx.fail(f"--output {options['output']} and --resume {output} should be the same.")
+    if not known and "model" not in given:
+        raise WexpandError(f"{output}: there is no unfinished run of it to resume")
+    return options | {k: v for k, v in known.items() if k not in given} | {"output": output}
+
+
 def plan(
     model: Model,
-    dataset: Dataset,
+    dataset: Annotated[str, _DATASET],
     size: Annotated[
         list[float] | None,
         typer.Option(help="A size to look at, bytes over dense bytes; may be given again."),
