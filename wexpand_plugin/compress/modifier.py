@@ -19,6 +19,7 @@ from ..hf.saving import wrap_save_pretrained
 from ..method.masks import MaskStructure
 from ..method.prospects import Dial
 from ..method.settings import Settings
+from .attention import FusedAttention
 from .calibration import CalibrationBatches, about_rows, counted_tokens
 from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .estimate import working_bytes
@@ -149,6 +150,7 @@ class SparseExpansionModifier(Modifier):
     _passing: dict[str, PassingStatistics] = PrivateAttr(default_factory=dict)
     _batches: CalibrationBatches = PrivateAttr(default_factory=CalibrationBatches)
     _path: DensePath = PrivateAttr(default_factory=DensePath)
+    _attention: FusedAttention = PrivateAttr(default_factory=FusedAttention)
     _part: Part = PrivateAttr(default_factory=Part)
 
     @field_validator("sparsity", mode="before")
@@ -206,6 +208,7 @@ class SparseExpansionModifier(Modifier):
             weights = {"weights": crc_of_weights(model)}
             self._part.same_run(made_by(self, model) | data | weights)
         self._batches = CalibrationBatches.watch(kwargs.get("calib_data"))
+        self._attention = FusedAttention(block.module for block in self._blocks.values())
         self._say(model, linears)
         return True
 
@@ -267,6 +270,7 @@ class SparseExpansionModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs):
         """Choose settings where the recipe leaves them open; from now on record each block's
         arguments."""
+        self._attention.hook()
         if self._dial is not None:
             choice = self._part.read("plan")
             if choice is None:
@@ -321,6 +325,7 @@ class SparseExpansionModifier(Modifier):
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         """Drop hooks; settle what the whole model competes for."""
         self.remove_hooks()
+        self._attention.remove()
         self._settle()
         if any(target.candidates for target in self._targets.values()):
             allocate_targets(state.model, self._targets, self._settings)
@@ -350,6 +355,7 @@ class SparseExpansionModifier(Modifier):
 
     def _forget(self) -> bool:
         self.remove_hooks()
+        self._attention.remove()
         self._batches.release()
         self._targets, self._blocks, self._replays, self._passing = {}, {}, {}, {}
         self._path = DensePath()
