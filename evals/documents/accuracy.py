@@ -4,7 +4,7 @@ from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
 
-from .results import paragraph, percent, results, spread, table
+from .results import FOLDER, paragraph, percent, results, spread, table
 
 __all__ = ["TABLES", "Point", "real_model_points"]
 
@@ -80,6 +80,34 @@ def real_model_short() -> str:
         f"SmolLM2-135M, llm-compressor's GPTQModifier {theirs[0][1]:.3f}. At {half[0][0]:.1f} "
         f"bits, half zeros and half 4-bit values, it is {half[0][1]:.3f}, and {half[1][1]:.3f} "
         "after tuning."
+    )
+
+
+def size_curve() -> str:
+    """The dial beside other quantisers, all linears of the blocks; where it has been measured."""
+    if not (FOLDER / "size_curve.json").exists():
+        return "Not measured yet (`python -m evals.size_curve`)."
+    found = results("size_curve")
+    dense = found["rows"]["dense"]["loss"]
+    rows = {
+        name.removeprefix("all: "): row
+        for name, row in found["rows"].items()
+        if name.startswith("all: ")
+    }
+    lines = []
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["bits_stored"]):
+        predicted = f"{row['predicted']:.3f}" if "predicted" in row else ""
+        label = f"**{name}**" if name.startswith("ours") else name
+        lines.append([label, f"{row['bits_stored']:.2f}", f"{row['loss'] - dense:.3f}", predicted])
+    head = ["", "bits per weight", "loss added", "predicted, untuned"]
+    return f"{paragraph(_size_curve_setting(found))}\n\n{table(head, lines)}"
+
+
+def _size_curve_setting(found: dict[str, Any]) -> str:
+    return (
+        f"{found['model']}, all linears of the blocks, over the dense loss of "
+        f"{found['rows']['dense']['loss']:.3f} (`{found['command']}`, "
+        "evals/results/size_curve.json):"
     )
 
 
@@ -239,5 +267,5 @@ def demo() -> str:
 
 TABLES = (
     real_model, real_model_setting, real_model_short, experts, recipe_recovers, allocate_by,
-    clusters, dial, paper, demo,
+    clusters, dial, size_curve, paper, demo,
 )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 from .results import machine, paragraph, percent, results, table
 
-__all__ = ["TABLES"]
+__all__ = ["TABLES", "block_ratio"]
 
 STEPS = ("prefill", "decode 1", "decode 4", "decode 16")
 
@@ -74,7 +74,7 @@ def serve_short() -> str:
 Cells = list[dict[str, Any]]
 
 
-def _ratio(cells: Cells, **wanted: Any) -> float:
+def block_ratio(cells: Cells, **wanted: Any) -> float:
     """Dense time over packed time of all linears of a block, by medians."""
     found = [r for r in cells if all(r[key] == value for key, value in wanted.items())]
     if len(found) != 4:  # qkv, o, gate_up, down
@@ -90,12 +90,13 @@ def kernel_values() -> str:
     """One block's linears by values and zeros."""
     cells = results("kernel_cpu_values")["results"]
     sparsity = _in_order(r["sparsity"] for r in cells)
-    lines = [
-        [f"{tokens} token{'s' * (tokens > 1)}, {values}",
-         *(f"{_ratio(cells, tokens=tokens, values=values, sparsity=s):.2f}x" for s in sparsity)]
-        for tokens in _in_order(r["tokens"] for r in cells)
-        for values in _in_order(r["values"] for r in cells)
-    ]  # fmt: skip
+    lines = []
+    for tokens in _in_order(r["tokens"] for r in cells):
+        for values in _in_order(r["values"] for r in cells):
+            keys = {"tokens": tokens, "values": values}
+            ratios = [block_ratio(cells, sparsity=s, **keys) for s in sparsity]
+            label = f"{tokens} token{'s' * (tokens > 1)}, {values}"
+            lines.append([label, *(f"{ratio:.2f}x" for ratio in ratios)])
     return table(["", *(_zeros(s) for s in sparsity)], lines)
 
 
@@ -124,7 +125,7 @@ def kernel_floats() -> str:
     def line(dtype: str, tokens: int, experts: int) -> list[str]:
         keys = {"dtype": dtype, "tokens": tokens, "experts": experts}
         name = f"{dtype}, {tokens} token{'s' * (tokens > 1)}" + ", 16 experts" * (experts > 1)
-        return [name, *(f"{_ratio(cells, sparsity=s, **keys):.2f}x" for s in sparsity)]
+        return [name, *(f"{block_ratio(cells, sparsity=s, **keys):.2f}x" for s in sparsity)]
 
     lines = [
         line(dtype, tokens, experts)
@@ -145,7 +146,7 @@ def kernel_avx2() -> str:
     sparsity = _in_order(r["sparsity"] for r in cells)
     lines = [
         [f"{dtype}, {tokens} token{'s' * (tokens > 1)}",
-         *(f"{_ratio(cells, sparsity=s, dtype=dtype, tokens=tokens):.2f}x" for s in sparsity)]
+         *(f"{block_ratio(cells, sparsity=s, dtype=dtype, tokens=tokens):.2f}x" for s in sparsity)]
         for dtype in ("float32", "bfloat16")
         for tokens in sorted({r["tokens"] for r in cells if r["dtype"] == dtype})
     ]  # fmt: skip
@@ -200,6 +201,17 @@ def load() -> str:
     return table(head, lines)
 
 
+def packed_short() -> str:
+    """What packing did to the model of `make demo`."""
+    dense, small = (results("demo")[name] for name in ("dense", "sparsegpt"))
+    return paragraph(
+        "The pocket model of this repository, its MLP linears pruned to 80% by llm-compressor's "
+        f"SparseGPT, in bfloat16 (`make demo`): {dense['disk_bytes'] / 1e6:.2f} MB become "
+        f"{small['disk_bytes'] / 1e6:.2f} MB, and the pruned linears "
+        f"{small['linear_bytes'] / dense['linear_bytes']:.2f} of their size."
+    )
+
+
 def packed() -> str:
     """Pruned models, packed: evals.pruned."""
     found = results("pruned")["results"]
@@ -216,5 +228,5 @@ def packed() -> str:
 
 TABLES = (
     serve, serve_setting, serve_short, kernel_values, kernel_setting, kernel_floats, kernel_avx2,
-    serve_floats, compress_cost, load, packed,
+    serve_floats, compress_cost, load, packed, packed_short,
 )  # fmt: skip

@@ -1,9 +1,11 @@
 """README and docs say what evals/results say."""
 
+import re
+
 import pytest
 
 from evals.documents import TABLES, picture
-from evals.documents.fill import DOCUMENTS, fill
+from evals.documents.fill import DOCUMENTS, fill, outside
 
 AGAIN = "run 'make docs' (python -m evals.documents)"
 
@@ -21,6 +23,33 @@ def test_the_plot_shows_the_results():
 def test_every_table_stands_somewhere():
     text = "".join(path.read_text(encoding="utf8") for path in DOCUMENTS)
     assert {name for name in TABLES if f"<!-- table: {name} -->" not in text} == set()
+
+
+# code, addresses, versions and numbers of articles
+NOT_MEASURED = re.compile(
+    r"```.*?```|^    .*?$|`[^`]*`|\]\([^)]*\)|[+-]0\.0\b|"
+    r"(vLLM|Python|arXiv|llm-compressor|transformers|capability)\s+[\d.]+(( to|,| and| or) [\d.]+)*",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_number_is_copied_by_hand(path):
+    """A measured one has decimals, or is a factor."""
+    text = NOT_MEASURED.sub("", outside(path.read_text(encoding="utf8")))
+    found = re.findall(r"(?<![\w.-])(?:\d+\.\d+|\d[\d.]*x)(?![\w.])", text)
+    assert found == [], "write it through a marker, see docs/contributing.md"
+
+
+def test_links_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_recipe_is_explained(recipes):
+    text = (DOCUMENTS[0].parent / "docs" / "cli.md").read_text(encoding="utf8")
+    assert {r.stem for r in recipes.glob("*.yaml") if f"| `{r.stem}` |" not in text} == set()
 
 
 def test_blocks_are_replaced_and_nothing_else():
