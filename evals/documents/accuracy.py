@@ -24,7 +24,7 @@ def _label(name: str) -> str:
     kind, *rest = name.split()
     if kind == "GPTQ":
         return f"llm-compressor's GPTQModifier, {rest[0]} bits"
-    if kind in ("int4", "int8"):
+    if kind.startswith("int"):
         return f"`values: {' '.join([f'{kind}`', *rest])}"
     zeros = f"{kind} zeros" if kind.endswith("%") else kind
     return f"{zeros}, {' '.join(rest)} values" if rest else zeros
@@ -80,6 +80,27 @@ def real_model_short() -> str:
         f"SmolLM2-135M, llm-compressor's GPTQModifier {theirs[0][1]:.3f}. At {half[0][0]:.1f} "
         f"bits, half zeros and half 4-bit values, it is {half[0][1]:.3f}, and {half[1][1]:.3f} "
         "after tuning."
+    )
+
+
+def real_model_others() -> str:
+    """The same models on text of other kinds, where that was measured."""
+    rows = results("real_model")["rows"]
+    dense = rows["dense"].get("others", {})
+    lines = [
+        [
+            _label(plain) + ", tuned" * (plain != name),
+            *(f"{row['others'][t] - dense[t]:.3f}" for t in dense),
+        ]
+        for name, row in rows.items()
+        if (plain := name.removesuffix(" tuned")) != "dense"
+        and row.get("others", {}).keys() >= dense.keys()
+    ]
+    if not dense or not lines:
+        return "On text of other kinds nothing has been measured yet (`--other FILE`)."
+    texts = ", ".join(f"{dense[text]:.3f} on {text}" for text in dense)
+    return f"{paragraph(f'Loss added on text of other kinds, to the dense {texts}:')}\n\n" + table(
+        ["", *dense], lines
     )
 
 
@@ -266,6 +287,6 @@ def demo() -> str:
 
 
 TABLES = (
-    real_model, real_model_setting, real_model_short, experts, recipe_recovers, allocate_by,
-    clusters, dial, size_curve, paper, demo,
+    real_model, real_model_others, real_model_setting, real_model_short, experts, recipe_recovers,
+    allocate_by, clusters, dial, size_curve, paper, demo,
 )  # fmt: skip

@@ -19,7 +19,13 @@ FILE: Path = ROOT / "docs" / "accuracy.svg"
 Series = dict[str, dict[str, Point]]
 """line of the plot -> label -> point"""
 
-_COLOURS = {"GPTQModifier": "#888888", "int4": "#1f6fb4", "int8": "#2a9d5c", "bfloat16": "#c96a1b"}
+_COLOURS = {
+    "GPTQModifier": "#888888",
+    "int3": "#8a4fb0",
+    "int4": "#1f6fb4",
+    "int8": "#2a9d5c",
+    "bfloat16": "#c96a1b",
+}
 
 
 def series() -> Series:
@@ -27,7 +33,7 @@ def series() -> Series:
     found: Series = {}
     for name, both in real_model_points().items():
         first, *rest = name.split()
-        if "groups" in rest:
+        if "groups" in rest or first == "2:4":  # beside other points, at the same bits
             continue
         kind = "GPTQModifier" if first == "GPTQ" else (rest or [first])[-1]
         label = f"{rest[0]} bits" if first == "GPTQ" else (first if rest else "no zeros")
@@ -68,8 +74,8 @@ def draw() -> None:
         )  # fmt: skip
         for label, point in points.items():
             axes.annotate(
-                label, point, textcoords="offset points", xytext=(5, -10 if tuned else 4),
-                fontsize=7, color=_COLOURS.get(kind, "black"),
+                label, point, textcoords="offset points", fontsize=7,
+                xytext=(5, 4 if ours and not tuned else -10), color=_COLOURS.get(kind, "black"),
             )  # fmt: skip
     axes.set_yscale("symlog", linthresh=0.1, linscale=0.6)
     axes.set_yticks([0, 0.05, 0.1, 0.3, 1, 3], ["0", "0.05", "0.1", "0.3", "1", "3"])

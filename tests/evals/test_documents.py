@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from evals.documents import TABLES, picture
+from evals.documents import TABLES, accuracy, picture
 from evals.documents.fill import DOCUMENTS, fill, outside
 
 AGAIN = "run 'make docs' (python -m evals.documents)"
@@ -18,6 +18,30 @@ def test_blocks_are_as_the_results_say(path):
 
 def test_the_plot_shows_the_results():
     assert picture.drawn() == picture.series(), AGAIN
+
+
+def test_rows_that_are_still_to_come(monkeypatch):
+    """Each in its place, by the bits that it stores, with what is known of it."""
+    rows = {
+        "dense": {"loss": 3.0, "bits_stored": 16, "others": {"stories": 2.0}},
+        "GPTQ 3 bits": {"loss": 3.5},
+        "30% int4": {"loss": 3.25, "bits_stored": 4.0, "others": {"stories": 2.125}},
+        "2:4 int4 tuned": {"loss": 3.4, "bits_stored": 3.125},
+        "int4 groups of 64": {"loss": 3.06, "bits_stored": 4.25},
+        "int3": {"loss": 3.3, "bits_stored": 3.5},
+    }
+    monkeypatch.setattr(accuracy, "results", lambda name: {"rows": rows, "model": "A"})
+    assert accuracy.real_model().splitlines()[2:] == [
+        "| `values: int4` groups of 64 | 4.25 | 0.060 | |",
+        "| 30% zeros, int4 values | 4.00 | 0.250 | |",
+        "| `values: int3` | 3.50 | 0.300 | |",
+        "| llm-compressor's GPTQModifier, 3 bits | 3.25 | 0.500 | |",
+        "| 2:4, int4 values | 3.12 | | 0.400 |",
+    ]
+    assert accuracy.real_model_others().splitlines()[-1] == "| 30% zeros, int4 values | 0.125 |"
+    assert set(picture.series()) == {"GPTQModifier", "int3", "int4"}
+    del rows["dense"]["others"]
+    assert "nothing has been measured yet" in accuracy.real_model_others()
 
 
 def test_every_table_stands_somewhere():
