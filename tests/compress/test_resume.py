@@ -56,7 +56,7 @@ class Death:
         def expand(model, block, *rest):
             if block.place:
                 raise KeyboardInterrupt
-            self.expand(model, block, *rest)
+            return self.expand(model, block, *rest)
 
         self.patch.setattr(modifier, "expand_block", expand)
 
@@ -88,7 +88,7 @@ def test_goes_on_to_the_same_bytes(keys, call, dies, tmp_path, monkeypatch):
 
     def again(model, block, *rest):
         assert block.place == 1, "the first block is finished"
-        real(model, block, *rest)
+        return real(model, block, *rest)
 
     real = modifier.expand_block
     monkeypatch.setattr(modifier, "expand_block", again)

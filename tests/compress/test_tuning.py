@@ -6,6 +6,7 @@ from test_modifier import logits, run, tiny
 from transformers import AutoModelForCausalLM
 
 from wexpand_plugin.hf.linear import RoutedLinear
+from wexpand_plugin.tools.inspect import inspect
 from wexpand_plugin.tools.verify import verify
 
 SLOW = pytest.mark.slow
@@ -42,6 +43,10 @@ def test_comes_closer_to_the_dense_model_at_the_same_bytes(tmp_path, keys, facto
         assert verify(out) == []
         loaded = AutoModelForCausalLM.from_pretrained(out)
         torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    recorded = inspect(tmp_path / "out6").made_by["tuned"]
+    assert len(recorded) == model.config.num_hidden_layers
+    assert all(after <= before for before, after in recorded.values())
+    assert "tuned" not in inspect(tmp_path / "out0").made_by
     assert errors[6] < factor * errors[0]
     assert sizes[6] == pytest.approx(sizes[0], rel=0.05)
 

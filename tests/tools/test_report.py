@@ -23,6 +23,7 @@ from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.method.neurons import neuron_scores
 from wexpand_plugin.tools.pack import pack
 from wexpand_plugin.tools.report import inputs, measure, write
+from wexpand_plugin.tools.report import numbers as report_numbers
 from wexpand_plugin.tools.report.data import collect
 
 for needed in ("matplotlib", "jinja2", "datasets", "sklearn"):
@@ -267,10 +268,28 @@ def _unshare(model, name):
     model.set_submodule(name, RoutedLinear.from_pool(pool, old.router, group=old.group))
 
 
-def _save(model, path):
+def test_what_tuning_did(made, tmp_path):
+    one_shot, model = tiny.expand(tiny.dense(), experts=1), tiny.expand(tiny.dense(), experts=1)
+    _save(one_shot, tmp_path / "one-shot")
+    blocks = {"model.layers.0": [0.2, 0.1], "model.layers.1": [0.3, 0.15], "model.layers.2": []}
+    _save(model, tmp_path / "tuned", {"tuned": blocks})
+    written = write(
+        tmp_path / "tuned", dense=made / "dense", dataset=str(made / "text.jsonl"),
+        baseline=tmp_path / "one-shot", tokens=TOKENS, quiet=True,
+    )  # fmt: skip
+    page = _Page(written)
+    for words in ("What tuning did", "Who gains from the rest of the recipe", "one-shot"):
+        assert words in page.text, words
+    assert {"tuning", "improvement"} <= _pngs(written)
+    assert report_numbers.tuned(collect(tmp_path / "tuned")) == [
+        ("model.layers.0", 0.2, 0.1), ("model.layers.1", 0.3, 0.15)
+    ]  # fmt: skip
+
+
+def _save(model, path, about=None):
     from wexpand_plugin.hf.saving import wrap_save_pretrained
 
-    wrap_save_pretrained(model, {})
+    wrap_save_pretrained(model, about or {})
     model.save_pretrained(path)
 
 

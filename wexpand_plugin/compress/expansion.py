@@ -20,6 +20,7 @@ from ..method.group import GroupResult, expand_group
 from ..method.inputs import InputGroup
 from ..method.settings import Settings
 from ..method.statistics import GroupStatistics
+from ..method.tuning import TuneResult
 from .passing import PassingStatistics
 from .precision import stored_dtype
 from .replay import BlockReplay, ReplayedInputs
@@ -68,7 +69,7 @@ def expand_block(
     passing: PassingStatistics | None,
     outputs: list[Tensor],
     settings: Settings,
-) -> None:
+) -> TuneResult | None:
     """Replace the `targets` of one block, group by group, calibrated by `replay`, and tune them.
 
     Later groups are calibrated on what earlier ones have become; until they are dematerialised, the
@@ -77,6 +78,7 @@ def expand_block(
 
     :param passing: where the method needs no more, in place of replays
     :param outputs: where blocks are tuned, what the dense model has after this one, of each batch
+    :return: what tuning has gained, if there was any
     """
     if passing is None:
         linears = {n: t.linear for n, t in targets.items() if t.linear is not None}
@@ -93,9 +95,12 @@ def expand_block(
             _replace_groups(model, solved, targets)
     _replace_groups(model, solved, targets)
     routed = {name: t.routed for name, t in targets.items() if t.routed is not None}
-    if settings.tune_epochs and routed:
-        for name, linear in tune(block.name, model, routed, replay, outputs, settings).items():
-            targets[name].routed = linear
+    if not settings.tune_epochs or not routed:
+        return None
+    tuned, gained = tune(block.name, model, routed, replay, outputs, settings)
+    for name, linear in tuned.items():
+        targets[name].routed = linear
+    return gained
 
 
 def _alike(

@@ -152,6 +152,7 @@ class SparseExpansionModifier(Modifier):
     _path: DensePath = PrivateAttr(default_factory=DensePath)
     _attention: FusedAttention = PrivateAttr(default_factory=FusedAttention)
     _part: Part = PrivateAttr(default_factory=Part)
+    _tuned: dict[str, list[float]] = PrivateAttr(default_factory=dict)
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -316,11 +317,16 @@ class SparseExpansionModifier(Modifier):
                     "torch.manual_seed with the same seed before oneshot"
                 )
             restore_linears(model, targets, known["linears"])
+            self._tuned[block.name] = known["tuned"]
             logger.info(f"{block.name}: as it was found before")
             return
-        expand_block(model, block, targets, replay, passing, outputs, self._settings)
+        gained = expand_block(model, block, targets, replay, passing, outputs, self._settings)
+        self._tuned[block.name] = [] if gained is None else [gained.before, gained.after]
         finished = finished_linears(targets) if self._part.kept else {}
-        self._part.write(_record(block), {"data": data, "linears": finished})
+        self._part.write(
+            _record(block),
+            {"data": data, "linears": finished, "tuned": self._tuned[block.name]},
+        )
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         """Drop hooks; settle what the whole model competes for."""
@@ -350,6 +356,10 @@ class SparseExpansionModifier(Modifier):
         predicted = {n: t.loss for n, t in self._targets.items() if t.loss is not None}
         if predicted:
             about["predicted_loss"] = {name: float(f"{v:.3g}") for name, v in predicted.items()}
+        if self._settings.tune_epochs:
+            about["tuned"] = {
+                name: [float(f"{e:.3g}") for e in errors] for name, errors in self._tuned.items()
+            }
         wrap_save_pretrained(state.model, about)
         return self._forget()
 

@@ -54,11 +54,11 @@ def tune(
     replay: BlockReplay,
     targets: list[Tensor],
     settings: Settings,
-) -> dict[str, RoutedLinear]:
+) -> tuple[dict[str, RoutedLinear], TuneResult]:
     """Train what the routed `linears` of a block keep, and put the result in their places.
 
     :param targets: from `DensePath.targets`
-    :return: the new linears, by name
+    :return: the new linears, by name, and what was gained
     """
     tunable = {key: _tunable(linear) for key, linear in linears.items()}
     frozen = [p for p in replay.block.parameters() if p.requires_grad]
@@ -102,7 +102,7 @@ def tune(
             cluster_bias=packed_biases(versions),
         )
         found[key].materialise()
-    return found
+    return found, result
 
 
 def _tunable(linear: RoutedLinear) -> TunableLinear:

@@ -177,7 +177,7 @@ def report(
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(help="The same model pruned without experts, to compare neurons with."),
+        typer.Option(help="The same model one-shot, without experts, to compare with."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")] = 8192,
     quiet: Quiet = False,

@@ -18,7 +18,9 @@ __all__ = ["write"]
 
 PERCENT = 3.0
 """the share of a linear's neurons that is called Wasserstein neurons, as in the paper"""
-FIGURES = ("sizes", "budget", "tokens", "wasserstein", "distributions", "improvement")
+FIGURES = (
+    "sizes", "budget", "tokens", "tuning", "wasserstein", "distributions", "improvement"
+)  # fmt: skip
 
 
 def write(
@@ -105,12 +107,15 @@ def _shown(data: "ReportData", measured: "Measurement | None", folder: Path) -> 
     figures, routed = {"sizes": plots.sizes(data)}, data.clusters > 1
     counted = [group for group in data.groups if sum(group.tokens)] if routed else []
     wd = _wasserstein(data, measured)
-    compared = routed and measured is not None and measured.base is not None
+    compared = measured is not None and measured.base is not None
+    tuned = numbers.tuned(data)
     with styled():
         if data.experts > 1:
             figures["budget"] = plots.budget(data)
         if counted:
             figures["tokens"] = plots.tokens(counted, data.unit)
+        if tuned:
+            figures["tuning"] = plots.tuning(tuned)
         if wd:
             figures["wasserstein"] = neuron_plots.wasserstein(wd, PERCENT)
         if measured is not None:
@@ -123,6 +128,7 @@ def _shown(data: "ReportData", measured: "Measurement | None", folder: Path) -> 
         "plots": drawn,
         "panels": plots.PANELS,
         "counted": counted,
+        "tuned": tuned,
         "wd": wd,
         "budget": numbers.budget(data),
         "shares": numbers.shares(counted) if counted else None,

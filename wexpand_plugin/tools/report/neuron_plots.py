@@ -118,7 +118,7 @@ def improvement(measured: Measurement, percent: float) -> Any:
         axes.set_ylim(min(float(ratios.min()), 1) - 0.05, max(float(ratios.max()), 1) + 0.05)
         axes.set_title(f"{kind}: {len(wd)} neurons, R² {_number(r_squared(wd, ratios))}")
         axes.set_xlabel("WD of the dense outputs")
-    panels[0].set_ylabel("error of one version / error of experts")
+    panels[0].set_ylabel("error of one version / of this model")
     _legend(figure, panels[0])
     return figure
 

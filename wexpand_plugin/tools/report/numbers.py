@@ -22,6 +22,7 @@ __all__ = [
     "rows",
     "shares",
     "spread",
+    "tuned",
 ]
 
 
@@ -59,6 +60,12 @@ def shares(counted: Sequence[Group]) -> Shares:
     """Over the groups that recorded their tokens."""
     found = [count / sum(group.tokens) for group in counted for count in group.tokens]
     return Shares(min(found), max(found))
+
+
+def tuned(data: ReportData) -> list[tuple[str, float, float]]:
+    """The blocks that were tuned: name, error of its outputs one-shot and tuned."""
+    blocks = data.sizes.made_by.get("tuned", {})
+    return [(name, *errors) for name, errors in blocks.items() if errors]
 
 
 class Spread(NamedTuple):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from .data import Group, ReportData, short_name
-from .style import COMPRESSED, DENSE, HEAT, KINDS, SOFT
+from .style import BASE, COMPRESSED, DENSE, HEAT, KINDS, SOFT
 
-__all__ = ["PANELS", "budget", "evenly", "grid", "sizes", "tokens"]
+__all__ = ["PANELS", "budget", "evenly", "grid", "sizes", "tokens", "tuning"]
 
 PANELS = 24
 """small plots of one figure at most; more linears are sampled evenly"""
@@ -125,4 +125,21 @@ def tokens(groups: Sequence[Group], unit: str) -> Any:
         axes.set_xticks(np.unique(np.linspace(0, len(share) - 1, 6).round()))
     figure.supxlabel(unit, fontsize=9)
     figure.supylabel("% of calibration tokens", fontsize=9)
+    return figure
+
+
+def tuning(tuned: Sequence[tuple[str, float, float]]) -> Any:
+    """Error of each block's outputs, one-shot and tuned: (name, before, after) of each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    axes, places = figure.subplots(), range(len(tuned))
+    axes.plot(places, [before for _, before, _ in tuned], "o-", color=BASE, label="one-shot")
+    axes.plot(places, [after for _, _, after in tuned], "o-", color=COMPRESSED, label="tuned")
+    axes.set_yscale("log")
+    names = [short_name(name) for name, _, _ in tuned]
+    axes.set_xticks(*zip(*evenly(list(zip(places, names, strict=True))), strict=True))
+    axes.set_xlabel("block")
+    axes.set_ylabel("relative squared error")
+    figure.legend(loc="outside upper left", ncols=2)
     return figure
