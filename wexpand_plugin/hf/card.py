@@ -187,10 +187,11 @@ def _sizes(model: ModelDir, entries: list[LinearEntry]) -> str:
     dense = sum(entry.dense_bytes for entry in entries)
     every = sum(header.nbytes for header in model.headers.values())
     weights = sum(entry.in_features * entry.out_features for entry in entries)
+    unit, size = ("GB", 1e9) if every >= 1e9 else ("MB", 1e6)
     rows = [
-        ("the compressed linears, MB", stored / 1e6, dense / 1e6),
+        (f"the compressed linears, {unit}", stored / size, dense / size),
         ("... bits per weight", 8 * stored / weights, 8 * dense / weights),
-        ("all tensors, MB", every / 1e6, (every - stored + dense) / 1e6),
+        (f"all tensors, {unit}", every / size, (every - stored + dense) / size),
     ]
     lines = [f"| {label} | {here:.2f} | {before:.2f} |" for label, here, before in rows]
     return "\n".join(["| | here | dense |", "|---|---|---|", *lines])

@@ -64,7 +64,8 @@ def wrap_save_pretrained(model: Any, made_by: Mapping[str, Any]) -> None:
             names = ModelDir(partial, partial.glob("*.safetensors")).headers
             seal(partial, group_entries(self, names), self._wexpand_made_by)
             made_by = self._wexpand_made_by
-            sources = [str(s) for s in (self.name_or_path, made_by.get("model")) if s]
+            loaded = getattr(self, "name_or_path", "")
+            sources = [str(name) for name in (loaded, made_by.get("model")) if name]
             write_card(partial, save_directory, made_by, sources)
             _read_back(self, partial, save_directory)
         return result
