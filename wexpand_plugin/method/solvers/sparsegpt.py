@@ -1,21 +1,26 @@
 """SparseGPT, for all experts and all linears of an input group in one column loop.
 
-SparseGPT (arXiv 2301.00774) prunes the columns of a weight from left to right. With U the upper
-Cholesky factor of the inverse Hessian, the cost of removing weight w_rj is (w_rj / U_jj)^2, and
-removing it adds -(w_rj / U_jj) U_j,j+1: to the columns to its right. Given U, rows do not see each
-other. So
+SparseGPT (arXiv 2301.00774) prunes the columns of a weight from left to right, in blocks. With U
+the upper Cholesky factor of the inverse Hessian, the cost of removing weight w_rj is
+(w_rj / U_jj)^2, and removing it adds -(w_rj / U_jj) U_j,j+1: to the columns to its right. Given U,
+rows do not see each other. So
 
 - linears that read the same tensor share H, hence U, and are solved as one tall weight [rows, in];
 - experts differ in H alone: they form a batch [experts, in, rows];
 - columns are cut into blocks (128: where masks are chosen) and sub-blocks (32: where updates are
-  rank-1); everything to the right of a sub-block is updated by one matrix product.
+  rank-1); everything to the right of a sub-block in its block is updated by one matrix product.
+
+Between blocks the same updates need no inverse. With H = T^T T, T lower triangular, and e = w - q
+what the columns before a block b have lost, the error |T e|^2 is least for columns of the block
+that gain T_bb^-1 T_b,<b e. Within it U_bb = T_bb^-T. So U itself, three times the work of T in a
+wide linear, is never made, and all that a block takes from those before it is one matrix product.
 
 With a `Grid`, kept weights are rounded to it in the same loop, after the weights to their left and
 before those to their right, so that the same updates make up for pruning and for rounding (sparsity
 0 is GPTQ, arXiv 2210.17323). A weight that is rounded to zero need not be kept.
 
-U comes from one Cholesky factorisation: with J the reversal of rows, J H J = L L^T gives
-H^-1 = U^T U for U = J L^-1 J, which is upper triangular.
+T comes from one Cholesky factorisation: with J the reversal of rows, J H J = L L^T gives
+T = J L^T J.
 """
 
 import math
@@ -28,14 +33,14 @@ from ..grids import Grid
 from ..masks import MaskStructure
 from ..versions import SolvedRows
 
-__all__ = ["chunk_size", "inverse_factor", "solve"]
+__all__ = ["chunk_size", "error_factor", "solve"]
 
 SUB_BLOCK = 32
 DAMPING_TRIES = 6
 
 
-def inverse_factor(hessians: Tensor, dampening: float) -> Tensor:
-    """U [batch, in, in], upper triangular: (H + damping)^-1 = U^T U. Overwrites `hessians`.
+def error_factor(hessians: Tensor, dampening: float) -> Tensor:
+    """T [batch, in, in], lower triangular: H + damping = T^T T.
 
     Damping is `dampening` times the mean of H's diagonal; if that does not make H positive
     definite it grows tenfold, a few times.
@@ -44,13 +49,14 @@ def inverse_factor(hessians: Tensor, dampening: float) -> Tensor:
     """
     if not bool(torch.isfinite(hessians).all()):
         raise WexpandError("Hessian: the calibration inputs hold NaN or infinite values")
+    hessians = hessians.flip(1, 2)
     diagonal = hessians.diagonal(dim1=1, dim2=2)
     diagonal[diagonal == 0] = 1
     mean = diagonal.mean(dim=1, keepdim=True)
     damping = dampening
     diagonal += damping * mean
     for _ in range(DAMPING_TRIES):
-        factor, info = torch.linalg.cholesky_ex(hessians.flip(1, 2))
+        factor, info = torch.linalg.cholesky_ex(hessians)
         failed = info != 0
         if not bool(failed.any()):
             break
@@ -62,8 +68,8 @@ def inverse_factor(hessians: Tensor, dampening: float) -> Tensor:
             f"dampening_frac: {dampening} and up to {damping:g} leave the Hessian of "
             "the calibration inputs singular; use more calibration tokens or a larger value"
         )
-    identity = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False).flip(1, 2)
+    del hessians, diagonal  # as large as the result
+    return factor.flip(1, 2).mT
 
 
 def solve(
@@ -86,7 +92,7 @@ def solve(
         one value per row
     :param linears: rows of each stacked linear; unstructured thresholds are taken within a linear
     :param block_size: columns per mask decision
-    :param dampening: see `inverse_factor`
+    :param dampening: see `error_factor`
     :param grid: the values that kept weights may have; its group divides `block_size`
     :return: [experts, rows, in]
     """
@@ -101,14 +107,12 @@ def solve(
                 )
     if isinstance(sparsity, Tensor) and structure.kind != "row":
         raise WexpandError(f"sparsity: one value per row needs mask_structure row, not {structure}")
-    dead = hessians.diagonal(dim1=1, dim2=2) == 0
     columns = weight.t().float().repeat(len(hessians), 1, 1)
-    columns[dead] = 0
-    factor = inverse_factor(hessians.clone(), dampening)
-    scales = _solve_columns(columns, factor, sparsity, structure, linears, block_size, grid)
-    solved = weight.new_empty(len(hessians), rows, width).copy_(columns.transpose(1, 2))
-    # a value that underflows in `weight`'s dtype may have become -0.0
-    return SolvedRows(solved.add_(0.0), scales)
+    columns[hessians.diagonal(dim1=1, dim2=2) == 0] = 0
+    factor = error_factor(hessians, dampening)
+    solved = weight.new_empty(len(hessians), rows, width)
+    scales = _solve_columns(columns, factor, solved, sparsity, structure, linears, block_size, grid)
+    return SolvedRows(solved, scales)
 
 
 def chunk_size(rows: int, width: int, max_bytes: int) -> int:
@@ -120,13 +124,15 @@ def chunk_size(rows: int, width: int, max_bytes: int) -> int:
 def _solve_columns(
     columns: Tensor,
     factor: Tensor,
+    solved: Tensor,
     sparsity: float | Tensor,
     structure: MaskStructure,
     linears: list[int],
     block_size: int,
     grid: Grid | None,
 ) -> Tensor | None:
-    """The column loop, in place: `columns` [experts, in, rows], `factor` U [experts, in, in].
+    """The column loop, from `columns` [experts, in, rows] and `factor` T [experts, in, in] to
+    `solved` [experts, rows, in]. `columns` become what the rows have lost.
 
     Returns the grid's scales [experts, rows, groups].
     """
@@ -135,16 +141,21 @@ def _solve_columns(
     sub_block = max(sub_block, structure.m)
     if grid is not None:
         sub_block = math.gcd(sub_block, grid.group)
-    diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    identity = torch.eye(block_size, dtype=factor.dtype, device=factor.device)
     scales: list[Tensor] = []
     for start in range(0, width, block_size):
         end = min(start + block_size, width)
-        block, errors = columns[:, start:end], torch.empty_like(columns[:, start:end])
-        u, d = factor[:, start:end, start:end], diagonal[:, start:end]
+        own = factor[:, start:end, start:end]
+        unit = identity[: end - start, : end - start]
+        u = torch.linalg.solve_triangular(own, unit, upper=False).mT
+        lost, errors = columns[:, start:end], torch.empty_like(columns[:, start:end])
+        d = u.diagonal(dim1=1, dim2=2).unsqueeze(2)
+        # what the columns gain from those before the block; as the loop goes on, what they become
+        block = torch.baddbmm(lost, u.mT @ factor[:, start:end, :start], columns[:, :start])
         if structure.kind == "n:m":
             pruned = torch.zeros_like(block, dtype=torch.bool)  # chosen group by group below
         else:
-            pruned = _choose(block.square() / d.square(), start, sparsity, structure, linears)
+            pruned = _choose((block / d).square_(), start, sparsity, structure, linears)
         for s in range(0, end - start, sub_block):
             e = min(s + sub_block, end - start)
             if grid is not None and s % grid.group == 0:
@@ -171,15 +182,16 @@ def _solve_columns(
                         u[:, i, i + 1 : e].unsqueeze(2), error.unsqueeze(1), value=-1
                     )
             if e < end - start:
-                block[:, e:].baddbmm_(u[:, s:e, e:].transpose(1, 2), errors[:, s:e], alpha=-1)
-        if end < width:
-            columns[:, end:].baddbmm_(factor[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
+                block[:, e:].baddbmm_(u[:, s:e, e:].mT, errors[:, s:e], alpha=-1)
+        lost -= block
+        # a value that underflows in the weight's dtype may have become -0.0
+        solved[:, :, start:end] = block.transpose(1, 2).to(solved.dtype).add_(0.0)
     return torch.stack(scales, dim=2).half() if grid is not None else None
 
 
 def _lowest(weights: Tensor, diagonal: Tensor, structure: MaskStructure) -> Tensor:
     """Where the n cheapest of every m columns are: booleans like `weights` [experts, in, rows]."""
-    cost = (weights.square() / diagonal.square()).unflatten(1, (-1, structure.m))
+    cost = (weights / diagonal).square_().unflatten(1, (-1, structure.m))
     lowest = cost.topk(structure.n, dim=2, largest=False).indices
     return torch.zeros_like(cost, dtype=torch.bool).scatter_(2, lowest, True).flatten(1, 2)
 
@@ -198,11 +210,17 @@ def _choose(
         # to one weight
         share = torch.as_tensor(sparsity, dtype=torch.float64, device=cost.device)
         number = torch.round(share * (start + count)) - torch.round(share * start)
-        order = cost.transpose(1, 2).argsort(dim=2)
-        rank = torch.empty_like(order).scatter_(
-            2, order, torch.arange(count, device=cost.device).expand_as(order)
-        )
-        return (rank < number.reshape(1, -1, 1)).transpose(1, 2)
+        number = number.long().expand(cost.shape[2])
+        ordered = _sorted(cost.transpose(1, 2))
+        last = (number - 1).clamp(min=0).view(1, -1, 1).expand(experts, -1, -1)
+        threshold = ordered.gather(2, last).squeeze(2).masked_fill_(number == 0, -1.0)
+        pruned = cost <= threshold.unsqueeze(1)
+        # of equal costs, zeros nearly always, the first
+        expert, row = (pruned.sum(dim=1) > number).nonzero(as_tuple=True)
+        if len(expert):
+            rank = cost[expert, :, row].argsort(dim=1, stable=True).argsort(dim=1)
+            pruned[expert, :, row] = rank < number[row].unsqueeze(1)
+        return pruned
     if sparsity == 0:
         return torch.zeros_like(cost, dtype=torch.bool)
     masks = []
@@ -210,6 +228,24 @@ def _choose(
         # upstream's rule, kept so that masks are equal: everything up to and including this order
         # statistic
         flat = part.reshape(experts, -1)
-        threshold = flat.kthvalue(int(flat.shape[1] * sparsity) + 1, dim=1).values
+        threshold = _smallest(flat, int(flat.shape[1] * sparsity))
         masks.append(part <= threshold.view(-1, 1, 1))
     return torch.cat(masks, dim=2)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Along the last dimension."""
+    if values.device.type != "cpu":
+        return values.sort().values
+    import numpy as np  # sorts with vector instructions where torch does not
+
+    return torch.from_numpy(np.sort(values.numpy()))
+
+
+def _smallest(values: Tensor, number: int) -> Tensor:
+    """Of each row of [n, m], the value that `number` others come before: [n]."""
+    if values.device.type != "cpu":
+        return values.kthvalue(number + 1).values
+    import numpy as np
+
+    return torch.from_numpy(np.partition(values.numpy(), number)[:, number])
