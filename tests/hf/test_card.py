@@ -60,9 +60,12 @@ def test_saving_again_replaces_our_card_and_no_other(tmp_path):
     assert "# large, compressed" in first and "sparsity: 0.5" in first
     assert "up to 3 experts" in first and "up to 6 clusters with a bias" in first
 
-    wrap_save_pretrained(model, {"sparsity": 0.5, "predicted_loss": {"a": 0.25, "b": 0.5}})
+    tuned = {"layers.0": [0.5, 0.25], "layers.1": [0.25, 0.125], "layers.2": []}
+    made_by = {"sparsity": 0.5, "predicted_loss": {"a": 0.25, "b": 0.5}, "tuned": tuned}
+    wrap_save_pretrained(model, made_by)
     model.save_pretrained(out)
     second = (out / CARD).read_text()
+    assert "over 2 blocks: 0.375 before tuning, 0.188 after" in second
     assert second != first and "0.750 nats" in second and "# A model, compressed" in second
     assert "base_model" not in front_matter(out)
 

@@ -24,7 +24,7 @@ _MARK = "<!-- written by wexpand, {:08x}: a card that was changed is never repla
 # what of a base model's card holds for what is made from it
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 # of `made_by`: not settings
-_APART = ("data", "model", "predicted_loss", "versions", "wexpand")
+_APART = ("data", "model", "predicted_loss", "tuned", "versions", "wexpand")
 
 _TEXT = """# {title}
 
@@ -223,12 +223,21 @@ def _about(made_by: Mapping[str, Any]) -> str:
 
 
 def _accuracy(made_by: Mapping[str, Any]) -> str:
-    measure = (
-        "Not measured when this was saved. To measure: `lm_eval --model vllm --model_args "
-        "pretrained=DIR --tasks ...`"
+    """What is known of it: predicted loss, and errors of blocks, measured while they were tuned."""
+    said = []
+    predicted, tuned = made_by.get("predicted_loss"), made_by.get("tuned")
+    if isinstance(predicted, Mapping) and predicted:
+        total = sum(loss for loss in predicted.values() if isinstance(loss, float | int))
+        said.append(f"Predicted loss over the dense model's, before tuning: {total:.3f} nats.")
+    errors = [pair for pair in tuned.values() if pair] if isinstance(tuned, Mapping) else []
+    if errors:
+        before, after = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
+        said.append(
+            "Relative squared error of a block's output, on tokens held out from tuning, mean over "
+            f"{len(errors)} blocks: {before:.3g} before tuning, {after:.3g} after."
+        )
+    said.append(
+        "The model's loss was not measured when it was saved; to measure: `lm_eval --model vllm "
+        "--model_args pretrained=DIR --tasks ...`"
     )
-    predicted = made_by.get("predicted_loss")
-    if not isinstance(predicted, Mapping) or not predicted:
-        return measure
-    total = sum(float(loss) for loss in predicted.values())
-    return f"Predicted loss over the dense model's, before tuning: {total:.3f} nats. {measure}"
+    return " ".join(said)
