@@ -1,4 +1,4 @@
-"""Kept values in 8 and 4 bits, from a recipe to a checkpoint that reads back the same."""
+"""Kept values in few bits, from a recipe to a checkpoint that reads back the same."""
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from wexpand_plugin.tools.verify import verify
     [
         (dict(values="int4", sparsity=0.0, num_experts=1), False),
         (dict(values="int8", sparsity=0.6), True),
+        (dict(values="int3", sparsity=0.0, num_experts=1), False),
+        (dict(values="int2", sparsity=0.3), True),
         (dict(values="int4", mask_structure="2:4", sparsity=0.5, num_experts=1), True),
         pytest.param(dict(values="int4", size_budget=0.6), True, id="budget"),
         pytest.param(dict(values="int8", size_budget=0.8, budget_scope="layer"), True, id="layer",

@@ -77,14 +77,17 @@ def rows(parts: dict[str, torch.Tensor], width: int, entry: dict) -> np.ndarray:
         keep = bits[:, :width].astype(bool)
     dense, start = np.zeros((count, width)), 0
     stored = parts["weight"]
-    flat = stored.numpy() if codec == "int4" else stored.double().numpy()
+    bits = {"int4": 4, "int3": 3, "int2": 2}.get(codec)
+    flat = stored.numpy() if bits else stored.double().numpy()
     for version in range(count):
         kept = int(keep[version].sum())
-        if codec == "int4":
-            data = flat[start : start + (kept + 1) // 2]
+        if bits:
+            data = flat[start : start + (kept * bits + 7) // 8]
             start += len(data)
-            halves = np.stack([data & 15, data >> 4], axis=1).reshape(-1)[:kept].astype(int)
-            values = np.where(halves > 7, halves - 16, halves)
+            stream = np.unpackbits(data, bitorder="little")[: kept * bits].reshape(kept, bits)
+            values = stream.astype(int) @ [2**b if b < bits - 1 else -(2**b) for b in range(bits)]
+            if bits < 4:
+                values = 2 * values + 1
         else:
             values = flat[start : start + kept]
             start += kept

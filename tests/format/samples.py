@@ -35,7 +35,8 @@ __all__ = [
 
 NAME = "layers.0.up"
 CODECS = [codec(name) for name in FLOATS] + [
-    codec("int8", 8), codec("int8", 128), codec("int4", 8), codec("int4", 16)
+    codec("int8", 8), codec("int8", 128), codec("int4", 8), codec("int4", 16), codec("int3", 8),
+    codec("int2", 16),
 ]  # fmt: skip
 
 
@@ -86,9 +87,8 @@ def rows_of(draw, how: ValueCodec, keep: Tensor) -> tuple[Tensor, Tensor | None]
     """
     shape = tuple(keep.shape)
     if how.scaled:
-        q = torch.from_numpy(draw(arrays.arrays(
-            "int8", shape, elements=st.integers(-how.largest - 1, how.largest)
-        )))  # fmt: skip
+        every = range(how.lowest, how.largest + 1, 2 if how.odd else 1)
+        q = torch.from_numpy(draw(arrays.arrays("int8", shape, elements=st.sampled_from(every))))
         scales = st.sampled_from([0.0, 2.0**-14, 0.0123, 1.0, 100.0])
         wide = (shape[0], how.scales(shape[1]))
         scale = torch.from_numpy(draw(arrays.arrays("float16", wide, elements=scales)))

@@ -15,7 +15,7 @@ INT4 = codec("int4", 8)
 CLUSTERED = linear(2, how=INT4, clusters=7, parents=3, cluster_bias=True)
 
 
-@pytest.mark.parametrize("how", [None, codec("int8", 8), INT4], ids=str)
+@pytest.mark.parametrize("how", [None, codec("int8", 8), INT4, codec("int3", 8)], ids=str)
 @pytest.mark.parametrize("experts", [1, 2])
 def test_accepts(experts, how):
     entry, tensors = linear(experts, how=how)

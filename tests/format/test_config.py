@@ -90,7 +90,7 @@ LINEAR = f"groups.0.linears.{NAME}"
         ({"entry__versions": 2}, "versions 2 should be 3 to 6"),
         ({"entry__elements": 47}, "elements 47 should be 48 to 48"),
         ({"entry__dtype": "int4"}, f"{LINEAR}.dtype: 'int4': Input should be 'float32', "),
-        ({"entry__values": "int3"}, f"{LINEAR}.values: 'int3'"),
+        ({"entry__values": "int5"}, f"{LINEAR}.values: 'int5'"),
         ({"entry__values": "int4"}, "value_group 0 does not go with int4"),
         ({"entry__value_group": 8}, "value_group 8 does not go with float32"),
         ({"entry__values": "int8", "entry__value_group": 12}, "12 should be a multiple of 8"),
@@ -189,7 +189,9 @@ def test_a_group_of_unequal_linears_is_refused():
 
 
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("how", [None, codec("int8", 8), codec("int4", 8)], ids=str)
+@pytest.mark.parametrize(
+    "how", [None, codec("int8", 8), codec("int4", 8), codec("int3", 8)], ids=str
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("experts", [1, 2])
 def test_an_entry_promises_what_there_is(experts, bias, how, full):

@@ -15,7 +15,9 @@ from wexpand_plugin.format.values import codec
 from wexpand_plugin.format.writer import write_json
 
 
-@pytest.mark.parametrize("how", [None, codec("int8", 8), codec("int4", 8)], ids=str)
+@pytest.mark.parametrize(
+    "how", [None, codec("int8", 8), codec("int4", 8), codec("int3", 8)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("experts", [1, 2])

@@ -43,7 +43,9 @@ def edit(path: Path, repair: bool = False, **tensors: torch.Tensor | None) -> No
 
 
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("how", [None, codec("int8", 8), codec("int4", 8)], ids=str)
+@pytest.mark.parametrize(
+    "how", [None, codec("int8", 8), codec("int4", 8), codec("int3", 8)], ids=str
+)
 @pytest.mark.parametrize("experts", [1, 2])
 def test_none(tmp_path, experts, how, full):
     write(tmp_path / "a", {GATE: linear(experts, how=how, full=full)}, other=torch.ones(3))

@@ -19,7 +19,7 @@ from wexpand_plugin.hf.linear import RoutedLinear
 
 def written(path, linears):
     """A checkpoint of these linears, one input group."""
-    writer = TensorWriter(path, limit=2000)
+    writer = TensorWriter(path, limit=1000)
     for name, linear in linears.items():
         writer.add_linear(name, linear)
     writer.add("norm.weight", torch.ones(3))

@@ -22,6 +22,8 @@ from wexpand_plugin.format.values import codec
         (codec("int8"), 0.5, True, 0.5 + 1 / 8 + 1 / 64),
         (codec("int4"), 0.5, True, 0.25 + 1 / 8 + 1 / 64),
         (codec("int4"), 0.0, False, 0.5 + 1 / 64),
+        (codec("int3"), 0.5, True, 3 / 16 + 1 / 8 + 1 / 64),
+        (codec("int2"), 0.0, False, 0.25 + 1 / 64),
         (codec("int4", 32), 0.5, True, 0.25 + 1 / 8 + 1 / 16),
     ],
 )

@@ -16,21 +16,19 @@ INTEGERS = [how for how in CODECS if how.scaled]
 
 def rows_in_bytes(rows: list[list[int]], bits: int) -> bytes:
     """Integers of rows as docs/checkpoint-format.md says, one after another."""
-    stored = bytearray()
+    stored = b""
     for row in rows:
-        numbers = [q & 0xF if bits == 4 else q & 0xFF for q in row]
-        if bits == 4:
-            numbers += [0] * (len(numbers) % 2)
-            numbers = [a + 16 * b for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
-        stored += bytes(numbers)
-    return bytes(stored)
+        numbers = [(q if bits > 3 else (q - 1) // 2) % 2**bits for q in row]
+        stream = sum(number << bits * place for place, number in enumerate(numbers))
+        stored += stream.to_bytes(-(-bits * len(row) // 8), "little")
+    return stored
 
 
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["int2", "int3", "int4", "int8"])
 @given(masks(), st.data())
 @settings(deadline=None)
 def test_integers_in_bytes(name, keep, data):
-    """Two's complement; int4 low half first, every row from a byte on, also an odd or empty one."""
+    """Two's complement, the first in low bits, every row from a byte on, also an empty one."""
     how = codec(name)
     rows, scale = data.draw(rows_of(how, keep))
     q = torch.where(keep, how.quantise(rows, scale), 0)
@@ -49,6 +47,24 @@ def test_nibbles_by_hand():
     assert packed.tolist() == [0xE1, 0x07, 0x08, 0x43]
     assert codec("int4").unpack(packed, keep.sum(dim=1)).tolist() == [1, -2, 7, -8, 3, 4]
     assert codec("int4").pack(q, torch.zeros_like(keep)).numel() == 0
+
+
+def test_threes_by_hand():
+    """Odd integers: 1, -1, 3, -3, 7 and -7 are 0, -1, 1, -2, 3 and -4 in three bits each."""
+    q = torch.tensor([[1, -1, 3, -3, 7, -7], [7, 0, 0, 0, 0, 0]], dtype=torch.int8)
+    packed = codec("int3").pack(q, q != 0)
+    stream = 0b100_011_110_001_111_000
+    assert packed.tolist() == [stream & 255, stream >> 8 & 255, stream >> 16, 0b011]
+    assert codec("int3").unpack(packed, torch.tensor([6, 1])).tolist() == [1, -1, 3, -3, 7, -7, 7]
+
+
+@pytest.mark.parametrize(("name", "high"), [("int3", 7), ("int2", 3)])
+def test_odd_integers(name, high):
+    """Nearest of those on either side of zero, which they leave out."""
+    how, scale = codec(name, 8), torch.ones(1, 1).half()
+    rows = torch.tensor([[-high - 5.0, -high + 0.9, -1.9, -0.1, 0.1, 1.9, 2.1, high + 9.0]])
+    assert how.quantise(rows, scale).tolist() == [[-high, -high, -1, -1, 1, 1, 3, high]]
+    assert (how.lowest, how.largest) == (-high, high)
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("int4", -8, 7), ("int8", -128, 127)])
@@ -110,6 +126,8 @@ def test_codecs_by_name():
     assert (codec("int4").bits, codec("int4").storage) == (4, torch.uint8)
     assert (codec("int8").bits, codec("int8").storage) == (8, torch.int8)
     assert codec("int4").elements(torch.tensor([0, 1, 2, 3])).tolist() == [0, 1, 1, 2]
+    assert codec("int3").elements(torch.tensor([0, 1, 3, 8, 9])).tolist() == [0, 1, 2, 3, 4]
+    assert codec("int2").elements(torch.tensor([0, 1, 4, 5])).tolist() == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("group", [0, -8, 4, 100])
@@ -119,7 +137,7 @@ def test_groups_are_whole_mask_bytes(group):
 
 
 def test_unknown_codecs():
-    with pytest.raises(WexpandError, match=re.escape("values: 'int3' is not one of float32, ")):
-        codec("int3")
+    with pytest.raises(WexpandError, match=re.escape("values: 'int5' is not one of float32, ")):
+        codec("int5")
     with pytest.raises(WexpandError, match="dtype torch.int8 should be float32, bfloat16 or float"):
         codec_of(torch.int8)

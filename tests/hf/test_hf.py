@@ -170,7 +170,7 @@ def test_dtypes_keep_the_router(tmp_path, dtype):
     assert routers == {torch.float16}
 
 
-@pytest.mark.parametrize("how", [codec("int8", 8), codec("int4", 16), codec("int4")], ids=str)
+@pytest.mark.parametrize("how", [codec("int8", 8), codec("int4", 16), codec("int3")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_integers_and_their_scales_survive(tmp_path, kind, dtype, how):

@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr const char* TYPES[] = {"float32", "bfloat16", "float16", "int8", "int4"};
+constexpr const char* TYPES[] = {"float32", "bfloat16", "float16", "int8", "int4", "int3", "int2"};
 std::mt19937 bits;
 
 int64_t below(int64_t end) { return int64_t(bits() % uint32_t(end)); }
@@ -44,12 +44,12 @@ struct Case {
     std::vector<double> weights;  // [versions, in]
 
     Case() {
-        sizes.type = one_of({TYPE_OF_X, INT8, INT4, INT4});
+        sizes.type = one_of({TYPE_OF_X, INT8, INT4, INT4, INT3, INT2});
         sizes.in = one_of({1, 2, 7, 8, 15, 31, 63, 64, 65, 127, 128, 129, 172, 385, 640, 1100});
         sizes.out = one_of({1, 2, 3, 5, 16, 31, 70, 140});
         sizes.experts = one_of({1, 1, 2, 5, 16});
         if (sizes.type >= INT8) sizes.group = one_of({8, 16, 32, 64, 128, 128, 256, 384});
-        sizes.masked = sizes.type <= FLOAT16 || below(3);
+        sizes.masked = sizes.type < INT3 && (sizes.type <= FLOAT16 || below(3));
         routed = sizes.experts > 1 || below(2);
     }
 
@@ -67,13 +67,16 @@ struct Case {
             }
     }
 
-    // A weight, and its bytes or half byte at the end of a row's.
+    // A weight, and its bytes or bits at the end of a row's.
     double draw(std::vector<uint8_t>& row, int64_t place) {
-        if (sizes.type == INT4) {
-            const int q = int(below(16)) - 8;
-            if (place % 2 == 0) row.push_back(uint8_t(q & 15));
-            else row.back() |= uint8_t((q & 15) << 4);
-            return q;
+        if (sizes.type >= INT4) {
+            const int few = sizes.type == INT4 ? 4 : sizes.type == INT3 ? 3 : 2;
+            const int q = int(below(1 << few)) - (1 << few >> 1);
+            for (int b = 0; b < few; ++b) {
+                if ((place * few + b) % 8 == 0) row.push_back(0);
+                row.back() |= uint8_t((q >> b & 1) << (place * few + b) % 8);
+            }
+            return few < 4 ? 2 * q + 1 : q;
         }
         if (sizes.type == INT8) {
             row.push_back(uint8_t(below(256)));

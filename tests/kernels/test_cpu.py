@@ -99,21 +99,24 @@ def test_integers_match_the_reference(code_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "int2"])
 def test_every_integer_is_read_as_it_is(code_path, dtype, name):
-    """One weight a row, all q there are, scales that are powers of two: no rounding at all."""
-    smallest = -codec(name).largest - 1
-    q = torch.arange(smallest, -smallest, dtype=torch.float32)
+    """All q there are, one in a row if it is sparse, scales that are powers of two: no rounding
+    but that of y."""
+    how = codec(name)
+    q = torch.arange(how.lowest, how.largest + 1, 2 if how.odd else 1, dtype=torch.float32)
     for width in (len(q), len(q) + 100):
         for keep in (torch.eye(len(q), width).bool(), torch.ones(len(q), width).bool()):
             rows = torch.zeros(len(q), width)
             rows.diagonal().copy_(q / 4)
             scale = torch.full((len(q), codec(name).scales(width)), 0.25).half()
             pool = RowPool.pack(rows, keep=keep, codec=codec(name), scale=scale)
+            right = pool.rows().sum(dim=1) * 2  # a full row of odd integers has no zeros
+            assert torch.equal(pool.rows().diagonal(), q / 4)
             for tokens in (1, 8, 40):
                 x = torch.full((tokens, width), 2.0, dtype=dtype)
                 y = cpu.run(x, None, cpu.prepare(pool, dtype), len(q))
-                assert torch.equal(y, (q / 2).to(dtype).expand(tokens, -1))
+                assert torch.equal(y, right.to(dtype).expand(tokens, -1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -101,7 +101,7 @@ def test_integers_match_the_reference(dtype):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20])
-@pytest.mark.parametrize("values", [codec("int8", 32), codec("int4")], ids=str)
+@pytest.mark.parametrize("values", [codec("int8", 32), codec("int4"), codec("int3")], ids=str)
 @pytest.mark.parametrize("density", [0.4, 1])
 def test_integers_of_wide_layers(density, values, tokens):
     """More columns than a step of any kernel, and a last group and a last word that are short."""
@@ -110,17 +110,20 @@ def test_integers_of_wide_layers(density, values, tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "int2"])
 def test_every_integer_is_read_as_it_is(name, dtype):
-    """One weight a row, all q there are, scales that are powers of two: no rounding at all."""
-    smallest = -codec(name).largest - 1
-    q = torch.arange(smallest, -smallest, dtype=torch.float32)
+    """All q there are, one in a row if it is sparse, scales that are powers of two: no rounding
+    but that of y."""
+    how = codec(name)
+    q = torch.arange(how.lowest, how.largest + 1, 2 if how.odd else 1, dtype=torch.float32)
     for keep in (torch.eye(len(q)).bool(), torch.ones(len(q), len(q)).bool()):
         scale = torch.full((len(q), codec(name).scales(len(q))), 0.25).half()
         pool = RowPool.pack(torch.diag(q / 4), keep=keep, codec=codec(name), scale=scale)
+        right = pool.rows().sum(dim=1) * 2  # a full row of odd integers has no zeros
+        assert torch.equal(pool.rows().diagonal(), q / 4)
         for tokens in (1, 8):
             x = torch.full((tokens, len(q)), 2.0, dtype=dtype, device=DEVICE)
-            assert torch.equal(run(pool.to(DEVICE), x, None).cpu(), (q / 2).to(dtype).expand_as(x))
+            assert torch.equal(run(pool.to(DEVICE), x, None).cpu(), right.to(dtype).expand_as(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

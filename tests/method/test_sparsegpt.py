@@ -197,8 +197,7 @@ def naive(weight, hessian, sparsity, grid, scales):
         gone = cost.argsort(dim=1).argsort(dim=1) < count
         for i in range(start, end):
             scale = scales[:, i // grid.group].double()
-            q = (weight[:, i] / scale).nan_to_num().round()
-            value = q.clamp(-grid.largest - 1, grid.largest) * scale
+            value = grid.nearest((weight[:, i] / scale).nan_to_num()) * scale
             value = torch.where(gone[:, i - start], 0, value)
             error = (weight[:, i] - value) / factor[i, i]
             weight[:, i] = value
@@ -207,7 +206,7 @@ def naive(weight, hessian, sparsity, grid, scales):
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
-@pytest.mark.parametrize("bits,group", [(8, 128), (4, 64), (4, 32)])
+@pytest.mark.parametrize("bits,group", [(8, 128), (4, 64), (4, 32), (3, 128), (2, 64)])
 def test_rounds_and_prunes_in_one_loop(bits, group, sparsity):
     weight, hessian, grid = weights(24, 300), hessians(1, 300), Grid(bits, group)
     found = sparsegpt.solve(weight, hessian, sparsity, MaskStructure.parse("row"), grid=grid)
@@ -222,14 +221,18 @@ def test_rounds_and_prunes_in_one_loop(bits, group, sparsity):
     assert error == pytest.approx(float(((right @ damped) * right).sum()), rel=0.02)
 
 
+@pytest.mark.parametrize("bits", [4, 3])
 @pytest.mark.parametrize("structure", ["row", "unstructured", "2:4"])
-def test_every_weight_lies_on_the_grid(structure):
-    weight, hessian, grid = weights(20, 96), hessians(3, 96), Grid(4, 32)
+def test_every_weight_lies_on_the_grid(structure, bits):
+    weight, hessian, grid = weights(20, 96), hessians(3, 96), Grid(bits, 32)
     found = sparsegpt.solve(weight, hessian, 0.5, MaskStructure.parse(structure), grid=grid)
     scales = found.scales.float().repeat_interleave(32, dim=2)
     q = (found.weights / scales).nan_to_num()
     assert (q - q.round()).abs().max() < 1e-3 and q.min() >= -8.001 and q.max() <= 7.001
     assert (found.weights == 0).float().mean() >= 0.5
+    if bits == 3:
+        odd = q[found.weights != 0].round()
+        assert (odd % 2 == 1).all() and odd.abs().max() == 7
 
 
 def test_solving_beats_rounding_to_nearest():

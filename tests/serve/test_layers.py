@@ -216,7 +216,7 @@ def test_values_are_cast_to_the_served_dtype_and_the_router_is_not(
     assert_close(y, expected(checkpoint, x), 3e-2)
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int3"])
 def test_integers_with_scales(values):
     checkpoint = qkv(values=values)
     layer = qkv_layer(checkpoint, disable_tp=True)
@@ -226,7 +226,7 @@ def test_integers_with_scales(values):
     assert_close(run(layer, x), expected(checkpoint, x))
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int3"])
 def test_full_rows_beside_rows_with_zeros(values):
     """Linears of one input group may differ in sparsity, and one may have no mask."""
     full = RowPool.pack(torch.randn(12, WIDTH), codec=codec(values, 8)).smallest()

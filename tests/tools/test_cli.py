@@ -265,7 +265,7 @@ def test_synth(tmp_path, experts, budget, targets):
 
 @pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int3"])
 def test_synth_integers(tmp_path, values, sparsity, experts):
     """As sound as floats, in rows with an odd number of weights too, and as large."""
     shape = Shape(hidden=62, ffn=106, layers=1, heads=1, vocab=300)
@@ -329,7 +329,7 @@ def test_synth_command(tmp_path):
         ({}, dict(experts=4, clusters=3), "clusters: 3 should be 4 .experts. to 4096"),
         ({}, dict(clusters=4097), "clusters: 4097 should be 16 .experts. to 4096"),
         ({}, dict(dtype="int4"), "dtype: 'int4' is not one of"),
-        ({}, dict(values="int3"), "values: 'int3' is not one of"),
+        ({}, dict(values="int5"), "values: 'int5' is not one of"),
         ({}, dict(values="int4", value_group=12), "value_group: 12 should be a multiple of 8"),
         ({}, dict(targets="head"), "targets: 'head' is not one of mlp, all"),
         ({}, dict(budget=0.1), "budget: 0.1 is below 0.29"),

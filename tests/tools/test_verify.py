@@ -30,10 +30,10 @@ from wexpand_plugin.tools.verify import verify
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
-    """An expanded qwen2 (biases) in several files, one linear as int8 and one as int4."""
+    """An expanded qwen2 (biases) in several files, one linear as int8 and one as int3."""
     path = tmp_path_factory.mktemp("verify") / "sound"
     model = tiny.expand(tiny.dense("qwen2"), match="")
-    for name, how in (("0.mlp.up_proj", codec("int8", 8)), ("1.mlp.down_proj", codec("int4", 16))):
+    for name, how in (("0.mlp.up_proj", codec("int8", 8)), ("1.mlp.down_proj", codec("int3", 16))):
         module = model.get_submodule(f"model.layers.{name}")
         old = module.pool
         pool = RowPool.pack(old.rows(), old.row_map, codec=how)
@@ -473,7 +473,7 @@ def test_inspect_counts_what_is_on_disk(sound):
     assert linear.dense_bytes == tiny.HIDDEN * tiny.FFN * 4 and linear.values == "float32"
     assert linear.tokens == [10, 11, 12] and 0.99 < linear.balance < 1
     assert linears["0.mlp.up_proj"].values == "int8, groups of 8"
-    assert linears["1.mlp.down_proj"].values == "int4, groups of 16"
+    assert linears["1.mlp.down_proj"].values == "int3, groups of 16"
     only = inspect(sound, [linear.name])
     assert only.linears == [linear] and only.disk_bytes == found.disk_bytes
 
@@ -515,7 +515,7 @@ def test_bytes_per_token_against_the_rows_themselves(sound):
     model = AutoModelForCausalLM.from_pretrained(sound)
     # bits of a value, scales of a row, routers that are its group's first linear's
     cases = {"0.mlp.gate_proj": (32, 0, 1), "0.mlp.up_proj": (8, 5, 0),
-             "0.self_attn.q_proj": (32, 0, 1), "1.mlp.down_proj": (4, 4, 1)}  # fmt: skip
+             "0.self_attn.q_proj": (32, 0, 1), "1.mlp.down_proj": (3, 4, 1)}  # fmt: skip
     for name, (bits, scales, routers) in cases.items():
         module = model.get_submodule(f"model.layers.{name}")
         total, versions, kept = 0.0, module.pool.version_map().tolist(), module.pool.kept()

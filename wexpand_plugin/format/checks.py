@@ -152,11 +152,11 @@ def check_pool(pool: RowPool, name: str = "row pool") -> RowPool:
     if codec.storage.is_floating_point:
         if not finite(pool.values):
             raise _error(name, "weight", "holds NaN or infinite values")
-    elif codec.bits == 4:
-        # the last byte of a row with an odd number of weights has a half to spare
-        ends = pool.starts()[1:][kept % 2 == 1]
-        if bool((pool.values[ends - 1] >> 4).any()):
-            raise _error(name, "weight", "sets a half byte past a row's last weight")
+    elif codec.packed:
+        used = kept * codec.bits % 8  # bits of a row's last byte; 0: all
+        ends = pool.values[pool.starts()[1:][used > 0] - 1]
+        if bool((ends >> used[used > 0].to(torch.uint8)).any()):
+            raise _error(name, "weight", "sets a bit past a row's last weight")
     return pool
 
 

@@ -81,7 +81,7 @@ class LinearEntry(BaseModel):
     """whether each cluster has a bias"""
     dtype: Literal["float32", "bfloat16", "float16"]
     """of the dense weight that this linear stands for"""
-    values: Literal["float32", "bfloat16", "float16", "int8", "int4"]
+    values: Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2"]
     """how kept weights are stored"""
     value_group: NonNegativeInt = 0
     """columns that share a scale; 0 for floats"""
@@ -98,9 +98,8 @@ class LinearEntry(BaseModel):
             )
         if (self.values in FLOATS) != (self.value_group == 0):
             raise ValueError(f"value_group {self.value_group} does not go with {self.values}")
-        per_element = self.codec.storage.itemsize * 8 // self.codec.bits
-        low = -(-self.nnz // per_element)
-        high = self.nnz if per_element == 1 else low + self.versions
+        low = -(-self.nnz * self.codec.bits // (self.codec.storage.itemsize * 8))
+        high = low + self.versions if self.codec.packed else self.nnz
         if not low <= self.elements <= high:
             raise ValueError(f"elements {self.elements} should be {low} to {high}")
         return self

@@ -127,9 +127,7 @@ class RowPool:
     @property
     def nnz(self) -> int:
         """Weights kept, over all row versions; a kept one may be zero."""
-        if self.codec.bits == self.codec.storage.itemsize * 8:
-            return self.values.numel()
-        return int(self.kept().sum())
+        return int(self.kept().sum()) if self.codec.packed else self.values.numel()
 
     def kept(self) -> Tensor:
         """Weights that each row version keeps: int64 [versions]."""
@@ -315,8 +313,16 @@ class RowPool:
         values = []
         for part in self._chunks():
             dense, keep = part.stored()
+            if not part._holds_zeros(keep):
+                return self
             values.append(self.codec.pack(dense, torch.ones_like(keep)))
         return replace(self, values=torch.cat(values), mask=None)
+
+    def _holds_zeros(self, keep: Tensor) -> bool:
+        """Whether rows could store a zero wherever they do not `keep` [n, in] a weight."""
+        if not self.codec.odd or self.scale is None:
+            return True
+        return not bool((self.codec.decode(torch.ones_like(keep), self.scale) * ~keep).any())
 
     def masked(self) -> "RowPool":
         """The same rows with a mask, be it of ones."""
@@ -324,6 +330,11 @@ class RowPool:
             return self
         ones = torch.ones(1, self.in_features, dtype=torch.bool, device=self.values.device)
         return replace(self, mask=pack_bits(ones).repeat(self.versions, 1))
+
+    def recoded(self, how: ValueCodec) -> "RowPool":
+        """The same integers in a codec that has them all, and the groups that there are."""
+        parts = [how.pack(*part.stored()) for part in self._chunks()]
+        return replace(self, codec=replace(how, group=self.codec.group), values=torch.cat(parts))
 
     def decoded(self, dtype: torch.dtype) -> "RowPool":
         """The same rows in a float codec."""

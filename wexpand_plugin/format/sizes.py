@@ -2,7 +2,8 @@
 
 A row version costs its kept values, a bit for every column, and its scales: 2(1-s) + 1/8 bytes per
 weight in bfloat16 at sparsity s (1.125 at 50%, 0.525 at 80%, against 2 dense), (1-s)/2 + 1/8 + 1/64
-in int4 with groups of 128 (0.39 at 50%), and 1/2 + 1/64 in int4 without a mask.
+in int4 with groups of 128 (0.39 at 50%), and 1/2 + 1/64 in int4 without a mask (3/8 + 1/64 in
+int3, 1/4 + 1/64 in int2).
 """
 
 from dataclasses import dataclass
@@ -29,10 +30,13 @@ def row_bytes(codec: ValueCodec, kept: Tensor, in_features: int, *, masked: bool
 def worth_masking(codec: ValueCodec, kept: Tensor, in_features: int) -> bool:
     """Whether a linear whose row versions need to keep `kept` weights has a mask.
 
-    Not if all rows are full, and not if storing the zeros as well takes no more bytes than a mask.
+    Not if all rows are full, and not if storing the zeros as well, where the codec has a zero,
+    takes no more bytes than a mask.
     """
     if bool((kept == in_features).all()):
         return False
+    if codec.odd:
+        return True
     masked = row_bytes(codec, kept, in_features).sum()
     full = row_bytes(codec, torch.full_like(kept, in_features), in_features, masked=False).sum()
     return bool(masked < full)

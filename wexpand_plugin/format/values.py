@@ -3,16 +3,28 @@
 A float codec stores it as it is. An integer codec stores q, and the weight is q times a scale that
 a row version has for every group of columns (128 by default):
 
-    codec       bits   q             scale
+    codec       bits   q                         scale
     float32     32
     bfloat16    16
     float16     16
-    int8         8     -128 to 127   float16 [versions, ceil(in/group)]
-    int4         4       -8 to 7     float16 [versions, ceil(in/group)]
+    int8         8     -128 to 127               float16 [versions, ceil(in/group)]
+    int4         4       -8 to 7                 likewise
+    int3         3       -7, -5, -3, ..., 5, 7   likewise
+    int2         2       -3, -1, 1, 3            likewise
 
 Group g holds the dense columns g * group to (g + 1) * group - 1, kept or not; the last one may be
-shorter. Integers are two's complement. Two int4 share a byte, the earlier one in the low half, and
-a row version begins at a byte: a half byte that is left over is 0.
+shorter.
+
+Of 3 and 2 bits q is odd. Of so few values none may be wasted: counted from zero there would be one
+more below it than above, which weights, as many on either side, have no use for, and a zero, which
+rows with a mask never store. On the pocket model's linears the squared error of full int2 is 0.75
+of what -2 to 1 leave, and 0.92 with int3; with zeros in between 0.76 and 0.99 (evals/LOG.md).
+
+What is stored is q, or (q - 1) / 2 where q is odd, in two's complement, as a stream of bits for
+each row version, see `bits`: two int4 share a byte, the earlier one in the low half; eight int3
+take three bytes. A row version begins at a byte; bits that are left over are 0. On disk no other
+order would be smaller or simpler; what a processor reads best differs between processors, so a
+kernel lays values out anew when it loads them.
 """
 
 from dataclasses import dataclass
@@ -21,12 +33,12 @@ import torch
 from torch import Tensor
 
 from ..errors import WexpandError
-from .bits import ranges, running
+from .bits import pack_fields, unpack_fields
 
 __all__ = ["CODECS", "FLOATS", "GROUP", "ValueCodec", "codec", "codec_of"]
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INTEGERS = {"int8": 8, "int4": 4}
+INTEGERS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 CODECS = (*FLOATS, *INTEGERS)
 GROUP = 128
 """columns that share a scale, unless said otherwise"""
@@ -59,14 +71,29 @@ class ValueCodec:
         return self.group > 0
 
     @property
+    def packed(self) -> bool:
+        """Whether several weights share an element of `storage`."""
+        return self.bits < self.storage.itemsize * 8
+
+    @property
+    def odd(self) -> bool:
+        """Whether q is odd, so that no weight of a group with a scale is zero."""
+        return self.bits < 4
+
+    @property
     def largest(self) -> int:
-        """The largest q of an integer codec; the smallest is -largest - 1."""
-        return 2 ** (self.bits - 1) - 1
+        """The largest q of an integer codec."""
+        return 2**self.bits - 1 if self.odd else 2 ** (self.bits - 1) - 1
+
+    @property
+    def lowest(self) -> int:
+        """The smallest q of an integer codec."""
+        return -self.largest if self.odd else -self.largest - 1
 
     def elements(self, kept: Tensor) -> Tensor:
         """Elements of `storage` that rows with so many kept weights take: int64, like `kept`."""
-        per_element = self.storage.itemsize * 8 // self.bits
-        return (kept + per_element - 1) // per_element
+        wide = self.storage.itemsize * 8
+        return (kept * self.bits + wide - 1) // wide
 
     def scales(self, in_features: int) -> int:
         """Scales of one row version."""
@@ -75,8 +102,9 @@ class ValueCodec:
     def quantise(self, rows: Tensor, scale: Tensor) -> Tensor:
         """q of dense `rows` [n, in], given their scales [n, groups]: int8 [n, in]."""
         wide = self._per_column(scale, rows.shape[1])
-        q = torch.where(wide > 0, rows.float() / wide, 0).round()
-        return q.clamp(-self.largest - 1, self.largest).to(torch.int8)
+        q = torch.where(wide > 0, rows.float() / wide, 0)
+        q = (q / 2).floor() * 2 + 1 if self.odd else q.round()
+        return q.clamp(self.lowest, self.largest).to(torch.int8)
 
     def scale_of(self, rows: Tensor) -> Tensor:
         """Scales that reach the largest weight of each group: float16 [n, groups] of `rows`."""
@@ -89,24 +117,21 @@ class ValueCodec:
 
     def pack(self, q: Tensor, keep: Tensor) -> Tensor:
         """The kept of `q` (int8 or float, [n, in]) in storage form, row after row: 1-D."""
-        if self.bits != 4:
+        if not self.packed:
             return q[keep].to(self.storage).contiguous()
-        counts = keep.sum(dim=1)
-        # a row with an odd number of kept weights gets a zero after its last
-        first = running(self.elements(counts) * 2)
-        halves = torch.zeros(int(first[-1]), dtype=torch.uint8, device=q.device)
-        places = ranges(first[:-1], first[:-1] + counts)
-        halves[places] = q[keep].to(torch.uint8) & 0xF
-        return halves[0::2] | (halves[1::2] << 4)
+        return pack_fields(self.fields(q[keep]), keep.sum(dim=1), self.bits)
 
     def unpack(self, values: Tensor, kept: Tensor) -> Tensor:
         """`pack` undone: what rows with `kept` [n] weights store, one element a weight: 1-D."""
-        if self.bits != 4:
+        if not self.packed:
             return values
-        halves = torch.stack([values & 0xF, values >> 4], dim=1).flatten()
-        first = running(self.elements(kept) * 2)[:-1]
-        q = halves[ranges(first, first + kept)].to(torch.int8)
-        return (q ^ 8) - 8
+        half = 2 ** (self.bits - 1)
+        stored = (unpack_fields(values, kept, self.bits).to(torch.int8) ^ half) - half
+        return stored * 2 + 1 if self.odd else stored
+
+    def fields(self, q: Tensor) -> Tensor:
+        """What is stored of each of `q` (int8), in the low bits of uint8."""
+        return (q >> 1 if self.odd else q).to(torch.int8).view(torch.uint8)
 
     def decode(self, q: Tensor, scale: Tensor) -> Tensor:
         """Dense rows [n, in] float32 of dense `q` [n, in] and `scale` [n, groups]."""

@@ -1,8 +1,8 @@
 """The Triton kernels; `_triton_rows` reads the packed rows, `triton.py` describes their layout.
 
 `gather_gemv` and `grouped_gemm` have an outer loop over mask words and an inner one over the four
-columns of a group. With integers (BITS is 8 or 4, 0 for floats) what is summed are products of
-inputs with integers, exact in float32, and a sum is multiplied by the scale of its GROUP columns
+columns of a group. With integers (BITS is 8, 4, 3 or 2, 0 for floats) what is summed are products
+of inputs with integers, exact in float32, and a sum is multiplied by the scale of its GROUP columns
 when the next column has another: after SHARE of the four. Past the last column that sum is zero and
 the scale is whatever comes next in memory, where `scale` is padded.
 """

@@ -109,6 +109,8 @@ def integers(weight, places, BITS: tl.constexpr):
 def next_integer(packed, bits, bit: tl.constexpr, FULL: tl.constexpr, BITS: tl.constexpr):
     """As `next_float`, int32, from what `integers` gave; and what it leaves for the next ones."""
     weights = (packed << (32 - BITS)).to(tl.int32, bitcast=True) >> (32 - BITS)
+    if BITS < 4:  # odd ones, see format/values.py
+        weights = weights * 2 + 1
     if FULL:
         packed = packed >> BITS
     else:

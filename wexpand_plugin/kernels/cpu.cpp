@@ -67,7 +67,7 @@ template <class V, bool MASKED, class FewProducts, class TileProducts> void mult
     constexpr int64_t FEWEST = 4;
     const Few<V, MASKED, FewestProducts> fewest(call);
     const Few<V, MASKED, FewProducts> few(call);
-    const Lists<V> lists(call);
+    const Lists<std::conditional_t<MASKED, V, X>> lists(call);
     const Tiles<V, MASKED, TileProducts> tiles(call);
     const int64_t few_lists = lists_from<V, HAS_PAIRS>(call.pool.density());
     const int64_t few_tiles = tiles_from<V, HAS_PAIRS>(MASKED);
@@ -132,8 +132,9 @@ template <class V, bool MASKED> void multiply(Call& call) {
 }
 
 template <class V> void multiply(Call& call) {
-    if (call.pool.masked) multiply<V, true>(call);
-    else multiply<V, false>(call);
+    if constexpr (!IS_ODD<V>)
+        if (call.pool.masked) return multiply<V, true>(call);
+    multiply<V, false>(call);
 }
 
 }  // namespace
@@ -176,6 +177,8 @@ int wexpand_linear(Pool* pool, const X* x, const int64_t* chosen, int64_t tokens
                   chosen ? chosen + t : nullptr, min(BATCH, tokens - t));
         if (pool->type == INT8) multiply<Int8>(call);
         else if (pool->type == INT4) multiply<Int4>(call);
+        else if (pool->type == INT3) multiply<Int3>(call);
+        else if (pool->type == INT2) multiply<Int2>(call);
         else multiply<X>(call);
     }
     return 0;

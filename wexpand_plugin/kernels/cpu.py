@@ -4,7 +4,10 @@ Its layout is one uint8 tensor, described in `cpu_pool.h`: the sizes, the row ma
 version begins, and the versions, each with its scales, mask and values side by side. That is the
 checkpoint, about 8 bytes more for a row version and 4 for a neuron, whatever fills full rows up to
 a multiple of 128 columns, and where int4 rows keep more in one half than in the other a byte for
-each two weights too many (1% of a layer of 2048 columns at 50%).
+each two weights too many (1% of a layer of 2048 columns at 50%). Sparse rows in 3 and 2 bits
+are kept as int4, which holds the same integers: 4 bits instead of 3 or 2 for each weight kept, and
+no code of their own. At equal bytes full rows in few bits lose less than sparse ones (evals/LOG.md
+of 2026-11-27), and those are read as they are stored.
 
 Values of a float codec must be of the dtype of x. Integers are multiplied as they are, with x as
 it is: what comes out differs from the reference by the rounding of float32 sums.
@@ -23,7 +26,7 @@ from ..errors import WexpandError
 from ..format.clusters import ClusterBias
 from ..format.router import ROUTER_DTYPES
 from ..format.rowpool import RowPool
-from ..format.values import ValueCodec
+from ..format.values import ValueCodec, codec
 from . import LayerShape
 from .build import DEFAULT_FLAGS, BuildError, build
 
@@ -33,7 +36,9 @@ name = "cpu"
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
-VALUES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+VALUES = {
+    "float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "int3": 5, "int2": 6
+}  # fmt: skip
 SIZES = 17  # numbers at the beginning of the layout, of which `prepare` writes the first seven
 STEP = 128  # columns: groups of scales divide it or are a multiple of it
 
@@ -83,10 +88,10 @@ def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> 
     return _narrow(shape.codec) or _problem(dtype)
 
 
-def _narrow(codec: ValueCodec | None) -> str | None:
+def _narrow(how: ValueCodec | None) -> str | None:
     """Why groups of scales are too narrow, or None; columns split between workers can be."""
-    if codec and codec.scaled and math.gcd(codec.group, STEP) < 8:
-        return f"groups of {codec.group} columns share a scale, multiples of 8 should"
+    if how and how.scaled and math.gcd(how.group, STEP) < 8:
+        return f"groups of {how.group} columns share a scale, multiples of 8 should"
     return None
 
 
@@ -103,6 +108,8 @@ def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
     """
     if reason := _narrow(pool.codec):
         raise WexpandError(f"row pool: {reason}")
+    if pool.mask is not None and pool.codec.odd:
+        pool = pool.recoded(codec("int4"))
     group, scale = pool.codec.group, pool.scale
     if scale is not None and group % STEP:
         narrow = math.gcd(group, STEP)

@@ -169,23 +169,51 @@ template <> struct Decoder<Int4, true, Floats> : MaskBytes {
     }
 };
 
-// Of eight columns a lane's 32 bits hold one half byte each.
-template <> struct Decoder<Int4, false, Floats> : Interleaved<8> {
-    static constexpr int STEP = 64, VECTORS = 8, HALVES = 1;
-    static constexpr float FACTOR = 0x1p-28;
-    typedef int32_t Lanes __attribute__((vector_size(32)));
+// Full rows of few bits: a lane gets the stream's bits of eight columns, see cpu_pool.h, and each
+// vector moves those of one column to its top.
+typedef int32_t Lanes __attribute__((vector_size(32)));
+
+template <class V> inline Lanes lanes_of(const uint8_t* stream) {
+    if constexpr (BITS<V> == 4) return load_bits<Lanes>(stream);
+#if defined(WEXPAND_AVX2)
+    const auto bytes = [&](int first) { return _mm_loadu_si128((const __m128i*)(stream + first)); };
+    if constexpr (BITS<V> == 2) return (Lanes)_mm256_cvtepu16_epi32(bytes(0));
+    const __m256i threes = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(bytes(0)), bytes(12), 1);
+    return (Lanes)_mm256_shuffle_epi8(both, threes);
+#else
+    Lanes lanes;
+    for (int i = 0; i < 8; ++i) lanes[i] = load_bits<int32_t>(stream + BITS<V> * i);
+    return lanes;
+#endif
+}
+
+template <class V> struct Full : Interleaved<8> {
+    static constexpr int STEP = 64, VECTORS = 8, HALVES = 1, B = BITS<V>;
+    static constexpr float FACTOR = B == 2 ? 0x1p-29f : 0x1p-28f;
     const uint8_t* values;
     Lanes lanes;
 
-    explicit Decoder(const uint8_t* values = nullptr) : values(values) {}
+    explicit Full(const uint8_t* values = nullptr) : values(values) {}
     template <int HALF> void start(uint64_t) {
-        lanes = load_bits<Lanes>(values);
-        values += 32;
+        lanes = lanes_of<V>(values);
+        values += STEP * B / 8;
     }
     Vec vector(int k) const {
-        const Lanes top = lanes << (28 - 4 * k) & int32_t(0xf0000000);
+        Lanes top = lanes << (32 - B - B * k) & int32_t(~0u << (32 - B));
+        if constexpr (IS_ODD<V>) top |= 1 << (31 - B);  // 2 q + 1
         return __builtin_convertvector(top, Vec);
     }
+};
+template <> struct Decoder<Int4, false, Floats> : Full<Int4> {
+    using Full::Full;
+};
+template <> struct Decoder<Int3, false, Floats> : Full<Int3> {
+    using Full::Full;
+};
+template <> struct Decoder<Int2, false, Floats> : Full<Int2> {
+    using Full::Full;
 };
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Decoders for CPUs with AVX-512 VBMI2, whose `vpexpand` spreads packed values to the places of a
-// mask's set bits: 64 columns of a row at a time, or 128 where a full row's int4 fill a vector.
+// mask's set bits: 64 columns of a row at a time, or 128 of a full row in few bits.
 //
 // See cpu_decoders.h for what a decoder gives. Integers are spread as bytes. A lane then holds four
-// neighbouring columns (of full int4 eight), one of which each vector takes out of it.
+// neighbouring columns (of full rows in few bits eight), one of which each vector takes out of it.
 
 #pragma once
 
@@ -101,21 +101,85 @@ template <bool MASKED> struct Decoder<Int8, MASKED, Floats> : Bytes<Int8, MASKED
     Vec vector(int k) const { return (Vec)from_byte(this->bytes, k); }
 };
 
-// int4 are looked up in a table, whose index is the low bits of a lane: the rest may be anything.
-struct Int4Tables {
+// Few bits are looked up in a table, whose index is the low bits of a lane: the rest may be
+// anything.
+template <class V> struct Levels {
     float floats[16];
-    uint16_t words[32];  // bfloat16, twice
-    constexpr Int4Tables() : floats(), words() {
+    uint16_t words[32];  // bfloat16
+    constexpr Levels() : floats(), words() {
         constexpr uint16_t MAGNITUDES[9] = {0,      0x3f80, 0x4000, 0x4040, 0x4080,
                                             0x40a0, 0x40c0, 0x40e0, 0x4100};
-        for (int i = 0; i < 16; ++i) {
-            const int q = i < 8 ? i : i - 16;
-            floats[i] = float(q);
-            words[i] = words[i + 16] = q < 0 ? MAGNITUDES[-q] | 0x8000 : MAGNITUDES[q];
+        constexpr int NUMBERS = 1 << BITS<V>;
+        for (int i = 0; i < 32; ++i) {
+            const int stored = i % NUMBERS < NUMBERS / 2 ? i % NUMBERS : i % NUMBERS - NUMBERS;
+            const int q = IS_ODD<V> ? 2 * stored + 1 : stored;
+            floats[i % 16] = float(q);
+            words[i] = q < 0 ? MAGNITUDES[-q] | 0x8000 : MAGNITUDES[q];
+        }
+    }
+    __m512 in_lanes(__m512i index) const {
+        return _mm512_permutexvar_ps(index, _mm512_load_ps(floats));
+    }
+    __m512i in_words(__m512i index) const {
+        return _mm512_permutexvar_epi16(index, _mm512_load_si512(words));
+    }
+};
+template <class V> alignas(64) constexpr Levels<V> LEVELS;
+
+// Full rows of few bits, 128 columns a step: the stream's bits of 8 columns in each lane of 32
+// bits, of 4 in each of 16.
+struct Spread {  // bytes that a lane takes of a stream of 3 bits
+    int8_t lanes[64] = {}, words[64] = {};
+    uint16_t shifts[32] = {};
+    constexpr Spread() {
+        for (int i = 0; i < 64; ++i) {
+            lanes[i] = int8_t(i / 4 * 3 + (i % 4) % 3);
+            words[i] = int8_t(i / 2 * 12 / 8 + i % 2);
+            shifts[i / 2] = uint16_t(i / 2 * 12 % 8);
         }
     }
 };
-alignas(64) constexpr Int4Tables INT4_TABLES;
+alignas(64) constexpr Spread SPREAD;
+
+template <class V> inline __m512i lanes_of(const uint8_t* stream) {
+    if constexpr (BITS<V> == 4) return _mm512_loadu_si512(stream);
+    if constexpr (BITS<V> == 2)
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)stream));
+    return _mm512_permutexvar_epi8(_mm512_load_si512(SPREAD.lanes), _mm512_loadu_si512(stream));
+}
+template <class V> inline __m512i words_of(const uint8_t* stream) {
+    if constexpr (BITS<V> == 4) return _mm512_loadu_si512(stream);
+    if constexpr (BITS<V> == 2)
+        return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)stream));
+    const __m512i words =
+        _mm512_permutexvar_epi8(_mm512_load_si512(SPREAD.words), _mm512_loadu_si512(stream));
+    return _mm512_srlv_epi16(words, _mm512_load_si512(SPREAD.shifts));
+}
+
+template <class V> struct FullFloats : Interleaved<8> {
+    static constexpr int STEP = 128, VECTORS = 8, HALVES = 1;
+    static constexpr float FACTOR = 1;
+    const uint8_t* values;
+    __m512i lanes;
+
+    explicit FullFloats(const uint8_t* values = nullptr) : values(values) {}
+    template <int HALF> void start(uint64_t) {
+        lanes = lanes_of<V>(values);
+        values += STEP * BITS<V> / 8;
+    }
+    Vec vector(int k) const {
+        return (Vec)LEVELS<V>.in_lanes(_mm512_srli_epi32(lanes, int(BITS<V>) * k));
+    }
+};
+template <> struct Decoder<Int4, false, Floats> : FullFloats<Int4> {
+    using FullFloats::FullFloats;
+};
+template <> struct Decoder<Int3, false, Floats> : FullFloats<Int3> {
+    using FullFloats::FullFloats;
+};
+template <> struct Decoder<Int2, false, Floats> : FullFloats<Int2> {
+    using FullFloats::FullFloats;
+};
 
 template <> struct Decoder<Int4, true, Floats> : Bytes<Int4, true>, Interleaved<4> {
     static constexpr int VECTORS = 4, HALVES = 2;
@@ -123,19 +187,7 @@ template <> struct Decoder<Int4, true, Floats> : Bytes<Int4, true>, Interleaved<
     using Bytes::Bytes;
 
     Vec vector(int k) const {
-        return (Vec)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 8 * k),
-                                          _mm512_load_ps(INT4_TABLES.floats));
-    }
-};
-
-template <> struct Decoder<Int4, false, Floats> : Bytes<Int4, false>, Interleaved<8> {
-    static constexpr int STEP = 128, VECTORS = 8, HALVES = 1;
-    static constexpr float FACTOR = 1;
-    using Bytes::Bytes;
-
-    Vec vector(int k) const {
-        return (Vec)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4 * k),
-                                          _mm512_load_ps(INT4_TABLES.floats));
+        return (Vec)LEVELS<Int4>.in_lanes(_mm512_srli_epi32(bytes, 8 * k));
     }
 };
 
@@ -162,20 +214,33 @@ template <> struct Decoder<Int4, true, Pairs> : Bytes<Int4, true>, Interleaved<2
     using Bytes::Bytes;
 
     __m512i vector(int k) const {
-        return _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 8 * k),
-                                        _mm512_load_si512(INT4_TABLES.words));
+        return LEVELS<Int4>.in_words(_mm512_srli_epi16(bytes, 8 * k));
     }
 };
 
-template <> struct Decoder<Int4, false, Pairs> : Bytes<Int4, false>, Interleaved<4> {
+template <class V> struct FullPairs : Interleaved<4> {
     static constexpr int STEP = 128, VECTORS = 4, HALVES = 1;
     static constexpr float FACTOR = 1;
-    using Bytes::Bytes;
+    const uint8_t* values;
+    __m512i words;
 
-    __m512i vector(int k) const {
-        return _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4 * k),
-                                        _mm512_load_si512(INT4_TABLES.words));
+    explicit FullPairs(const uint8_t* values = nullptr) : values(values) {}
+    template <int HALF> void start(uint64_t) {
+        words = words_of<V>(values);
+        values += STEP * BITS<V> / 8;
     }
+    __m512i vector(int k) const {
+        return LEVELS<V>.in_words(_mm512_srli_epi16(words, int(BITS<V>) * k));
+    }
+};
+template <> struct Decoder<Int4, false, Pairs> : FullPairs<Int4> {
+    using FullPairs::FullPairs;
+};
+template <> struct Decoder<Int3, false, Pairs> : FullPairs<Int3> {
+    using FullPairs::FullPairs;
+};
+template <> struct Decoder<Int2, false, Pairs> : FullPairs<Int2> {
+    using FullPairs::FullPairs;
 };
 
 // Whole numbers up to 128 are bfloat16 already, in the upper half of a float.

@@ -25,9 +25,15 @@ struct Int8 {  // q, see format/values.py
 struct Int4 {  // two q
     uint8_t pair;
 };
+struct Int3 {  // full rows only: a byte of a stream of bits
+    uint8_t part;
+};
+struct Int2 {  // the same
+    uint8_t four;
+};
 
 // Of values, as cpu.py numbers them.
-enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, INT3, INT2 };
 
 // Of x and y: the library is compiled for one.
 #if !defined(WEXPAND_X)
@@ -35,8 +41,12 @@ enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
 #endif
 using X = WEXPAND_X;
 
-template <class V> constexpr bool IS_INTEGER = std::is_same_v<V, Int8> || std::is_same_v<V, Int4>;
-template <class V> constexpr int64_t BITS = std::is_same_v<V, Int4> ? 4 : 8 * sizeof(V);
+template <class V> constexpr int64_t BITS = 8 * sizeof(V);
+template <> constexpr int64_t BITS<Int4> = 4;
+template <> constexpr int64_t BITS<Int3> = 3;
+template <> constexpr int64_t BITS<Int2> = 2;
+template <class V> constexpr bool IS_INTEGER = BITS<V> <= 8;
+template <class V> constexpr bool IS_ODD = BITS<V> < 4;  // 2 q + 1 is the weight
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }

@@ -9,7 +9,12 @@
 // Sparse int4 are not in the checkpoint's order. The low halves of the bytes hold what is kept of
 // the row's first columns, up to `Pool::half`, the high halves what is kept of the others: so the
 // values of 64 columns begin at a byte, and nothing but a shift makes bytes of them. Where one half
-// of the row keeps more weights than the other, that many half bytes stay empty.
+// of the row keeps more weights than the other, that many half bytes stay empty. Sparse rows of
+// fewer bits come as int4, which hold the same numbers (cpu.py).
+//
+// Full rows are in the checkpoint's order. Eight columns of b bits are b bytes of a stream, which a
+// vector's 32-bit lane, or four columns a 16-bit lane, takes whole: one shuffle, or widening, for
+// 128 columns, and then as with int4.
 
 #pragma once
 
@@ -88,7 +93,7 @@ struct Sizes {               // of one row version
     int64_t stored, record;  // bytes: of the values in the checkpoint, and of the record
 
     Sizes(const Pool& pool, const Source& source, int64_t version) {
-        constexpr int64_t BITS[] = {32, 16, 16, 8, 4};
+        constexpr int64_t BITS[] = {32, 16, 16, 8, 4, 3, 2};
         const int64_t bits = BITS[pool.type], half = min(pool.half, pool.in);
         int64_t values;
         if (pool.masked) {

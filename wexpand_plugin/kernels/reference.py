@@ -28,11 +28,12 @@ def unavailable(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> 
 
 
 def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
-    """The checkpoint's own tensors (values, mask, row map, scales, where there are any), and two
-    empty ones whose widths are `in_features` and the codec's group.
+    """The checkpoint's own tensors (values, mask, row map, scales, where there are any), and three
+    empty ones whose widths are `in_features` and the codec's group and bits.
     """
     device = pool.values.device
-    sizes = [torch.empty(0, size, device=device) for size in (pool.in_features, pool.codec.group)]
+    widths = (pool.in_features, pool.codec.group, pool.codec.bits)
+    sizes = [torch.empty(0, width, device=device) for width in widths]
     none = torch.empty(0, device=device)
     parts = (pool.values, pool.mask, pool.row_map, pool.scale)
     return [none if part is None else part for part in parts] + sizes
@@ -48,13 +49,13 @@ def run(
     cluster_bias: ClusterBias | None = None,
 ) -> Tensor:
     """y [tokens, out] = x [tokens, in] times each token's own expert, transposed, plus biases."""
-    values, *parts, width, group = layout
+    values, *parts, width, group, bits = layout
     mask, row_map, scale = (part if part.numel() else None for part in parts)
     if values.is_floating_point():
         how = codec_of(values.dtype)
     else:
         # not `codec`: a tensor-parallel rank's columns may begin anywhere in a group
-        how = ValueCodec("int8" if values.dtype == torch.int8 else "int4", group.shape[1])
+        how = ValueCodec(f"int{bits.shape[1]}", group.shape[1])
     pool = RowPool(how, width.shape[1], values, mask, row_map, scale)
     y = multiply(x, experts, pool.expert, pool.experts, out_features)
     return biased(y, bias, None if cluster_bias is None else cluster_bias.of(clusters))

@@ -10,8 +10,8 @@ is columns q, 64+q, 128+q, 192+q, so that threads side by side read inputs side 
 group:
 
     values   [nnz + 8]                  of floats: the kept weights in the new order, then zeros
-             int32 [words + 8]          of integers: as many as fit side by side in a word, the
-                                        first in the low bits, each row version from a word on
+             int32 [words + 8]          of integers: as in the checkpoint, a stream of bits, the
+                                        first in the low ones; each row version from a word on
     mask     int32 [versions, words]    8 words per 256 columns; group q is bits 4(q%8) to
                                         4(q%8)+3 of word q//8; spare bits of the last 256 are zero;
                                         empty where rows are full
@@ -77,10 +77,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..format.bits import pack_bits, ranges, running
+from ..format.bits import pack_bits, pack_fields, running
 from ..format.clusters import ClusterBias
 from ..format.router import choice
 from ..format.rowpool import RowPool
+from ..format.values import ValueCodec
 from . import LayerShape
 from .reference import biased
 
@@ -152,7 +153,7 @@ def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
         some = torch.arange(first, min(first + step, pool.versions), device=device)
         dense, keep = (regroup(part) for part in pool.stored(some))
         begin, end = int(starts[first]), int(starts[first + len(some)])
-        values[begin:end] = into_words(dense, keep, bits) if bits else dense[keep]
+        values[begin:end] = into_words(dense, keep, codec) if bits else dense[keep]
         if pool.mask is not None:
             mask[first : first + step] = pack_bits(keep).view(torch.int32)
     small = len(values) < 1 << 31
@@ -170,16 +171,10 @@ def elements(kept: Tensor, bits: int) -> Tensor:
     return -(-kept * bits // 32) if bits else kept
 
 
-def into_words(q: Tensor, keep: Tensor, bits: int) -> Tensor:
+def into_words(q: Tensor, keep: Tensor, how: ValueCodec) -> Tensor:
     """int32 [words]: the kept of `q` (int8 [rows, n]), each row version from a word boundary."""
-    counts = keep.sum(dim=1)
-    starts = running(elements(counts, bits)) * (32 // bits)
-    integers = torch.zeros(int(starts[-1]), dtype=torch.int8, device=q.device)
-    integers[ranges(starts[:-1], starts[:-1] + counts)] = q[keep]
-    if bits == 8:
-        return integers.view(torch.int32)
-    halves = integers.view(torch.uint8) & 0xF
-    return (halves[0::2] | (halves[1::2] << 4)).view(torch.int32)
+    fields = how.fields(q[keep])
+    return pack_fields(fields, keep.sum(dim=1), how.bits, align=4).view(torch.int32)
 
 
 def share(group: int) -> int:

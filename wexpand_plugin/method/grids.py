@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["GRIDS", "Grid"]
 
-GRIDS = {"int8": 8, "int4": 4}
+GRIDS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 """name in a recipe -> bits"""
 
 CLIPS = 12
@@ -30,9 +30,20 @@ class Grid:
     group: int
 
     @property
+    def odd(self) -> bool:
+        """Whether integers are odd. Of so few, one on either side is worth more than a zero."""
+        return self.bits < 4
+
+    @property
     def largest(self) -> int:
-        """The largest integer; the smallest is -largest - 1."""
-        return 2 ** (self.bits - 1) - 1
+        """The largest integer."""
+        return 2**self.bits - 1 if self.odd else 2 ** (self.bits - 1) - 1
+
+    def nearest(self, numbers: Tensor) -> Tensor:
+        """The integers nearest to `numbers`."""
+        if self.odd:
+            return (numbers / 2).floor_().mul_(2).add_(1).clamp_(-self.largest, self.largest)
+        return numbers.round().clamp_(-self.largest - 1, self.largest)
 
     def scales(self, columns: Tensor, importance: Tensor) -> Tensor:
         """The best scale of each row for one group of columns.
@@ -44,9 +55,11 @@ class Grid:
         """
         top = columns.abs().amax(dim=1, keepdim=True) / self.largest
         best = lowest = None
+        pruned = columns == 0
         for clip in torch.linspace(1.0, 0.5, CLIPS).tolist():
             scale = (top * clip).half().to(columns)
-            error = (self.round(columns, scale) - columns).square_().mul_(importance).sum(1, True)
+            change = self.round(columns, scale).sub_(columns).masked_fill_(pruned, 0)
+            error = change.square_().mul_(importance).sum(1, True)
             if best is None or lowest is None:
                 best, lowest = scale, error
             else:
@@ -58,5 +71,4 @@ class Grid:
 
     def round(self, weights: Tensor, scale: Tensor) -> Tensor:
         """The values of the grid nearest to `weights`, given their `scale`, which may be 0."""
-        q = (weights / scale).nan_to_num_(0.0, 0.0, 0.0).round_()
-        return q.clamp_(-self.largest - 1, self.largest).mul_(scale)
+        return self.nearest((weights / scale).nan_to_num_(0.0, 0.0, 0.0)).mul_(scale)

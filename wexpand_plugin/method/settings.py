@@ -90,7 +90,7 @@ class Settings:
             right = f"a multiple of 8 that divides block_size, {self.block_size}"
             self._refuse("value_group", right)
         if not 0 <= self.sparsity < 1 or (self.sparsity == 0 and self.grid is None):
-            self._refuse("sparsity", "above 0 (0 with values int8 or int4) and below 1")
+            self._refuse("sparsity", "above 0 (0 with integer values) and below 1")
         if structure.m:
             if abs(self.sparsity - structure.n / structure.m) > 1e-6:
                 right = f"{structure.n / structure.m} for mask_structure {structure}"

@@ -93,7 +93,7 @@ class TunableLinear(nn.Module):
         """The values in units of the scales that they came with, before and after rounding."""
         assert self.scales is not None
         q = self.values * (self.size / self._columns(self.scales.float()).clamp(min=1e-8))
-        return q, q.detach().round().clamp(-grid.largest - 1, grid.largest)
+        return q, grid.nearest(q.detach())
 
     def _columns(self, scales: Tensor) -> Tensor:
         """The scale of each weight: [versions, groups] -> [versions, in]."""

@@ -38,7 +38,7 @@ def pack(
     out: Out,
     values: Annotated[
         str | None,
-        typer.Option(help="int8 or int4: round what is kept. Otherwise values stay as they are."),
+        typer.Option(help="int8, int4, int3, int2: round what is kept. By default values stay."),
     ] = None,
     value_group: Annotated[
         int, typer.Option(help="With --values: columns that share a scale.")
@@ -58,7 +58,7 @@ def pack(
 
     For models pruned by SparseGPT, Wanda, magnitude or 2:4 and saved dense, as llm-compressor does.
     A linear is packed where that makes it smaller, above 6.25% zeros in bfloat16; the rest stays
-    as it is. With --values int8 or int4 kept weights are rounded, zeros or not, and what that
+    as it is. With --values int4, say, kept weights are rounded, zeros or not, and what that
     costs is said; a recipe with calibration text loses less. W4A16 and W8A16 models that
     llm-compressor quantised (symmetric, in groups or channels) are packed bit for bit.
 
@@ -225,7 +225,7 @@ def synth(
     targets: Annotated[str, typer.Option(help="mlp or all: which linears.")] = "mlp",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     values: Annotated[
-        str | None, typer.Option(help="int8 or int4: kept weights, by default of the dtype.")
+        str | None, typer.Option(help="int8, int4, int3, int2; by default of the dtype.")
     ] = None,
     value_group: Annotated[
         int, typer.Option(help="Columns of a row that share a scale, with int values.")

@@ -3,9 +3,9 @@
 A model pruned by SparseGPT, Wanda or magnitude is usually saved dense, zeros included. `pack`
 writes the same weights as row pools with one expert and no router: 2(1-s) + 1/8 bytes per weight in
 bfloat16 at sparsity s; `unpack` gives the dense model back, bit for bit. With `values` the kept
-weights are rounded to int8 or int4, each group's scale being the one that loses least; a recipe
-with calibration data loses less. Models that compressed-tensors quantised to W4A16 or W8A16 are
-packed as they are. Everything is read and written tensor by tensor.
+weights are rounded to 8, 4, 3 or 2 bits, each group's scale being the one that loses least; a
+recipe with calibration data loses less. Models that compressed-tensors quantised to W4A16 or W8A16
+are packed as they are. Everything is read and written tensor by tensor.
 """
 
 from dataclasses import dataclass, field
@@ -41,6 +41,9 @@ from .quantised import is_quantised, quantised_linears, quantised_pool
 from .sources import drop_leftovers
 
 __all__ = ["Packed", "break_even", "pack", "progress_bar"]
+
+FEW_ZEROS = 0.01
+"""share of zeros that a codec without a zero rounds like other weights: a mask is a bit for each"""
 
 
 @dataclass
@@ -85,7 +88,7 @@ def pack(
 
     :param model: a directory with safetensors files (one or sharded), or the id of a model
     :param output: a directory that does not exist, or is empty
-    :param values: "int8" or "int4" to round what is kept; None keeps every value as it is
+    :param values: one of GRIDS, such as "int4", to round what is kept; None keeps every value
     :param value_group: columns of a row that share a scale
     :param keep_negative_zeros: store -0.0, which pruning by multiplication leaves, like any weight,
         so that every bit survives; else it counts as zero, which no output can tell
@@ -222,6 +225,8 @@ class _Packer:
         if self.how is None:
             return RowPool.pack(tensor, keep=keep), None
         grid, weight = Grid(self.how.bits, self.how.group), tensor.float()
+        if self.how.odd and int((~keep).sum()) < FEW_ZEROS * keep.numel():
+            keep = torch.ones_like(keep)
         scales = []
         for columns in weight.t().unsqueeze(0).split(self.how.group, dim=1):
             scales.append(grid.scales(columns, torch.ones(1, 1, 1)))
@@ -250,7 +255,7 @@ class _Packer:
         return (
             f"no linear has more than {self.done.threshold:.1%} zeros, so packing would not make "
             f"it smaller (the sparsest, {sparsest}, has {left[sparsest]:.1%}"
-            f"{'; -0.0 counts as a weight' if negative else ''}); --values int8 or int4 rounds"
+            f"{'; -0.0 counts as a weight' if negative else ''}); --values int4 rounds"
         )
 
 

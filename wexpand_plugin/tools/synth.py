@@ -250,9 +250,9 @@ def _values(
         return values * kept**-0.5, None
     elements = int(how.elements(torch.tensor(kept)))
     values = torch.randint(256, (versions, elements), dtype=torch.uint8, generator=generator)
-    if how.bits == 4 and kept % 2:
-        values[:, -1] &= 0xF
-    # integers drawn evenly from -largest - 1 to largest deviate by about largest / sqrt(3)
+    if used := kept * how.bits % 8:
+        values[:, -1] &= 2**used - 1
+    # integers drawn evenly from -largest to largest deviate by about largest / sqrt(3)
     scale = torch.full((versions, how.scales(columns)), (3 / kept) ** 0.5 / how.largest).half()
     return values.flatten().view(how.storage), scale
 
