@@ -13,6 +13,7 @@ from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.model_dir import ModelDir
 from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.method.prospects import Dial
+from wexpand_plugin.tools.inspect import inspect
 from wexpand_plugin.tools.verify import verify
 
 SLOW = pytest.mark.slow
@@ -62,6 +63,11 @@ def test_meets_the_budget_saves_and_reloads_equal(kind, budget, keys, tmp_path):
     assert least * budget < (stored - biases) / dense <= budget
     saved = ModelDir(tmp_path / "out").config
     predicted = saved.made_by["predicted_loss"]
+    sizes, losses = zip(*saved.made_by["dial"]["curve"], strict=True)
+    assert list(losses) == sorted(losses, reverse=True) and min(sizes) < budget
+    why = saved.made_by["dial"]["linears"]
+    assert predicted.keys() <= why.keys() == set(targets)
+    assert all(own["next"] or own["last"] for own in why.values())
     assert predicted.keys() == routed.keys() == saved.linears.keys()
     assert all(loss >= 0 for loss in predicted.values()) and sum(predicted.values()) > 0
     if kind == "Llama":  # linears that vLLM runs as one layer have values of one kind
@@ -74,6 +80,31 @@ def test_meets_the_budget_saves_and_reloads_equal(kind, budget, keys, tmp_path):
         assert {entry.values for entry in saved.linears.values()} == {keys["values"]}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_token_reads_is_bounded_alone(tmp_path):
+    """With one expert it is what is stored."""
+    path = tiny("Llama", tmp_path / "dense")
+    run(path, tmp_path / "read", read_budget=0.2, **AUTO)
+    run(path, tmp_path / "size", size_budget=0.2, **AUTO)
+    read, size = (inspect(tmp_path / name) for name in ("read", "size"))
+    assert read.linears == size.linears and 0.15 < read.bytes_per_token / read.dense_bytes <= 0.2
+
+
+@pytest.mark.parametrize("scope", ["model", pytest.param("layer", marks=SLOW)])
+def test_experts_share_what_reading_leaves(scope, tmp_path):
+    path = tiny("Llama", tmp_path / "dense")
+    keys = AUTO | dict(num_experts=3, budget_scope=scope, tune_epochs=int(scope == "layer"))
+    run(path, tmp_path / "out", read_budget=0.15, size_budget=0.3, **keys)
+    assert verify(tmp_path / "out") == []
+    found = inspect(tmp_path / "out")
+    assert len({linear.sparsity for linear in found.linears}) > 1
+    every = inspect(path)
+    left = sum(x.stored_bytes for x in every.linears if x.name not in
+               {linear.name for linear in found.linears})  # fmt: skip
+    assert 0.12 < (found.bytes_per_token + left) / every.dense_bytes <= 0.15
+    assert 0.25 < (found.linear_bytes + left) / every.dense_bytes <= 0.3
+    assert any(linear.versions > linear.out_features for linear in found.linears)
 
 
 def test_a_plan_changes_nothing_and_more_bytes_cost_less(tmp_path):
@@ -113,7 +144,17 @@ def test_hessians_in_turns_are_the_same(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (dict(num_experts=16), "num_experts: 16 should be 1 with sparsity auto"),
+        (dict(num_experts=16), "read_budget: None should be above 0 .* num_experts 16: zeros and"),
+        (dict(read_budget=1.5), "read_budget: 1.5 should be above 0 and below 1 with sparsity"),
+        (
+            dict(num_experts=2, read_budget=0.2, mask_structure="unstructured"),
+            "mask_structure: unstructured should be row or N:M",
+        ),
+        (
+            dict(num_experts=2, read_budget=0.2, tune_epochs=1),
+            "budget_scope: 'model' should be layer with tune_epochs",
+        ),
+        (dict(sparsity=0.5, read_budget=0.3, size_budget=None), "read_budget: 0.3 should be null"),
         (dict(num_clusters=64), "num_clusters: 64 should be 0 with sparsity auto"),
         (dict(size_budget=None), "size_budget: None should be above 0 and below 1 with sparsity"),
         (dict(size_budget=1.5), "size_budget: 1.5 should be above 0 and below 1 with sparsity"),
@@ -144,3 +185,7 @@ def test_a_budget_that_no_settings_meet_is_refused_before_calibration(tmp_path, 
     path = tiny("Llama", tmp_path)
     with pytest.raises(WexpandError, match=r"size_budget: 0.05 is below 0.0\d+, the smallest"):
         run(path, **AUTO | dict(size_budget=0.05))
+    with pytest.raises(WexpandError, match=r"read_budget: 0.05 is below 0.0\d+, the least that a"):
+        run(path, **AUTO | dict(read_budget=0.05))
+    with pytest.raises(WexpandError, match=r"read_budget: 0.2 is below 0.\d+, what a token reads"):
+        run(path, sparsity=0.5, num_experts=3, read_budget=0.2)

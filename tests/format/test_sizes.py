@@ -63,6 +63,10 @@ def test_of_a_linear(how):
     assert sizes.fixed(10, 20, 4) == 4 * 10 + 4 * (2 * 20 + 4)
     router = StoredRouter(torch.zeros(4, 20).half(), torch.zeros(4))
     assert router.nbytes == router_bytes(4, 20)
+    # a token reads one row of the map, of two levels of a router what it compares, and one bias
+    assert sizes.read(10, 20, 1, 1) == 0 and sizes.read(10, 20, 4, 0) == 10
+    assert sizes.read(10, 20, 4, 4) == 10 + router.nbytes
+    assert sizes.read(10, 20, 2, 9, 3, True) == 10 + 1 + 3 * 10 + 6 * (2 * 20 + 4)
 
 
 @pytest.mark.parametrize(

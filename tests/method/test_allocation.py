@@ -38,10 +38,19 @@ def spent(p: AllocationProblem, choice) -> float:
     return float(p.cost[choice.granted].sum())
 
 
+def read(p: AllocationProblem, choice) -> float:
+    """By a token, on average."""
+    return float(p.cost.gather(0, choice.use).sum(dim=1) @ p.share)
+
+
+SHARE = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("price", [0.0, 0.05, 0.3, 2.0])
-def test_choice_is_the_best_of_all_subsets(seed, price):
-    p = problem(4, 1, seed)
+@pytest.mark.parametrize("price_read", [0.0, 0.5])
+def test_choice_is_the_best_of_all_subsets(seed, price, price_read):
+    p = problem(4, 1, seed)._replace(share=SHARE)
     nodes = p.tree.nodes
     ancestors = [[n for n in range(nodes) if p.tree.members[n, e]] for e in range(4)]
     ancestors = [sorted(a, key=lambda n: int(p.tree.members[n].sum())) for a in ancestors]
@@ -53,10 +62,12 @@ def test_choice_is_the_best_of_all_subsets(seed, price):
         if None in used:
             continue
         total = sum(float(p.errors[n, e, 0]) for e, n in enumerate(used))
+        total += price_read * sum(float(p.cost[n, 0] * SHARE[e]) for e, n in enumerate(used))
         total += price * sum(float(p.cost[n, 0]) for n in range(nodes) if kept[n])
         best = min(best, total)
-    choice = choose_versions(p, price)
+    choice = choose_versions(p, price, price_read)
     value = float(p.errors[choice.use[:, 0], torch.arange(4), 0].sum()) + price * spent(p, choice)
+    value += price_read * read(p, choice)
     assert value == pytest.approx(best)
     assert set(choice.use[:, 0].tolist()) <= set(choice.granted[:, 0].nonzero().flatten().tolist())
 
@@ -68,6 +79,25 @@ def test_budget_is_met_within_one_percent_and_never_exceeded(share):
     budget = low + share * (high - low)
     (choice,) = allocate([p], budget)
     assert 0.99 * budget <= spent(p, choice) <= budget
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_two_budgets_are_met(part):
+    """Long versions are good ones; what a token reads is bounded apart from what is stored."""
+    p = problem(4, 300, all_allowed=True)._replace(share=SHARE)
+    p.errors[:] = p.errors / p.cost.unsqueeze(1)
+    p.cost[-1] = 1
+    budget = 2.0 * 300
+    (free,) = allocate([p], budget)
+    assert 0.99 * budget <= spent(p, free) <= budget
+    limit = 300 + part * (read(p, free) - 300)
+    (bound,) = allocate([p], budget, limit)
+    assert spent(p, bound) <= budget and 0.98 * limit <= read(p, bound) <= limit
+    rows = torch.arange(300)
+    lost = [sum(float(p.errors[c.use[e], e, rows].sum()) for e in range(4)) for c in (free, bound)]
+    assert lost[0] < lost[1] < float(p.errors[-1].sum())
+    with pytest.raises(WexpandError, match="read_budget: 299 bytes .* below about 300, the least"):
+        allocate([p], budget, 299)
 
 
 def test_more_budget_never_hurts():

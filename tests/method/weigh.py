@@ -22,5 +22,16 @@ class Weigh:
         biases = clusters * out_features if biased else 0
         return experts * out_features + (clusters + parents) * in_features + biases
 
+    def read(
+        self,
+        out_features: int,
+        in_features: int,
+        experts: int,
+        clusters: int,
+        parents: int = 0,
+        biased: bool = False,
+    ) -> int:
+        return out_features * (1 + biased) + (clusters + parents) * in_features
+
     def dense(self, out_features: int, in_features: int) -> int:
         return 2 * out_features * in_features

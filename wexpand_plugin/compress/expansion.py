@@ -205,22 +205,25 @@ def parts(settings: Settings) -> str:
 def allocate_targets(model: nn.Module, targets: Mapping[str, Target], settings: Settings) -> None:
     """Spend a model-wide budget over all targets that have candidates; says what is stored."""
     waiting = {n: (t, t.candidates) for n, t in targets.items() if t.candidates is not None}
-    budget = 0.0
+    budget, read, routers = 0.0, 0.0, set()
     for target, _ in waiting.values():
         assert target.routed is not None
         out_features, in_features = target.routed.out_features, target.routed.in_features
-        own = settings_for(target.routed.dtype, settings)
+        own = settings_for(target.routed.dtype, target.settings or settings)
         budget += own.version_bytes(out_features, in_features)
+        read += own.read_bytes(out_features, in_features, target.routed.group not in routers)
+        routers.add(target.routed.group)
     allocations = allocate_model(
         [candidates for _, candidates in waiting.values()],
         [target.depth_weight for target, _ in waiting.values()],
         budget,
+        read,
     )
     errors: dict[str, list[str]] = {}
     for (name, (target, candidates)), allocation in zip(waiting.items(), allocations, strict=True):
         assert target.routed is not None
         old, stored = target.routed, candidates.select(allocation.use)
-        pool = packed(stored, codec_for(old.dtype, settings))
+        pool = packed(stored, codec_for(old.dtype, target.settings or settings))
         new = replace_linear(
             model, name, old, pool, old.router, group=old.group, tokens=old.tokens,
             cluster_bias=packed_biases(stored),

@@ -22,12 +22,12 @@ from ..method.settings import Settings
 from .attention import FusedAttention
 from .calibration import CalibrationBatches, about_rows, counted_tokens
 from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
-from .estimate import working_bytes
+from .choosing import Choice, choose_settings, refuse_unreachable, use_settings
+from .estimate import refuse_unreadable, working_bytes
 from .expansion import Block, Target, allocate_targets, expand_block, parts
 from .finished import finished_linears, restore_linears
 from .made_by import crc_of_weights, made_by
 from .passing import PassingStatistics
-from .planning import choose_settings, refuse_unreachable, use_settings
 from .precision import stored_dtype
 from .progress import Part
 from .replay import BlockReplay
@@ -72,7 +72,7 @@ class SparseExpansionModifier(Modifier):
         - make `save_pretrained` write the packed checkpoint
 
     :param sparsity: fraction of weights pruned in each expert, below 1; or "auto": sparsity and
-        values of each linear are chosen for the least loss in `size_budget`, with one expert
+        values of each linear are chosen for the least loss in `size_budget` and `read_budget`
     :param mask_structure: "row" (every neuron keeps the same number of weights per column block),
         "unstructured" (one threshold per column block, as SparseGPTModifier's "0:0"), or "N:M"
     :param values: how kept weights are stored: "auto" (in the model's dtype), "int8", "int4",
@@ -86,7 +86,10 @@ class SparseExpansionModifier(Modifier):
         2 sqrt(num_clusters) rows
     :param size_budget: bytes stored for the targeted linears over their dense bytes; null stores
         every expert in full (the paper's method)
-    :param budget_scope: "layer" meets the budget in each linear, "model" over all of them, with
+    :param read_budget: bytes that a token reads of the targeted linears over their dense bytes, or
+        null. With one expert all that is stored is read. With several and `sparsity: auto`, zeros
+        and bits are chosen by it, and experts have the rest of `size_budget` (null: full expansion)
+    :param budget_scope: "layer" meets the budgets in each linear, "model" over all of them, with
         more for early blocks, whose errors reach further, and calibrates on full expansions until
         then (better; keeps twice the budget in memory until the end)
     :param allocate_by: what the budget is spent on; "gain" (error removed per byte) or one of
@@ -122,6 +125,7 @@ class SparseExpansionModifier(Modifier):
     num_experts: int = Settings.num_experts
     num_clusters: int = Settings.num_clusters
     size_budget: float | None = Settings.size_budget
+    read_budget: float | None = Settings.read_budget
     budget_scope: str = Settings.budget_scope
     allocate_by: str = Settings.allocate_by
     share_versions: bool = Settings.share_versions
@@ -144,6 +148,7 @@ class SparseExpansionModifier(Modifier):
     # private variables
     _settings: Settings = PrivateAttr()
     _dial: Dial | None = PrivateAttr(default=None)
+    _choice: Choice | None = PrivateAttr(default=None)
     _targets: dict[str, Target] = PrivateAttr(default_factory=dict)
     _blocks: dict[str, Block] = PrivateAttr(default_factory=dict)
     _replays: dict[str, BlockReplay] = PrivateAttr(default_factory=dict)
@@ -202,6 +207,8 @@ class SparseExpansionModifier(Modifier):
         refuse_nonfinite(linears)
         if self._dial is not None:
             refuse_unreachable(model, linears, self._dial)
+        else:
+            refuse_unreadable(model, linears, self._settings)
         self._check_tokens(state)
         self._part = Part()
         if self._part.kept:
@@ -279,6 +286,7 @@ class SparseExpansionModifier(Modifier):
                 loader = state.data.calib or ()
                 choice = choose_settings(state.model, linears, loader, self._dial)
                 self._part.write("plan", choice)
+            self._choice = choice
             use_settings(self._targets, choice, self._dial)
         for name, block in self._blocks.items():
             counts = self._batches.current
@@ -360,6 +368,8 @@ class SparseExpansionModifier(Modifier):
             about["tuned"] = {
                 name: [float(f"{e:.3g}") for e in errors] for name, errors in self._tuned.items()
             }
+        if self._choice is not None:
+            about["dial"] = self._choice.about()
         wrap_save_pretrained(state.model, about)
         return self._forget()
 

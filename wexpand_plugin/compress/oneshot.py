@@ -28,6 +28,7 @@ def compress(
     output: str | Path,
     *,
     size: float | None = None,
+    read: float | None = None,
     samples: int = 128,
     max_seq_length: int = 512,
     dataset_config: str | None = None,
@@ -42,10 +43,11 @@ def compress(
 
     :param model: model directory or hub id
     :param recipe: YAML file of llm-compressor modifiers, ours among them or not, or the bare name
-        of a recipe of this package; None: recipe "dial", at `size`
+        of a recipe of this package; None: recipe "dial", at `size` and `read`
     :param dataset: text file, .jsonl, .json, .csv, .parquet, saved dataset, or hub id; texts,
         chats, or rows of input_ids with or without masks
     :param size: bytes of the compressed linears over their dense bytes; without a recipe only
+    :param read: those of them that a token reads, over the same; without a recipe only
     :param samples, max_seq_length: rows of calibration tokens and their length
     :param batch_size: rows at a time; a few make calibration faster
     :param dtype: what is computed in: "float32", "bfloat16", "float16", or "auto": the model's own
@@ -70,16 +72,18 @@ def compress(
     require_empty(output)
     options = {
         "model": model, "recipe": None if recipe is None else str(recipe), "dataset": dataset,
-        "size": size, "samples": samples, "max_seq_length": max_seq_length,
+        "size": size, "read": read, "samples": samples, "max_seq_length": max_seq_length,
         "dataset_config": dataset_config, "split": split, "text_column": text_column,
         "batch_size": batch_size, "dtype": dtype, "seed": seed,
     }  # fmt: skip
-    if recipe is not None and size is not None:
-        raise WexpandError(
-            f"size: {size} is for compressing without a recipe; set size_budget in {recipe} instead"
-        )
+    for key, value in (("size", size), ("read", read)):
+        if recipe is not None and value is not None:
+            raise WexpandError(
+                f"{key}: {value} is for compressing without a recipe; set {key}_budget in {recipe} "
+                "instead"
+            )
     if recipe is None:
-        recipe = dial_recipe(size)
+        recipe = dial_recipe(size, read)
     else:
         recipe = find_recipe(recipe)
         check_recipe(recipe)

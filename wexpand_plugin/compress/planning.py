@@ -7,14 +7,12 @@ only numbers stay.
 """
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.offload import get_execution_device
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
 from torch import Tensor, nn
@@ -23,23 +21,15 @@ from tqdm import tqdm
 from ..errors import WexpandError
 from ..format.sizes import StoredBytes
 from ..format.values import codec, codec_of
-from ..method.dial import Candidate, Setting, allocate_settings, smallest
+from ..method.dial import Candidate, Setting, allocate_settings, least_read, smallest
 from ..method.inputs import InputGroup, find_groups, record_inputs, token_rows
-from ..method.prospects import DENSE, Dial, Weighs, prospects
+from ..method.prospects import Dial, Weighs, prospects
 from ..method.statistics import GroupStatistics
 from .calibration import counted_tokens, run
-from .expansion import Target
 from .precision import stored_dtype
 from .sensitivity import output_sensitivity, unseen
 
-__all__ = [
-    "Plan",
-    "choose_settings",
-    "plan_batches",
-    "plan_linears",
-    "refuse_unreachable",
-    "use_settings",
-]
+__all__ = ["Plan", "plan_batches", "plan_linears", "weighing"]
 
 PLAN_TOKENS = 8192
 """tokens that a plan is made from"""
@@ -54,7 +44,8 @@ class Plan:
 
     groups: list[dict[str, list[Candidate]]]
     """of each input group, by linear"""
-    dense_bytes: int
+    dense: dict[str, int]
+    """bytes of each linear as it is"""
     weights: int
     """how many there are"""
     tokens: int
@@ -65,24 +56,42 @@ class Plan:
     """that the plan took"""
 
     @property
+    def dense_bytes(self) -> int:
+        """Of all linears as they are."""
+        return sum(self.dense.values())
+
+    @property
     def least(self) -> float:
         """The smallest size that can be chosen, of dense bytes."""
         return smallest(self.groups) / self.dense_bytes
 
-    def choose(self, size_budget: float) -> dict[str, Candidate]:
-        """The best candidate of each linear in `size_budget` times the dense bytes.
+    def choose(
+        self, size_budget: float | None, read_budget: float | None = None
+    ) -> dict[str, Candidate]:
+        """The best candidate of each linear that stores `size_budget` and reads `read_budget` times
+        the dense bytes, at most; None: as many as it takes.
 
         :raises WexpandError: no choice is as small
         """
-        if size_budget < self.least:
+        if size_budget is not None and size_budget < self.least:
             raise WexpandError(
                 f"size_budget: {size_budget} is below {self.least:.4f}, the smallest that the "
                 "linears can be made; raise it"
             )
-        return allocate_settings(self.groups, size_budget * self.dense_bytes)
+        stored, read = (
+            float("inf") if budget is None else budget * self.dense_bytes
+            for budget in (size_budget, read_budget)
+        )
+        if read_budget is not None and read < (least := least_read(self.groups, stored)):
+            raise WexpandError(
+                f"read_budget: {read_budget} is below {least / self.dense_bytes:.4f}, the least "
+                f"that a token can read of the linears"
+                f"{'' if size_budget is None else f' in size_budget {size_budget}'}; raise it"
+            )
+        return allocate_settings(self.groups, stored, read)
 
 
-def _weighs(model: Any, linear: nn.Linear, dial: Dial) -> Weighs:
+def weighing(model: Any, linear: nn.Linear, dial: Dial) -> Weighs:
     """What things weigh in the settings of `linear`."""
     dtype = stored_dtype(model, linear.weight)
 
@@ -91,59 +100,6 @@ def _weighs(model: Any, linear: nn.Linear, dial: Dial) -> Weighs:
         return StoredBytes(codec_of(dtype) if values == "auto" else codec(values, group), dtype)
 
     return weighs
-
-
-def refuse_unreachable(model: Any, linears: Mapping[str, nn.Linear], dial: Dial) -> None:
-    """A budget that no settings meet is known from shapes alone.
-
-    :raises WexpandError: with the smallest that can be met
-    """
-    weights = [linear.weight for linear in linears.values()]
-    dense = sum(weight.numel() * stored_dtype(model, weight).itemsize for weight in weights)
-    least = sum(
-        dial.least([linear.weight.shape], _weighs(model, linear, dial))
-        for linear in linears.values()
-    )
-    if dial.size_budget * dense < least:
-        raise WexpandError(
-            f"size_budget: {dial.size_budget} is below {least / dense:.4f}, the smallest that the "
-            f"linears can be made (values {dial.values}, mask_structure {dial.base.structure}); "
-            "raise it"
-        )
-
-
-def choose_settings(
-    model: Any,
-    linears: Mapping[str, nn.Linear],
-    loader: Iterable[Mapping[str, Tensor]],
-    dial: Dial,
-) -> dict[str, Candidate]:
-    """What a plan chooses for each of `linears`, by name; one that is missing stays dense.
-
-    :param loader: of the calibration batches, of which a part is used
-    """
-    device = get_execution_device(next(iter(linears.values())))
-    # a run that goes on has no plan to make, and is to see the data in the same order
-    with torch.random.fork_rng(devices=[]):
-        batches = plan_batches(loader, linears, torch.device(device))
-    choice = plan_linears(model, linears, batches, dial).choose(dial.size_budget)
-    counts = Counter(candidate.setting for candidate in choice.values())
-    found = "; ".join(f"{setting}: {count}" for setting, count in sorted(counts.items()))
-    loss = sum(candidate.loss for candidate in choice.values())
-    logger.info(f"Of {len(choice)} linears {found}; predicted to add {loss:.3f} nats, untuned")
-    return choice
-
-
-def use_settings(targets: dict[str, Target], choice: Mapping[str, Candidate], dial: Dial) -> None:
-    """Give each of `targets` the settings that were chosen; those that stay dense are dropped."""
-    for name in list(targets):
-        candidate = choice.get(name)
-        if candidate is None or candidate.setting == DENSE:
-            del targets[name]
-        else:
-            logger.debug(f"{name}: {candidate.setting}, predicted to add {candidate.loss:.5f}")
-            targets[name].settings = dial.settings(candidate.setting)
-            targets[name].loss = candidate.loss
 
 
 def plan_batches(
@@ -205,7 +161,7 @@ def _plan(
                 try:
                     candidates = prospects(
                         weights, hessian, other, [sensitivity[name] for name in group.names],
-                        dial, _weighs(model, group.linears[0], dial),
+                        dial, weighing(model, group.linears[0], dial),
                     )  # fmt: skip
                 except WexpandError as error:
                     raise WexpandError(f"{group.label}: {error}") from None
@@ -215,11 +171,18 @@ def _plan(
     missed = linears.keys() - {name for group in groups for name in group.names}
     if missed:
         logger.warning(f"no token of the plan reached {', '.join(sorted(missed))}: they stay dense")
-    sizes = [linear.weight for group in groups for linear in group.linears]
-    dense = sum(weight.numel() * stored_dtype(model, weight).itemsize for weight in sizes)
+    sizes = {
+        name: linear.weight
+        for group in groups
+        for name, linear in zip(group.names, group.linears, strict=True)
+    }
+    dense = {
+        name: weight.numel() * stored_dtype(model, weight).itemsize
+        for name, weight in sizes.items()
+    }
     first = batches[0]["input_ids"].numel()
     return Plan(
-        found, dense, sum(weight.numel() for weight in sizes), tokens, running / first,
+        found, dense, sum(weight.numel() for weight in sizes.values()), tokens, running / first,
         time.perf_counter() - begin,
     )  # fmt: skip
 

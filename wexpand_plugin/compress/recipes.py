@@ -6,7 +6,10 @@ from typing import Any
 
 from ..errors import WexpandError
 
-__all__ = ["check_recipe", "dial_recipe", "recipe", "recipe_names"]
+__all__ = ["EXPERTS", "check_recipe", "dial_recipe", "recipe", "recipe_names"]
+
+EXPERTS = 16
+"""of an input group, where a token is to read less than is stored"""
 
 
 def recipe_names() -> list[str]:
@@ -31,20 +34,29 @@ def recipe(name: str | Path) -> str:
     return str(found)
 
 
-def dial_recipe(size: float | None) -> str:
-    """The text of recipe "dial" with `size` for its size_budget.
+def dial_recipe(size: float | None, read: float | None = None) -> str:
+    """The text of recipe "dial" with `size` for its size_budget and `read` for its read_budget.
+
+    Where less is to be read than stored there are EXPERTS experts, which take the difference.
 
     :raises WexpandError: a size that cannot be, or none
     """
     import yaml
 
-    if size is None or not 0 < size < 1:
-        raise WexpandError(
-            f"size: {size} should be above 0 and below 1, bytes over dense bytes; or give a recipe"
-        )
+    for key, value in (("size", size), ("read", read)):
+        if (key == "size" and size is None and read is None) or (
+            value is not None and not 0 < value < 1
+        ):
+            raise WexpandError(
+                f"{key}: {value} should be above 0 and below 1, bytes over dense bytes; or give a "
+                "recipe"
+            )
     stages = yaml.safe_load(Path(recipe("dial")).read_text(encoding="utf8"))
     ((_, modifiers),) = stages["dial_stage"].items()
-    modifiers["SparseExpansionModifier"]["size_budget"] = size
+    keys = modifiers["SparseExpansionModifier"]
+    keys |= {"size_budget": size, "read_budget": read}
+    if size is not None and read is not None and read < size:
+        keys |= {"num_experts": EXPERTS, "budget_scope": "layer"}
     return yaml.safe_dump(stages, sort_keys=False)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .router import router_bytes
+from .router import router_bytes, rows_read
 from .values import ValueCodec
 
 __all__ = ["StoredBytes", "row_bytes", "worth_masking"]
@@ -77,6 +77,26 @@ class StoredBytes:
         named = clusters if 1 < experts < clusters else 0
         biases = (clusters + 2) * out_features if biased else 0
         return row_map + named + biases + router_bytes(clusters, in_features, parents)
+
+    def read(
+        self,
+        out_features: int,
+        in_features: int,
+        experts: int,
+        clusters: int,
+        parents: int = 0,
+        biased: bool = False,
+    ) -> int:
+        """Bytes of these that a token reads: a row of the row map, of cluster biases one and their
+        scales, and of the router what it compares.
+
+        :param clusters: 0: without the router, which the linears of an input group read once
+        """
+        row_map = out_features if experts > 1 else 0
+        biases = 3 * out_features if biased else 0
+        named = int(1 < experts < clusters)
+        rows = rows_read(clusters, parents) if clusters > 1 else 0
+        return row_map + biases + named + rows * (2 * in_features + 4)
 
     def dense(self, out_features: int, in_features: int) -> int:
         """Bytes of the dense weight."""

@@ -11,7 +11,8 @@ With err[v, c, r] = n_c dw_v^T H_c dw_v the squared output error that version v 
 of expert c, and a price per byte, the best set of versions of a neuron follows from dynamic
 programming over the tree (each node either inherits or pays for its own version), exactly and for
 all neurons at once. The price is then bisected until the stored bytes meet the budget. Price 0 is
-full expansion, an infinite price leaves the base version only.
+full expansion, an infinite price leaves the base version only. A token reads one version of each
+neuron, whichever it is: where versions differ in length that has a price of its own (`prices`).
 
 What counts as an error is a choice too (`ALLOCATE_BY`): neurons may be weighted by what their
 outputs look like, and their own errors may be left out of it.
@@ -26,6 +27,7 @@ from torch import Tensor
 from ..errors import WexpandError
 from .merge_tree import MergeTree
 from .neurons import neuron_scores
+from .prices import Prices, best_in_budgets
 
 __all__ = [
     "ALLOCATE_BY",
@@ -59,6 +61,8 @@ class AllocationProblem(NamedTuple):
     """bool [nodes, rows]: versions that may be granted (the root's always may)"""
     cost: Tensor
     """bytes of each version [nodes, rows]"""
+    share: Tensor | None = None
+    """share of the tokens that each expert has [experts]; None: the same"""
 
 
 class Allocation(NamedTuple):
@@ -70,9 +74,17 @@ class Allocation(NamedTuple):
     """bool [nodes, rows]: the versions to store"""
 
 
-def choose_versions(problem: AllocationProblem, price: float) -> Allocation:
-    """The allocation with the smallest error + price * bytes, for each neuron (see the module)."""
-    tree, errors, allowed, cost = problem
+def choose_versions(
+    problem: AllocationProblem, price: float, price_read: float = 0.0
+) -> Allocation:
+    """The allocation with the smallest error + price * bytes, for each neuron (see the module).
+
+    :param price_read: of a byte that a token reads
+    """
+    tree, errors, allowed, cost, _ = problem
+    if price_read:
+        share = _shares(problem).to(errors)
+        errors = errors + price_read * share.view(1, -1, 1) * cost.to(errors).unsqueeze(1)
     root, none, rows = tree.nodes - 1, tree.nodes, errors.shape[2]
     memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     blocked = torch.full((rows,), torch.inf, dtype=errors.dtype, device=errors.device)
@@ -115,13 +127,26 @@ def choose_versions(problem: AllocationProblem, price: float) -> Allocation:
     return Allocation(use, granted)
 
 
-def allocate(problems: Sequence[AllocationProblem], budget: float) -> list[Allocation]:
-    """Bisect the price until the granted versions of all problems fill `budget` bytes, never more.
+class _Choices(NamedTuple):
+    """Allocations of several problems, and what they come to."""
+
+    each: list[Allocation]
+    error: float
+    stored: float
+    read: float
+
+
+def allocate(
+    problems: Sequence[AllocationProblem], budget: float, read: float = float("inf")
+) -> list[Allocation]:
+    """Search the prices until the granted versions of all problems fill the budgets, never more.
 
     The errors of the problems must be comparable: with several linears, divide each one's by the
     energy of its outputs.
 
-    :raises WexpandError: the base versions alone are larger than the budget
+    :param budget: bytes of row versions that are stored
+    :param read: bytes of row versions that a token reads, a mean over experts by their tokens
+    :raises WexpandError: the base versions alone are larger than a budget
     """
     smallest = sum(float(p.cost[-1].sum()) for p in problems)
     if smallest > budget:
@@ -130,29 +155,36 @@ def allocate(problems: Sequence[AllocationProblem], budget: float) -> list[Alloc
             "the size of the base versions alone"
         )
 
-    def spend(price: float) -> tuple[list[Allocation], float]:
-        choices = [choose_versions(p, price) for p in problems]
-        bytes_ = sum(float(p.cost[c.granted].sum()) for p, c in zip(problems, choices, strict=True))
-        return choices, bytes_
+    def choose(prices: Prices) -> _Choices:
+        each = [choose_versions(p, *prices) for p in problems]
+        error = stored = reading = 0.0
+        for problem, choice in zip(problems, each, strict=True):
+            use = choice.use.unsqueeze(0)
+            error += float(problem.errors.gather(0, use).sum(dtype=torch.float64))
+            stored += float(problem.cost[choice.granted].sum())
+            rows = problem.cost.gather(0, choice.use).sum(dim=1, dtype=torch.float64)
+            reading += float(rows @ _shares(problem))
+        return _Choices(each, error, stored, reading)
 
-    choices, spent = spend(0.0)
-    if spent <= budget:
-        return choices
-    # the price at which the first and the last version are bought lie many decades apart
-    low, high = 0.0, sum(float(p.errors[-1].sum()) for p in problems) / budget
-    while (result := spend(high))[1] > budget:
-        low, high = high, 16 * max(high, 1e-30)
-    choices, spent = result
-    for _ in range(60):
-        if spent >= 0.9995 * budget:
-            break
-        middle = (low * high) ** 0.5 if low else high / 64
-        result = spend(middle)
-        if result[1] <= budget:
-            high, (choices, spent) = middle, result
-        else:
-            low = middle
-    return choices
+    start = sum(float(p.errors[-1].sum()) for p in problems) / budget
+    found = best_in_budgets(
+        choose, lambda c: c[1:], budget, read, start=max(start, 1e-30), steps=20, full=0.9995
+    )
+    if found is None:
+        least = sum(float(p.cost.min(dim=0).values.sum()) for p in problems)
+        raise WexpandError(
+            f"read_budget: {read:.0f} bytes for row versions is below about {least:.0f}, the least "
+            "that a token reads of them"
+        )
+    return found[0].within.each
+
+
+def _shares(problem: AllocationProblem) -> Tensor:
+    """Share of the tokens that each expert has, float64 [experts]."""
+    if problem.share is not None:
+        return problem.share.to(problem.cost.device, torch.float64)
+    experts = problem.tree.experts
+    return torch.full((experts,), 1 / experts, dtype=torch.float64, device=problem.cost.device)
 
 
 def numbered_versions(use: Tensor) -> tuple[Tensor, Tensor]:

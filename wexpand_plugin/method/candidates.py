@@ -130,6 +130,8 @@ def propose(
         tree = flat_tree(statistics.experts)
     solved, errors, allowed = _solve_tree(weight, linears, tree, statistics, settings)
     energies = _energies(weight.float(), statistics)
+    share = statistics.of_experts(statistics.tokens).double().cpu()
+    share /= share.sum().clamp(min=1)
     known = statistics.cluster_means().to("cpu") if statistics.within else None
     for own, bias, part in zip(weights, biases, _parts(linears), strict=True):
         versions, error = solved[:, part], errors[..., part]
@@ -141,6 +143,7 @@ def propose(
             weighted(error, settings.allocate_by, values).cpu(),
             allowed[:, part].cpu(),
             cost.cpu(),
+            share,
         )
         energy = float(energies[:, part].sum())
         yield Candidates(
@@ -154,9 +157,12 @@ def propose(
 
 
 def allocate_model(
-    candidates: Sequence[Candidates], depth_weights: Sequence[float], budget: float
+    candidates: Sequence[Candidates],
+    depth_weights: Sequence[float],
+    budget: float,
+    read: float = float("inf"),
 ) -> list[Allocation]:
-    """Allocate `budget` bytes of row versions over several linears.
+    """Allocate `budget` bytes of row versions over several linears, of which a token reads `read`.
 
     Linears become comparable by the energy of their outputs, which divides their errors, and by how
     far an error spreads: one made in an early block changes the input of every later block.
@@ -167,7 +173,7 @@ def allocate_model(
         c.problem._replace(errors=c.problem.errors * (depth / max(c.energy, 1e-12)))
         for c, depth in zip(candidates, depth_weights, strict=True)
     ]
-    return allocate(problems, budget)
+    return allocate(problems, budget, read)
 
 
 def _shrunk(sums: Tensor, tokens: Tensor, total: Tensor, shrinkage: float) -> Tensor:

@@ -130,7 +130,8 @@ def _within_budget(candidates: Candidates, width: int, settings: Settings) -> Li
     problem = candidates.problem
     share = settings.version_bytes(problem.cost.shape[1], width)
     if settings.budget_scope == "layer":
-        versions = candidates.select(allocate([problem], share)[0].use)
+        read = settings.read_bytes(problem.cost.shape[1], width)
+        versions = candidates.select(allocate([problem], share, read)[0].use)
         return LinearResult(versions, versions)
     # what the budget leaves of this linear is not known yet; later ones calibrated on its full
     # expansion come out better than on a guess (evals/LOG.md)

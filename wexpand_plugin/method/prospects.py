@@ -43,8 +43,10 @@ Weighs = Callable[[Setting], StoredBytes]
 class Dial:
     """What the settings of all linears are chosen by."""
 
-    size_budget: float
-    """bytes stored over dense bytes, of all linears together"""
+    size_budget: float | None
+    """bytes stored over dense bytes, of all linears together; None: as many as it takes"""
+    read_budget: float | None
+    """bytes that a token reads over dense bytes; None: as many as it takes"""
     values: str
     """one of GRIDS, or "auto": any of them, or the dense dtype"""
     base: Settings
@@ -56,26 +58,53 @@ class Dial:
 
         :raises WexpandError: a value that cannot be, by its key, with what would be right
         """
-        plain = {"num_experts": 1, "num_clusters": 0, "budget_scope": "model"}
+        experts = keys.get("num_experts", Settings.num_experts)
+        plain = {"num_clusters": 0} | ({"budget_scope": "model"} if experts == 1 else {})
         for key, right in plain.items():
             if (value := keys.get(key, getattr(Settings, key))) != right:
                 raise WexpandError(
                     f"{key}: {value!r} should be {right} with sparsity auto, which chooses "
-                    "for linears of one expert over the whole model"
+                    "for linears without cluster biases over the whole model"
                 )
-        budget, values = keys.get("size_budget"), keys.get("values", Settings.values)
-        if budget is None or not 0 < budget < 1:
+        size, read = keys.get("size_budget"), keys.get("read_budget")
+        if experts > 1 and read is None:
             raise WexpandError(
-                f"size_budget: {budget} should be above 0 and below 1 with sparsity auto, which "
+                f"read_budget: None should be above 0 and below 1 with sparsity auto and "
+                f"num_experts {experts}: zeros and bits are chosen by what a token reads, and "
+                "experts share what size_budget leaves; or num_experts 1"
+            )
+        if size is None and read is None:
+            raise WexpandError(
+                "size_budget: None should be above 0 and below 1 with sparsity auto, which "
                 "chooses what is best in so many bytes"
             )
+        bounds = {"read_budget": read} | ({"size_budget": size} if experts == 1 else {})
+        for key, bound in bounds.items():
+            if bound is not None and not 0 < bound < 1:
+                raise WexpandError(
+                    f"{key}: {bound} should be above 0 and below 1 with sparsity auto, which "
+                    "chooses what is best in so many bytes"
+                )
         structure = MaskStructure.parse(keys.get("mask_structure", Settings.mask_structure))
+        values = keys.get("values", Settings.values)
+        if experts > 1 and structure.kind == "unstructured":
+            raise WexpandError(
+                f"mask_structure: {structure} should be row or N:M with sparsity auto and "
+                f"num_experts {experts}: what a token reads would depend on its expert"
+            )
         some = {
             "sparsity": structure.n / structure.m if structure.m else 0.5,
             "values": "int4" if values == "auto" else values,
-            "size_budget": None,
+            "size_budget": None if experts == 1 else size,
+            "read_budget": None,
         }
-        return cls(budget, values, Settings(**{**keys, **some}))
+        return cls(size, read, values, Settings(**{**keys, **some}))
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """Those that there are, by key."""
+        both = {"size_budget": self.size_budget, "read_budget": self.read_budget}
+        return {key: budget for key, budget in both.items() if budget is not None}
 
     def grid(self) -> dict[str, list[float]]:
         """The settings that a linear may have: kind of values -> sparsities."""
@@ -94,20 +123,33 @@ class Dial:
             self.base, values=setting.values, sparsity=setting.sparsity, mask_structure=structure
         )
 
-    def stored(self, setting: Setting, shape: torch.Size, weighs: Weighs) -> int:
-        """Bytes, at most, of a linear [out, in] of this setting."""
-        rows, width = shape
+    def bytes_of(
+        self, setting: Setting, shape: torch.Size, weighs: Weighs, router: bool = True
+    ) -> tuple[int, int]:
+        """Bytes, at most, of a linear [out, in] of this setting: stored, with one version of each
+        row, and read by a token.
+
+        :param router: whether a token reads the router with this linear; it does with one linear of
+            an input group
+        """
+        (rows, width), weight = shape, weighs(setting)
         if setting == DENSE:
-            return weighs(setting).dense(rows, width)
+            return (weight.dense(rows, width),) * 2
         kept = width - round(width * setting.sparsity)
         # rows that differ in length may each end in a byte that is not full
         kept = min(width, kept + (self.base.structure.kind == "unstructured"))
-        return rows * int(weighs(setting).row(torch.tensor([kept]), width))
+        once, own = rows * int(weight.row(torch.tensor([kept]), width)), self.settings(setting)
+        own = replace(own, stored_bytes=weight)
+        return once + own.fixed_bytes(rows, width), once + own.fixed_read(rows, width, router)
 
-    def least(self, shapes: Sequence[torch.Size], weighs: Weighs) -> int:
-        """Bytes, at least, of linears of these shapes, whatever is chosen."""
+    def least(self, shape: torch.Size, weighs: Weighs) -> tuple[int, int]:
+        """Bytes, at least, of a linear of this shape, whatever is chosen: stored, and read, but for
+        the router."""
         every = [Setting(kind, share) for kind, shares in self.grid().items() for share in shares]
-        return sum(min(self.stored(one, shape, weighs) for one in every) for shape in shapes)
+        stored, read = zip(
+            *(self.bytes_of(one, shape, weighs, router=False) for one in every), strict=True
+        )
+        return min(stored), min(read)
 
 
 def prospects(
@@ -129,12 +171,15 @@ def prospects(
     linears = [len(weight) for weight in weights]
     for setting, solved in _solved(torch.cat(list(weights)), linears, hessian, dial):
         parts = solved.split(linears)
-        for own, dense, part, sensitivity in zip(found, weights, parts, sensitivities, strict=True):
-            stored = dial.stored(setting, dense.shape, weighs)
+        every = zip(found, weights, parts, sensitivities, strict=True)
+        for place, (own, dense, part, sensitivity) in enumerate(every):
+            # a group whose first linear stays dense may have a router, too
+            router = place == 0 or setting.values == DENSE.values
+            stored, read = dial.bytes_of(setting, dense.shape, weighs, router)
             loss = 0.0
             if setting != DENSE:
                 loss = added_loss((part - dense).float(), unseen, sensitivity)
-            own.append(Candidate(setting, loss, stored))
+            own.append(Candidate(setting, loss, stored, read))
     return found
 
 

@@ -47,8 +47,10 @@ class Settings:
     """clusters with a bias each; 0: no biases, and a cluster for each expert"""
     size_budget: float | None = None
     """bytes stored over dense bytes; None stores every expert in full"""
+    read_budget: float | None = None
+    """bytes that a token reads over dense bytes; None: as many as it takes"""
     budget_scope: str = "model"
-    """"layer" or "model": whether each linear meets the budget, or all of them together"""
+    """"layer" or "model": whether each linear meets the budgets, or all of them together"""
     allocate_by: str = "gain"
     """one of ALLOCATE_BY"""
     share_versions: bool = True
@@ -120,6 +122,12 @@ class Settings:
             self._refuse("tune_lr", "above 0, or null")
         if self.shrinkage < 0:
             self._refuse("shrinkage", "0 or above")
+        if self.read_budget is not None:
+            if self.num_experts == 1:
+                right = "null: with one expert a token reads all there is, at any sparsity but auto"
+                self._refuse("read_budget", right)
+            if self.read_budget <= 0:
+                self._refuse("read_budget", "above 0, or null for no bound")
         if self.size_budget is not None:
             if self.num_experts == 1:
                 self._refuse("size_budget", "null: with one expert there is nothing to allocate")
@@ -178,6 +186,24 @@ class Settings:
         assert self.size_budget is not None
         dense = self.weighs.dense(out_features, in_features)
         return self.size_budget * dense - self.fixed_bytes(out_features, in_features)
+
+    def read_bytes(self, out_features: int, in_features: int, router: bool = True) -> float:
+        """Bytes that `read_budget` leaves a token to read of the row versions of a linear.
+
+        :param router: whether the router is read with this linear, the first of its input group
+        """
+        if self.read_budget is None:
+            return float("inf")
+        dense = self.weighs.dense(out_features, in_features)
+        return self.read_budget * dense - self.fixed_read(out_features, in_features, router)
+
+    def fixed_read(self, out_features: int, in_features: int, router: bool) -> int:
+        """Bytes of a linear that a token reads beside its row versions."""
+        clusters = self.clusters if router else 0
+        return self.weighs.read(
+            out_features, in_features, self.num_experts, clusters, parents_of(clusters),
+            self.biased,
+        )  # fmt: skip
 
     def fixed_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of a linear that no row version adds to."""

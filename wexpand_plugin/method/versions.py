@@ -71,6 +71,20 @@ class StoredBytes(Protocol):
         """
         ...
 
+    def read(
+        self,
+        out_features: int,
+        in_features: int,
+        experts: int,
+        clusters: int,
+        parents: int = 0,
+        biased: bool = False,
+    ) -> int:
+        """Bytes of these that a token reads. No `clusters`: without the router, which the linears
+        of an input group read once.
+        """
+        ...
+
     def dense(self, out_features: int, in_features: int) -> int:
         """Bytes of the dense weight."""
         ...

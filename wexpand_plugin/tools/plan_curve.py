@@ -13,9 +13,10 @@ __all__ = ["plot", "refuse_plot", "table"]
 
 def table(curve: "Curve") -> str:
     """One line per size, and what the plan says of all."""
-    lines = [f"{'--size':>7}  {'bits per weight':>15}  {'added loss':>10}  linears"]
+    lines = [f"{'--size':>7}  {'bits stored':>11}  {'bits read':>9}  {'added loss':>10}  linears"]
     lines += [
-        f"{point.size:7.4f}  {point.bits:15.2f}  {point.added_loss:10.4f}  {_linears(point)}"
+        f"{point.size:7.4f}  {point.bits:11.2f}  {point.bits_read:9.2f}  {point.added_loss:10.4f}  "
+        f"{_linears(point)}"
         for point in curve.points
     ]
     return "\n".join(
@@ -26,6 +27,7 @@ def table(curve: "Curve") -> str:
             "above about 0.3 an order rather than a number",
             f"size: bytes of these linears over their dense {curve.dense_bits:.0f} bits per "
             f"weight; {curve.least:.4f} is the smallest",
+            "bits per weight: stored, and read by a token",
             f"compressing at any size, tuned: about {_minutes(curve.seconds_to_compress)} on this "
             f"machine (the plan took {_minutes(curve.seconds)})",
         ]

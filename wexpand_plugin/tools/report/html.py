@@ -18,9 +18,8 @@ __all__ = ["write"]
 
 PERCENT = 3.0
 """the share of a linear's neurons that is called Wasserstein neurons, as in the paper"""
-FIGURES = (
-    "sizes", "budget", "tokens", "tuning", "wasserstein", "distributions", "improvement"
-)  # fmt: skip
+FIGURES = ("sizes", "curve", "settings", "budget", "tokens", "tuning", "wasserstein",
+           "distributions", "improvement")  # fmt: skip
 
 
 def write(
@@ -101,15 +100,17 @@ def _shown(data: "ReportData", measured: "Measurement | None", folder: Path) -> 
 
     PNG files are written to `folder`. Numbers without a meaning here are None.
     """
-    from . import neuron_plots, numbers, plots
+    from . import dial_plots, neuron_plots, numbers, plots
     from .style import save, styled
 
     figures, routed = {"sizes": plots.sizes(data)}, data.clusters > 1
     counted = [group for group in data.groups if sum(group.tokens)] if routed else []
     wd = _wasserstein(data, measured)
     compared = measured is not None and measured.base is not None
-    tuned = numbers.tuned(data)
+    tuned, chosen = numbers.tuned(data), dial_plots.chosen(data)
     with styled():
+        if chosen:
+            figures |= {"curve": dial_plots.curve(data), "settings": dial_plots.settings(data)}
         if data.experts > 1:
             figures["budget"] = plots.budget(data)
         if counted:
@@ -127,6 +128,7 @@ def _shown(data: "ReportData", measured: "Measurement | None", folder: Path) -> 
     return {
         "plots": drawn,
         "panels": plots.PANELS,
+        "chosen": chosen,
         "counted": counted,
         "tuned": tuned,
         "wd": wd,

@@ -20,6 +20,7 @@ __all__ = [
     "HIGHLIGHT",
     "INK",
     "KINDS",
+    "LEVELS",
     "OTHERS",
     "SOFT",
     "save",
@@ -44,6 +45,8 @@ KINDS = {
     "bias": GREY,
 }
 """what the bytes of a linear are"""
+LEVELS = (BLUE, SKY, GREEN, GREY, PINK)
+"""kinds of values, whatever they are"""
 HEAT = "cividis"
 
 _SETTINGS: Any = {
