@@ -1,6 +1,9 @@
 """Runs that end early and go on: the same bytes as a run that nothing stopped."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +99,33 @@ def test_goes_on_to_the_same_bytes(keys, call, dies, tmp_path, monkeypatch):
     call("out", keys, resume=True)
     assert written(tmp_path / "out") == written(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(size_budget=0.9),
+        dict(sparsity="auto", num_experts=1, size_budget=0.3, tune_epochs=2),
+    ],
+    ids=str,
+)
+def test_killed_at_ten_random_moments(keys, call, dies, tmp_path):
+    """Each time the next run goes on, and what comes out in the end is the same."""
+    with dies():
+        call("out", keys)
+    shutil.rmtree(unfinished(tmp_path / "out"))
+    arguments = dict(
+        model=str(tmp_path / "dense"), recipe=str(tmp_path / "recipe.yaml"), samples=16,
+        dataset=str(tmp_path / "text.jsonl"), max_seq_length=32, output=str(tmp_path / "out"),
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "killed.py", "10", json.dumps(arguments)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed, finished, compared = map(int, done.stdout.split()[-3:])
+    assert killed == 10 and compared >= 1 and finished >= 1
 
 
 FEW = dict(num_experts=1)
