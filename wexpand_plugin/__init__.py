@@ -24,6 +24,7 @@ import wrapt
 if TYPE_CHECKING:
     from .compress.modifier import SparseExpansionModifier
     from .compress.packing import PackModifier
+    from .compress.progress import resumable
     from .compress.recipes import recipe
     from .compress.scoring import NeuronScoringModifier
 
@@ -33,6 +34,7 @@ __all__ = [
     "SparseExpansionModifier",
     "__version__",
     "recipe",
+    "resumable",
 ]
 
 try:
@@ -46,6 +48,7 @@ _HOMES = {
     "PackModifier": ".compress.packing",
     "SparseExpansionModifier": ".compress.modifier",
     "recipe": ".compress.recipes",
+    "resumable": ".compress.progress",
 }
 
 

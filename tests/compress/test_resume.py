@@ -2,14 +2,16 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from test_modifier import tiny
+from test_modifier import run, tiny
 from tiny import tokenizer
 
 from wexpand_plugin.compress import modifier
@@ -34,7 +36,7 @@ def call(tmp_path):
     words = [" ".join(f"t{(i * 7 + j * j) % 90 + 2}" for j in range(60)) for i in range(60)]
     text.write_text("".join(json.dumps({"text": w}) + "\n" for w in words))
 
-    def run(output: str, keys: dict, **arguments) -> Path:
+    def compressed(output: str, keys: dict, **arguments) -> Path:
         keys = {"sparsity": 0.6, "num_experts": 2, "targets": ["re:.*mlp.*"]} | keys
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(yaml.safe_dump({"a_stage": {"b_modifiers": {
@@ -42,12 +44,12 @@ def call(tmp_path):
         arguments = dict(samples=16, max_seq_length=32) | arguments
         return compress(str(model), recipe, str(text), tmp_path / output, **arguments)
 
-    return run
+    return compressed
 
 
 @pytest.fixture
 def dies(monkeypatch):
-    """A context: the second block is not expanded, as the run ends before."""
+    """A context: Ctrl-C is pressed before the second block is expanded."""
     return lambda: Death(monkeypatch)
 
 
@@ -58,7 +60,7 @@ class Death:
     def __enter__(self):
         def expand(model, block, *rest):
             if block.place:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             return self.expand(model, block, *rest)
 
         self.patch.setattr(modifier, "expand_block", expand)
@@ -198,3 +200,17 @@ def test_a_run_that_finished_nothing_leaves_nothing(call, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         call("deep/er/out", FEW)
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "deep").exists()
+
+
+def test_oneshot_goes_on_too(tmp_path, dies):
+    """llm-compressor's own entry, which no options are known of; and the data are in the state."""
+    path = tiny("Llama", tmp_path / "dense")
+    for output, resume in (("whole", False), ("out", False), ("out", True)):
+        with ExitStack() as stack:
+            if output == "out" and not resume:
+                stack.enter_context(dies())
+            stack.enter_context(resumable(tmp_path / output, resume=resume))
+            torch.manual_seed(0)
+            run(path, tmp_path / output, num_experts=1, targets=["re:.*mlp.*"])
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))

@@ -15,6 +15,7 @@ from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format import writer
 from wexpand_plugin.format.checks import check_linear
 from wexpand_plugin.format.config import GroupEntry
+from wexpand_plugin.format.directories import partial_directory, require_empty
 from wexpand_plugin.format.linear import StoredLinear
 from wexpand_plugin.format.model_dir import CHECKSUMS, INDEX, ModelDir, checksum
 from wexpand_plugin.format.problems import problems
@@ -24,8 +25,6 @@ from wexpand_plugin.format.writer import (
     TensorWriter,
     atomic,
     copy_others,
-    partial_directory,
-    require_empty,
     seal,
     write_json,
 )
@@ -259,7 +258,7 @@ def test_what_dead_processes_left_is_removed(tmp_path, exists):
 def test_a_killed_process_is_cleaned_up_after(tmp_path):
     code = (
         "import os, signal, sys\n"
-        "from wexpand_plugin.format.writer import partial_directory\n"
+        "from wexpand_plugin.format.directories import partial_directory\n"
         "with partial_directory(sys.argv[1]) as partial:\n"
         "    (partial / 'half').write_text('x')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

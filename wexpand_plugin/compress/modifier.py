@@ -210,7 +210,7 @@ class SparseExpansionModifier(Modifier):
         else:
             refuse_unreadable(model, linears, self._settings)
         self._check_tokens(state)
-        self._part = Part()
+        self._part = Part.begin()
         if self._part.kept:
             data = {"data": about_rows(kwargs.get("calib_data"))}
             weights = {"weights": crc_of_weights(model)}

@@ -10,13 +10,15 @@ blocks that are finished are kept there meanwhile, so that a run that ends early
 from pathlib import Path
 
 from ..errors import WexpandError
-from ..format.model_dir import CHECKSUMS
-from ..format.writer import copy_others, partial_directory, require_empty
+from ..format.directories import partial_directory, require_empty
+from ..format.model_dir import CHECKSUMS, ModelDir
+from ..format.writer import copy_others
 from .loading import DTYPES, load_dense, load_inputs
 from .precision import set_dtypes
 from .progress import resumable
 from .recipes import check_recipe, dial_recipe
 from .recipes import recipe as find_recipe
+from .saved import check_saved
 
 __all__ = ["compress"]
 
@@ -111,4 +113,6 @@ def compress(
             for file in left_out:  # llm-compressor copies what lies beside config.json
                 (partial / file).unlink(missing_ok=True)
             logger.warning(f"not copied, as loading them runs code: {', '.join(left_out)}")
+        if ModelDir(partial).ours:
+            check_saved(dense, partial, inputs.rows[0]["input_ids"])
     return Path(output)

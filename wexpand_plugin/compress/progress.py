@@ -28,7 +28,7 @@ from typing import Any
 from loguru import logger
 
 from ..errors import WexpandError
-from ..format.writer import made_parents, working_path
+from ..format.directories import made_parents, sync, working_path
 from .records import find_records, read_record, write_record
 
 __all__ = ["Part", "Progress", "options_of", "resumable", "unfinished"]
@@ -75,16 +75,19 @@ def resumable(
         try:
             progress.begin(resume, options or {})
             yield progress
-            shutil.rmtree(folder)
         except BaseException:
             if not progress.finished:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 logger.warning(
-                    f"What is finished, {progress.finished} blocks, is kept in {folder}; go on "
-                    f"with: wexpand compress --resume {output}"
+                    f"{progress.finished} finished blocks are kept in {folder}; to go on: "
+                    f"wexpand compress --resume {output}"
                 )
             raise
+        else:
+            if Path(output).is_dir():
+                sync(output)
+            shutil.rmtree(folder)
         finally:
             _current.reset(token)
 
@@ -125,12 +128,14 @@ class Progress:
     def __init__(self, folder: Path, output: str | Path):
         self.folder, self.output = folder, output
         self._files: dict[str, Path] = {}
-        self._parts = 0
+        self.parts = 0
+        """modifiers that have begun"""
 
     @property
     def finished(self) -> int:
         """Blocks that are finished, of all parts."""
-        return sum("-block-" in name for name in self._files)
+        # what the disk says: whoever interrupts may do so just after a record was written
+        return len(list(self.folder.glob("*-block-*-????????.safetensors")))
 
     def begin(self, resume: bool, options: Mapping[str, Any]) -> None:
         """Look at what is there, and keep or check what the run was called with."""
@@ -180,13 +185,22 @@ class Progress:
 
 
 class Part:
-    """What one modifier keeps of a run, and finds again; outside `resumable` nothing."""
+    """What one modifier keeps of a run, and finds again; without `progress` nothing.
 
-    def __init__(self) -> None:
-        self._progress = _current.get()
-        if self._progress is not None:
-            self._name = str(self._progress._parts)
-            self._progress._parts += 1
+    :param name: that its records begin with
+    """
+
+    def __init__(self, progress: Progress | None = None, name: str = ""):
+        self._progress, self._name = progress, name
+
+    @classmethod
+    def begin(cls) -> "Part":
+        """That of the modifier that begins now; they begin in the order of the recipe."""
+        progress = _current.get()
+        if progress is None:
+            return cls()
+        progress.parts += 1
+        return cls(progress, str(progress.parts - 1))
 
     @property
     def kept(self) -> bool:

@@ -8,9 +8,10 @@ import torch
 from compressed_tensors.offload import OffloadCache, get_cache_init_kwargs, offload_module
 from torch import Tensor, nn
 
+from ..errors import WexpandError
 from ..format.clusters import ClusterBias
 from ..format.router import StoredRouter
-from ..format.rowpool import RowPool
+from ..format.rowpool import RowPool, finite
 from ..format.sizes import StoredBytes
 from ..format.values import ValueCodec, codec, codec_of
 from ..hf.linear import RoutedLinear
@@ -105,8 +106,14 @@ def replace_linear(
     :param group: name of its input group
     :param tokens: calibration tokens per cluster
     :param bias, cluster_bias, cluster_expert: by default those of `old`
+    :raises WexpandError: weights that are not finite
     """
     dtype = old.dtype if isinstance(old, RoutedLinear) else stored_dtype(model, old.weight)
+    if pool.values.is_floating_point() and not finite(pool.values):
+        raise WexpandError(
+            f"{name}: what was found for its weights is NaN or overflows {dtype}; leave it out "
+            f"with ignore: ['{name}'], or use more calibration tokens"
+        )
     if bias is None and old.bias is not None:
         bias = old.bias.detach().to(dtype)
     if isinstance(old, RoutedLinear):

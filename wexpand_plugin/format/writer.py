@@ -1,24 +1,21 @@
-"""Writing checkpoints: whole or not at all, in bounded memory.
+"""Writing checkpoints, in bounded memory, into a directory that is not yet theirs (`directories`).
 
-`atomic` writes one file, `partial_directory` a directory of them: whatever interrupts a writer, no
-file and no directory is left that looks complete but is not. `TensorWriter` turns a stream of
+`atomic` writes one file whole or not at all. `TensorWriter` turns a stream of
 tensors into the safetensors files of one model, and `seal` makes a directory that holds a model's
 tensors and config.json a checkpoint of ours.
 """
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import WexpandError
 from .checks import check_linear
 from .config import CheckpointConfig, GroupEntry, digest_of
 from .linear import StoredLinear
@@ -29,11 +26,7 @@ __all__ = [
     "TensorWriter",
     "atomic",
     "copy_others",
-    "made_parents",
-    "partial_directory",
-    "require_empty",
     "seal",
-    "working_path",
     "write_json",
 ]
 
@@ -43,8 +36,6 @@ SHARD_BYTES = 1 << 29
 _WEIGHTS = tuple(
     ".safetensors .index.json .bin .pt .pth .ckpt .npz .gguf .h5 .msgpack .onnx .onnx_data".split()
 )
-# as `working_path` names them, in a directory
-_TEMPORARY = re.compile(r"\.partial-\d+|\.unfinished")
 # what runs when it is loaded: our own output holds none, whatever the source is
 _CODE = (".py", ".pkl", ".pickle")
 
@@ -170,18 +161,6 @@ def _read_all(model: ModelDir, quiet: bool) -> dict[str, str]:
     return found
 
 
-def require_empty(output: str | Path) -> None:
-    """Refuse an output that exists, unless it is an empty directory. Raises WexpandError.
-
-    What writers of ours put there for a while, and leave when they are killed, does not count.
-    """
-    path = Path(output)
-    if path.is_dir() and any(not _TEMPORARY.fullmatch(file.name) for file in path.iterdir()):
-        raise WexpandError(f"{output}: is not empty; name a directory that does not exist")
-    if path.exists() and not path.is_dir():
-        raise WexpandError(f"{output}: is a file; name a directory that does not exist")
-
-
 def copy_others(source: Path, target: Path, *, but: Collection[str] = ()) -> list[str]:
     """Copy tokenizer and all other files but weights, code and what a writer of ours makes itself.
 
@@ -205,96 +184,3 @@ def copy_others(source: Path, target: Path, *, but: Collection[str] = ()) -> lis
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / inside)
     return left_out
-
-
-@contextmanager
-def partial_directory(target: str | Path) -> Iterator[Path]:
-    """An empty directory whose files become `target`'s when the block ends without an error.
-
-    A new `target` appears by one rename. In an existing one, the old config.json goes first and the
-    new one comes last, model weights that the new files do not replace are removed, and all other
-    files stay. On an error the partial directory is removed and `target` is as it was, with the
-    folders above it. What a process that was killed left is removed by the next one of that target.
-    """
-    target = Path(target).resolve()
-    if target.exists():
-        if not target.is_dir():
-            raise WexpandError(f"{target}: is a file; a model is saved to a directory")
-        foreign = [f.name for f in target.glob("*.safetensors") if not _model_weights(f.name)]
-        if foreign:
-            raise WexpandError(
-                f"{target}: holds {foreign[0]}, which would be read as a part of the model; save "
-                "to another directory"
-            )
-    stem = working_path(target, "partial")
-    partial = stem.with_name(f"{stem.name}-{os.getpid()}")
-    with made_parents(partial.parent):
-        try:
-            _remove_abandoned(stem)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            yield partial
-            if target.exists():
-                _move_into(partial, target)
-            else:
-                os.replace(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def working_path(target: Path, kind: str) -> Path:
-    """Where something lies that is to become a part of `target`: beside it, and in it where it
-    exists, as it may be the only directory of its file system that can be written to."""
-    if target.exists():
-        return target / f".{kind}"
-    return target.parent / f".{target.name}.{kind}"
-
-
-@contextmanager
-def made_parents(folder: Path) -> Iterator[None]:
-    """`folder` and those above it are there; in the end those that it made and nobody filled go."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        for parent in missing:
-            with suppress(OSError):  # something is in it, or it could not be made
-                parent.rmdir()
-
-
-def _remove_abandoned(stem: Path) -> None:
-    """Remove the partial directories of processes of this machine that do not run any more."""
-    for left in stem.parent.glob(f"{stem.name}-*"):
-        number = left.name.removeprefix(f"{stem.name}-")
-        if number.isdigit() and left.is_dir() and not _alive(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # somebody else's, or the name of no process of ours
-        return True
-    return True
-
-
-def _model_weights(name: str) -> bool:
-    """Whether transformers reads a file of this name as the model's weights, or their index."""
-    return bool(re.fullmatch(r"model(-\d+-of-\d+)?(\..+)?\.safetensors(\.index\.json)?", name))
-
-
-def _move_into(partial: Path, target: Path) -> None:
-    files = sorted(
-        (file.relative_to(partial) for file in partial.rglob("*") if not file.is_dir()),
-        key=lambda file: str(file) == CONFIG,
-    )
-    (target / CONFIG).unlink(missing_ok=True)
-    for old in target.iterdir():
-        if old.is_file() and _model_weights(old.name) and Path(old.name) not in files:
-            old.unlink()
-    for file in files:
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(partial / file, target / file)

@@ -17,10 +17,11 @@ from torch import nn
 
 from ..errors import WexpandError
 from ..format.config import GroupEntry
+from ..format.directories import partial_directory
 from ..format.model_dir import ModelDir
 from ..format.problems import problems
 from ..format.router import narrowest
-from ..format.writer import partial_directory, seal
+from ..format.writer import seal
 from .card import write_card
 from .linear import WIDENED, RoutedLinear
 from .names import check_fit, module_tensor_names

@@ -162,8 +162,13 @@ def fit_router(
         raise WexpandError(f"{key}: {num_clusters} clusters cannot be made from {count} rows")
     # float64 stays what it is; half types have no numpy type
     data = (rows if rows.dtype == torch.float64 else rows.float()).detach().cpu().numpy()
-    if not np.isfinite(data).all():
-        raise WexpandError("router: the calibration inputs hold NaN or infinite values")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.square(data).sum())
+    if not finite:
+        raise WexpandError(
+            "router: the calibration inputs hold NaN or infinite values, or some whose squares "
+            "overflow"
+        )
     if (found := _distinct(data)) < num_clusters:
         raise WexpandError(
             f"{key}: {num_clusters} clusters cannot be made from calibration inputs with "

@@ -177,7 +177,7 @@ class GroupStatistics:
         self.tokens += counts
         self.solved_tokens += counts
         # a sum of rows is finite only if all of them are
-        if not bool(torch.isfinite(self._means).all()):
+        if not bool(torch.isfinite(self._means).all() & self._held_out_sums.isfinite().all()):
             raise WexpandError("the calibration inputs hold NaN or infinite values")
 
     def _centred(self, rows: Tensor, clusters: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

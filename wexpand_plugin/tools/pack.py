@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..errors import WexpandError
 from ..format.config import GroupEntry
+from ..format.directories import partial_directory, require_empty
 from ..format.linear import StoredLinear
 from ..format.model_dir import ModelDir
 from ..format.rowpool import RowPool, kept
@@ -28,8 +29,6 @@ from ..format.writer import (
     SHARD_BYTES,
     TensorWriter,
     copy_others,
-    partial_directory,
-    require_empty,
     seal,
     write_json,
 )

@@ -21,12 +21,13 @@ from ..errors import WexpandError
 from ..format.bits import pack_bits
 from ..format.clusters import MAX_CLUSTERS, ClusterBias
 from ..format.config import GroupEntry, LinearEntry
+from ..format.directories import partial_directory, require_empty
 from ..format.linear import StoredLinear
 from ..format.router import StoredRouter, narrowest
 from ..format.rowpool import MAX_EXPERTS, RowPool
 from ..format.sizes import StoredBytes
 from ..format.values import FLOATS, GROUP, ValueCodec, codec
-from ..format.writer import SHARD_BYTES, TensorWriter, partial_directory, require_empty, seal
+from ..format.writer import SHARD_BYTES, TensorWriter, seal
 from ..method.clusters import parents_of
 
 __all__ = ["Shape", "synth"]

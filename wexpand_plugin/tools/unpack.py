@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 
 from ..errors import WexpandError
+from ..format.directories import partial_directory, require_empty
 from ..format.model_dir import ModelDir
 from ..format.problems import problems
 from ..format.writer import (
     SHARD_BYTES,
     TensorWriter,
     copy_others,
-    partial_directory,
-    require_empty,
     write_json,
 )
 from ..hf.card import BASE_CARD, CARD, is_card

@@ -45,10 +45,13 @@ def error_factor(hessians: Tensor, dampening: float) -> Tensor:
     Damping is `dampening` times the mean of H's diagonal; if that does not make H positive
     definite it grows tenfold, a few times.
 
-    :raises WexpandError: H holds NaN, or stays singular with the largest damping tried
+    :raises WexpandError: H holds NaN or infinity, or stays singular with the largest damping tried
     """
     if not bool(torch.isfinite(hessians).all()):
-        raise WexpandError("Hessian: the calibration inputs hold NaN or infinite values")
+        raise WexpandError(
+            "Hessian: the calibration inputs hold NaN or infinite values, or some whose squares "
+            "overflow"
+        )
     hessians = hessians.flip(1, 2)
     diagonal = hessians.diagonal(dim1=1, dim2=2)
     diagonal[diagonal == 0] = 1
