@@ -1,10 +1,11 @@
 """The loss that a plan predicts against the one that is measured, size by size.
 
-    python -m evals.dial [--size 0.5 ...] [--model DIR] [--epochs 0] [--json FILE]
+    python -m evals.dial [--size 0.5 ...] [--read 0.2] [--model DIR] [--epochs 0] [--json FILE]
 
 `wexpand compress` runs with `sparsity: auto` on all linears of the blocks and each `size_budget`,
 and with fixed settings of about the same sizes; the checkpoints are read again by transformers for
 the held-out loss. What was predicted stands in them. `--epochs` tunes; no prediction knows of that.
+`--read` bounds what a token reads, and 16 experts share the rest of each size above it.
 """
 
 import json
@@ -66,6 +67,7 @@ def added(model: str, keys: dict[str, Any], dataset: str, dense: float, seed: in
         predicted = sizes.made_by.get("predicted_loss", {})
         row = {
             "stored": sizes.linear_bytes / sizes.dense_bytes,
+            "read": sizes.bytes_per_token / sizes.dense_bytes,
             "added": loss_of(out, dataset) - dense,
             "seconds": round(seconds),
         }
@@ -81,20 +83,28 @@ def main(
     model: Annotated[str, typer.Option(help="Model directory or id.")] = str(MODEL),
     dataset: Annotated[str, typer.Option(help="pocket, or a JSON list of texts.")] = "pocket",
     size: Annotated[list[float] | None, typer.Option(help="size_budget.")] = None,
+    read: Annotated[float | None, typer.Option(help="read_budget.")] = None,
     epochs: Annotated[int, typer.Option(help="Of tuning.")] = 0,
     fixed: Annotated[bool, typer.Option(help="Fixed settings as well.")] = True,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Predicted and measured loss of each size."""
     dense = loss_of(model, dataset)
-    runs = {f"dial {s}": {"sparsity": "auto", "size_budget": s} for s in size or SIZES}
+    runs: dict[str, dict[str, Any]] = {}
+    for s in size or SIZES:
+        name, keys = f"dial {s}", {"sparsity": "auto", "size_budget": s, "read_budget": read}
+        if read is not None and read < s:
+            name += f", {read} read"
+            keys |= {"num_experts": 16, "budget_scope": "layer" if epochs else "model"}
+        runs[name] = keys
     rows = []
     for name, keys in (runs | (FIXED if fixed else {})).items():
         found = added(model, keys | {"tune_epochs": epochs, "seed": seed}, dataset, dense, seed)
         rows.append({"run": name, "epochs": epochs} | found)
         print(json.dumps(rows[-1]), flush=True)
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": f"python -m evals.dial --epochs {epochs} --seed {seed}",
+    asked = "" if read is None else f" --read {read}"
+    content = {"command": f"python -m evals.dial --epochs {epochs} --seed {seed}{asked}",
                "model": label(model), "dense": dense, "rows": rows}  # fmt: skip
     json_file.write_text(json.dumps(content, indent=1) + "\n")
 

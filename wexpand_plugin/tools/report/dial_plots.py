@@ -86,7 +86,8 @@ def settings(data: ReportData) -> Any:
         )  # fmt: skip
     for n, linear in enumerate(linears):
         if linear.sparsity:
-            bits.text(0.05, n, f"{linear.sparsity:.0%} zeros", va="center", fontsize=7)
+            zeros = f"{linear.sparsity:.0%} zeros"
+            bits.text(0.05, n, zeros, va="center", fontsize=7, color="white")
     bits.set_xlabel("bits per weight, stored")
     bits.legend(loc="lower right")
     own_losses = [max(losses[linear.name], FLOOR) for linear in linears]
@@ -101,9 +102,10 @@ def settings(data: ReportData) -> Any:
             worth.plot([following], [n], ">", color=COMPRESSED, markersize=3.5)
         if last:
             worth.plot([last], [n], "<", color=HIGHLIGHT, markersize=3.5)
-    worth.set_xlabel("nats per MB: ▷ more would remove, ◁ less would add")
+    worth.set_xlabel("nats per MB, of more and of fewer")
     for axes in (added, worth):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
     bits.set_yticks(places, [short_name(linear.name) for linear in linears])
     bits.invert_yaxis()
     return figure
