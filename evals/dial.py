@@ -28,8 +28,12 @@ SIZES = (0.5, 0.3, 0.25, 0.2, 0.15, 0.12)
 FIXED = {
     "int8": {"values": "int8", "sparsity": 0.0},
     "int4": {"values": "int4", "sparsity": 0.0},
+    "int3": {"values": "int3", "sparsity": 0.0},
+    "int2": {"values": "int2", "sparsity": 0.0},
     "int4, 50%": {"values": "int4", "sparsity": 0.5},
     "int4, 70%": {"values": "int4", "sparsity": 0.7},
+    "int3, 50%": {"values": "int3", "sparsity": 0.5},
+    "int2, 60%": {"values": "int2", "sparsity": 0.6},
 }
 TOKENS, SAMPLES, CONTEXT = 32768, 128, 256
 

@@ -26,14 +26,18 @@ __all__ = ["DENSE", "Dial", "Weighs", "prospects"]
 DENSE = Setting("auto", 0.0)
 """a linear as it is"""
 
-# Fewer bits come before more zeros: at equal bytes 16-bit values with many zeros lose far more than
-# 4-bit values with few. Few zeros make nothing smaller, as they cost a bit for every weight.
+# Fewer bits come before more zeros, down to two bits: at equal bytes full rows in b - 1 bits lose
+# less than sparse ones in b. Few zeros make nothing smaller, as they cost a bit for every weight.
 SPARSITIES = {
     "auto": (0.0, 0.5),
-    "int8": (0.0, 0.25, 0.5, 0.7, 0.8, 0.9),
-    "int4": (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    "int8": (0.0, 0.5),
+    "int4": (0.0, 0.3, 0.5),
+    "int3": (0.0, 0.2, 0.5),
+    "int2": (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9),
 }
 """kind of values -> sparsities that are tried"""
+ALONE = (0.0, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""of values that are given, which leave zeros alone to choose"""
 
 Weighs = Callable[[Setting], StoredBytes]
 """what things weigh in a setting"""
@@ -110,11 +114,8 @@ class Dial:
         """The settings that a linear may have: kind of values -> sparsities."""
         structure = self.base.structure
         of_structure = (0.0, structure.n / structure.m) if structure.m else None
-        return {
-            kind: list(of_structure or sparsities)
-            for kind, sparsities in SPARSITIES.items()
-            if self.values in ("auto", kind)
-        }
+        kinds = SPARSITIES if self.values == "auto" else {self.values: ALONE}
+        return {kind: list(of_structure or sparsities) for kind, sparsities in kinds.items()}
 
     def settings(self, setting: Setting) -> Settings:
         """How a linear of this setting is expanded; DENSE is not."""
