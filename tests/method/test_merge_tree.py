@@ -67,3 +67,16 @@ def test_cut_into_sets():
     assert tree.cut(3).tolist() == [0, 1, 0, 1, 2] and tree.cut(2).tolist() == [0, 0, 0, 0, 1]
     many = merge_tree(torch.randn(300, 6), torch.randint(0, 50, (300,))).cut(16)
     assert many.dtype == torch.uint8 and many.unique().tolist() == list(range(16))
+
+
+def test_a_child_with_most_of_the_tokens_is_left_out():
+    means = torch.tensor([[0.0], [1.0], [30.0], [90.0]])
+    tokens = torch.tensor([100, 4, 2, 80])
+    whole = merge_tree(means, tokens)
+    assert whole.children == [(0, 1), (2, 4), (3, 5)]
+    thin = whole.thinned(tokens, 0.7)
+    # 106 of 186 tokens are too few to be like the root's, 104 of 106 are not
+    assert thin.children == [(2, 0, 1), (3, 4)]
+    assert thin.members[4:].tolist() == [[True, True, True, False], [True] * 4]
+    assert whole.thinned(tokens, 1.0).children == whole.children
+    assert whole.thinned(tokens, 0.5).children == [(3, 2, 0, 1)]

@@ -20,6 +20,7 @@ from ..method.masks import MaskStructure
 from ..method.prospects import Dial
 from ..method.settings import Settings
 from .attention import FusedAttention
+from .bypass import Bypass
 from .calibration import CalibrationBatches, about_rows, counted_tokens
 from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .choosing import Choice, choose_settings, refuse_unreachable, use_settings
@@ -156,6 +157,7 @@ class SparseExpansionModifier(Modifier):
     _batches: CalibrationBatches = PrivateAttr(default_factory=CalibrationBatches)
     _path: DensePath = PrivateAttr(default_factory=DensePath)
     _attention: FusedAttention = PrivateAttr(default_factory=FusedAttention)
+    _bypass: Bypass = PrivateAttr(default_factory=Bypass)
     _part: Part = PrivateAttr(default_factory=Part)
     _tuned: dict[str, list[float]] = PrivateAttr(default_factory=dict)
 
@@ -290,8 +292,10 @@ class SparseExpansionModifier(Modifier):
             use_settings(self._targets, choice, self._dial)
         for name, block in self._blocks.items():
             counts = self._batches.current
-            self._replays[name] = BlockReplay(block.module, self.register_hook, counts)
             passing = self._settings.clusters == 1 and not self._settings.biased
+            self._replays[name] = BlockReplay(
+                block.module, self.register_hook, counts, None if passing else self._bypass
+            )
             if passing and not self._part.has(_record(block)):
                 linears = {
                     n: t.linear
@@ -304,6 +308,7 @@ class SparseExpansionModifier(Modifier):
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules=None, **kwargs):
         """Expand the linears of the blocks that have just been calibrated."""
+        self._bypass.end()
         self._settle()
         ready = [n for n, replay in self._replays.items() if len(replay)]
         if modules is not None:
@@ -311,6 +316,7 @@ class SparseExpansionModifier(Modifier):
         for name in ready:
             with torch.no_grad(), calibration_forward_context(state.model):
                 self._finish(state.model, self._blocks[name], self._replays.pop(name))
+            self._bypass.expanded(self._blocks[name].module, len(ready))
 
     def _finish(self, model: nn.Module, block: Block, replay: BlockReplay) -> None:
         """Expand the linears of a block, or put back what an earlier run made of them."""
@@ -375,6 +381,7 @@ class SparseExpansionModifier(Modifier):
 
     def _forget(self) -> bool:
         self.remove_hooks()
+        self._bypass.end()
         self._attention.remove()
         self._batches.release()
         self._targets, self._blocks, self._replays, self._passing = {}, {}, {}, {}

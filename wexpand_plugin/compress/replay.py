@@ -16,6 +16,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import Tensor, nn
 
 from ..method.inputs import InputGroup, find_groups, record_inputs, token_rows
+from .bypass import Bypass
 
 __all__ = ["BlockReplay", "ReplayedInputs"]
 
@@ -25,6 +26,7 @@ class BlockReplay:
 
     :param register_hook: of the modifier: its hooks rest while the pipeline propagates
     :param counts: says which tokens of the batch that runs now count (`calibration`)
+    :param bypass: where nothing else is wanted of the pipeline's run
     """
 
     def __init__(
@@ -32,8 +34,9 @@ class BlockReplay:
         block: nn.Module,
         register_hook: Callable[..., Any],
         counts: Callable[[], Tensor | None],
+        bypass: Bypass | None = None,
     ):
-        self.block, self._counts_now = block, counts
+        self.block, self._counts_now, self._bypass = block, counts, bypass
         self.counts: list[Tensor | None] = []
         self.cache = IntermediatesCache(None, torch.device("cpu"))
         register_hook(block, self._record, "forward_pre", with_kwargs=True)
@@ -41,6 +44,8 @@ class BlockReplay:
     def _record(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
         self.cache.append({"args": args, "kwargs": kwargs})
         self.counts.append(self._counts_now())
+        if self._bypass is not None:
+            self._bypass.reached(self.block)
 
     def __len__(self) -> int:
         return len(self.cache)

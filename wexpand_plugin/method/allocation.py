@@ -74,6 +74,65 @@ class Allocation(NamedTuple):
     """bool [nodes, rows]: the versions to store"""
 
 
+class _Paths:
+    """A problem as the dynamic programming reads it, whatever the price.
+
+    A node's path is what may lie nearest above it and be granted: nothing, the root, the root's
+    child, and so on down to its parent. So the path of a child is its parent's and the parent.
+    """
+
+    def __init__(self, problem: AllocationProblem):
+        tree, errors, allowed, cost, _ = self.problem = problem
+        root = tree.nodes - 1
+        self.above: list[list[int]] = [[] for _ in range(tree.nodes)]
+        for node in range(root, tree.experts - 1, -1):
+            for child in tree.children[node - tree.experts]:
+                self.above[child] = [*self.above[node], node]
+        blocked = torch.full_like(errors[0, :1], torch.inf)
+        self.inherited = [
+            torch.cat([blocked, errors[above, leaf]])
+            for leaf, above in enumerate(self.above[: tree.experts])
+        ]
+        self.share = _shares(problem).to(errors)
+        self.refused = torch.where(allowed, 0.0, torch.inf).to(errors)
+        self.refused[root] = 0
+
+    def choose(self, price: float, price_read: float = 0.0) -> Allocation:
+        """See `choose_versions`."""
+        tree, errors, _, cost, _ = self.problem
+        bytes_ = price * cost + self.refused
+        best: dict[int, Tensor] = {}
+        take: list[Tensor] = []
+        # error + price of the subtree of each node, for each place on its path [path, rows]
+        for node in range(tree.nodes):
+            if node < tree.experts:
+                own, inherit = errors[node, node], self.inherited[node]
+                if price_read:
+                    reading = price_read * self.share[node] * cost[[*self.above[node], node]]
+                    own = own + reading[-1]
+                    inherit = torch.cat([inherit[:1], inherit[1:] + reading[:-1]])
+            else:
+                below = [best.pop(child) for child in tree.children[node - tree.experts]]
+                both = below[0] + below[1] if len(below) == 2 else torch.stack(below).sum(dim=0)
+                own, inherit = both[-1], both[:-1]
+            own = own + bytes_[node]
+            take.append(own < inherit)
+            best[node] = torch.minimum(inherit, own)
+        use = torch.empty(tree.experts, errors.shape[2], dtype=torch.int64, device=errors.device)
+        granted = torch.zeros_like(self.refused, dtype=torch.bool)
+        places = {tree.nodes - 1: torch.zeros_like(use[0])}
+        for node in range(tree.nodes - 1, -1, -1):
+            place = places.pop(node)
+            granted[node] = take[node].gather(0, place.unsqueeze(0)).squeeze(0)
+            place = torch.where(granted[node], len(self.above[node]) + 1, place)
+            if node < tree.experts:
+                path = torch.tensor([-1, *self.above[node], node], device=errors.device)
+                use[node] = path[place]
+            else:
+                places |= dict.fromkeys(tree.children[node - tree.experts], place)
+        return Allocation(use, granted)
+
+
 def choose_versions(
     problem: AllocationProblem, price: float, price_read: float = 0.0
 ) -> Allocation:
@@ -81,50 +140,7 @@ def choose_versions(
 
     :param price_read: of a byte that a token reads
     """
-    tree, errors, allowed, cost, _ = problem
-    if price_read:
-        share = _shares(problem).to(errors)
-        errors = errors + price_read * share.view(1, -1, 1) * cost.to(errors).unsqueeze(1)
-    root, none, rows = tree.nodes - 1, tree.nodes, errors.shape[2]
-    memo: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    blocked = torch.full((rows,), torch.inf, dtype=errors.dtype, device=errors.device)
-
-    def best(node: int, above: int) -> Tensor:
-        """Error + price of the subtree, given the nearest granted node above (or `none`)."""
-        if (node, above) in memo:
-            return memo[node, above][0]
-        if node < tree.experts:
-            own = errors[node, node]
-            inherit = blocked if above == none else errors[above, node]
-        else:
-            below = tree.children[node - tree.experts]
-            own = torch.stack([best(child, node) for child in below]).sum(dim=0)
-            inherit = torch.stack([best(child, above) for child in below]).sum(dim=0)
-        own = own + price * cost[node]
-        if node != root:
-            own = torch.where(allowed[node], own, torch.inf)
-        take = own < inherit
-        memo[node, above] = torch.where(take, own, inherit), take
-        return memo[node, above][0]
-
-    best(root, none)
-    use = torch.empty(tree.experts, rows, dtype=torch.int64, device=errors.device)
-    granted = torch.zeros(tree.nodes, rows, dtype=torch.bool, device=errors.device)
-
-    def descend(node: int, above: Tensor) -> None:
-        """`above` [rows]: nearest granted node over `node`, which differs from row to row."""
-        for a in above.unique().tolist():
-            granted[node] |= (above == a) & memo[node, a][1]
-        here = torch.where(granted[node], node, above)
-        if node < tree.experts:
-            use[node] = here
-        else:
-            for child in tree.children[node - tree.experts]:
-                descend(child, here)
-
-    descend(root, torch.full((rows,), none, device=errors.device))
-    memo.clear()
-    return Allocation(use, granted)
+    return _Paths(problem).choose(price, price_read)
 
 
 class _Choices(NamedTuple):
@@ -137,7 +153,10 @@ class _Choices(NamedTuple):
 
 
 def allocate(
-    problems: Sequence[AllocationProblem], budget: float, read: float = float("inf")
+    problems: Sequence[AllocationProblem],
+    budget: float,
+    read: float = float("inf"),
+    fill: float = 0.9995,
 ) -> list[Allocation]:
     """Search the prices until the granted versions of all problems fill the budgets, never more.
 
@@ -146,6 +165,7 @@ def allocate(
 
     :param budget: bytes of row versions that are stored
     :param read: bytes of row versions that a token reads, a mean over experts by their tokens
+    :param fill: share of the budgets that is filled, if they can be filled so well
     :raises WexpandError: the base versions alone are larger than a budget
     """
     smallest = sum(float(p.cost[-1].sum()) for p in problems)
@@ -155,8 +175,10 @@ def allocate(
             "the size of the base versions alone"
         )
 
+    paths = [_Paths(p) for p in problems]
+
     def choose(prices: Prices) -> _Choices:
-        each = [choose_versions(p, *prices) for p in problems]
+        each = [p.choose(*prices) for p in paths]
         error = stored = reading = 0.0
         for problem, choice in zip(problems, each, strict=True):
             use = choice.use.unsqueeze(0)
@@ -168,7 +190,7 @@ def allocate(
 
     start = sum(float(p.errors[-1].sum()) for p in problems) / budget
     found = best_in_budgets(
-        choose, lambda c: c[1:], budget, read, start=max(start, 1e-30), steps=20, full=0.9995
+        choose, lambda c: c[1:], budget, read, start=max(start, 1e-30), steps=20, full=fill
     )
     if found is None:
         least = sum(float(p.cost.min(dim=0).values.sum()) for p in problems)

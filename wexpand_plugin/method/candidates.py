@@ -29,7 +29,7 @@ from .biases import BiasProblem
 from .merge_tree import MergeTree, flat_tree, merge_tree
 from .settings import Settings
 from .solvers.sparsegpt import chunk_size, solve
-from .statistics import GroupStatistics
+from .statistics import GroupStatistics, strips
 from .versions import Rows, RowVersions, SolvedRows
 
 __all__ = ["Candidates", "allocate_model", "full_expansion", "propose"]
@@ -125,7 +125,7 @@ def propose(
     weight = torch.cat(weights)
     if settings.share_versions:
         tokens = statistics.of_experts(statistics.solved_tokens)
-        tree = merge_tree(statistics.expert_means(), tokens)
+        tree = merge_tree(statistics.expert_means(), tokens).thinned(tokens)
     else:
         tree = flat_tree(statistics.experts)
     solved, errors, allowed = _solve_tree(weight, linears, tree, statistics, settings)
@@ -181,7 +181,7 @@ def _shrunk(sums: Tensor, tokens: Tensor, total: Tensor, shrinkage: float) -> Te
     tokens = tokens.to(sums).view(-1, 1, 1)
     prior = shrinkage * sums.shape[1]
     share = torch.where(tokens > 0, prior / (tokens + prior).clamp(min=1e-9), 1.0)
-    return torch.lerp(sums / tokens.clamp(min=1), total.expand_as(sums), share)
+    return (sums * ((1 - share) / tokens.clamp(min=1))).addcmul_(share, total)
 
 
 def _chunks(count: int, weight: Tensor, settings: Settings) -> Iterator[slice]:
@@ -221,20 +221,23 @@ def _solve_tree(
     members = tree.members.to(device)
     solved = []
     errors = torch.zeros(tree.nodes, tree.experts, rows, device=device)
-    held_out_error = _held_out_errors(weight, statistics)
+    rows_of = _held_out_rows(statistics)
     held_out = torch.zeros_like(errors)
     for some in _chunks(tree.nodes, weight, settings):
         below = members[some].float()
         sums = torch.einsum("ne,eij->nij", below, statistics.sums)
         hessians = _shrunk(sums, below.cpu() @ tokens.float(), total, settings.shrinkage)
+        del sums
         if some.stop == tree.nodes:
             hessians[-1] = total
         solved.append(_solve(weight, hessians, linears, settings))
-        for node, version in enumerate(solved[-1].weights, some.start):
-            change = (version - weight).float()
-            for expert in tree.members[node].nonzero().flatten().tolist():
-                errors[node, expert] = _quadratic(change, statistics.sums[expert : expert + 1])[0]
-                held_out[node, expert] = held_out_error(change, expert)
+        changes = solved[-1].weights.float() - weight.float()
+        for expert in range(tree.experts):
+            below_here = tree.members[some, expert].nonzero().flatten()
+            for place in below_here.tolist():
+                change, node = changes[place], some.start + place
+                errors[node, expert] = _quadratic(change, statistics.sums[expert])
+                held_out[node, expert] = (rows_of[expert] @ change.t()).square().sum(dim=0)
     # a node's version is worth granting only if it helps on the rows that it was not solved for
     gain = torch.einsum("ne,ner->nr", members.float(), held_out[-1].unsqueeze(0) - held_out)
     allowed = gain > 0
@@ -242,14 +245,20 @@ def _solve_tree(
     return SolvedRows.join(solved), errors, allowed
 
 
-def _quadratic(rows: Tensor, sums: Tensor) -> Tensor:
-    """r^T S_c r for every row: [rows, in], [experts, in, in] -> [experts, rows]."""
-    return torch.stack([((rows @ s) * rows).sum(dim=1) for s in sums]).clamp_(min=0)
+def _quadratic(rows: Tensor, symmetric: Tensor) -> Tensor:
+    """r^T S r for every row, S symmetric: [rows, in], [in, in] -> [rows]."""
+    total = rows.new_zeros(len(rows))
+    for part in strips(rows.shape[1]):
+        # what lies above the diagonal stands for what lies below it
+        product = rows[:, : part.start] @ (2 * symmetric[: part.start, part])
+        product += rows[:, part] @ symmetric[part, part]
+        total += torch.linalg.vecdot(product, rows[:, part])
+    return total.clamp_(min=0)
 
 
 def _energies(weight: Tensor, statistics: GroupStatistics) -> Tensor:
     """Sum of the squared outputs of each row, in parts that add up [parts, rows]."""
-    energies = _quadratic(weight, statistics.sums)
+    energies = torch.stack([_quadratic(weight, sums) for sums in statistics.sums])
     if statistics.within:
         outputs = statistics.mean_inputs() @ weight.t()
         tokens = statistics.solved_tokens.to(outputs).unsqueeze(1)
@@ -257,23 +266,15 @@ def _energies(weight: Tensor, statistics: GroupStatistics) -> Tensor:
     return energies
 
 
-def _held_out_errors(
-    weight: Tensor, statistics: GroupStatistics
-) -> Callable[[Tensor, int], Tensor]:
-    """(change [rows, in], expert) -> its squared output error on the expert's held-out rows, less
-    what the biases of clusters remove."""
-    held_out = statistics.held_out.rows.to(weight.device)
+def _held_out_rows(statistics: GroupStatistics) -> list[Tensor]:
+    """The held-out rows of each expert [n, in], less what the biases of clusters see to."""
+    held_out = statistics.held_out.rows.to(statistics.sums.device)
     if not held_out.numel():
         raise WexpandError(
             "size_budget: no calibration rows could be held out; use sequences of 16 or more tokens"
         )
-    assert statistics.router is not None
-    clusters = statistics.router.route(held_out)
+    clusters = statistics.route(held_out)
     experts = statistics.cluster_expert.to(clusters.device)[clusters]
     if statistics.within:
         held_out = held_out - statistics.mean_inputs()[clusters]
-
-    def error(change: Tensor, expert: int) -> Tensor:
-        return (held_out[experts == expert] @ change.t()).square().sum(dim=0)
-
-    return error
+    return [held_out[experts == expert] for expert in range(statistics.experts)]

@@ -23,6 +23,10 @@ from .versions import RowVersions, SolvedRows
 __all__ = ["Batches", "GroupResult", "LinearResult", "expand_group"]
 
 
+LIKELY = 0.98
+"""how well what is only likely to be granted fills its bytes"""
+
+
 class Batches(Protocol):
     """The inputs of an input group, calibration batch by calibration batch."""
 
@@ -71,14 +75,15 @@ def expand_group(
 
     :param weights: their dense weights [out_i, in]
     :param biases: their biases [out_i], where they have one
-    :param batches: their inputs; read twice, the first time in part
+    :param batches: their inputs, each read once
     :param statistics: with one expert, the statistics of the inputs where they are known already
     :raises WexpandError: inputs that are not finite or too few, a budget too small
     """
     width, device = weights[0].shape[1], weights[0].device
     router, cluster_expert, sample = None, None, torch.empty(0, width)
+    seen: dict[int, list[Tensor]] = {}
     if settings.clusters > 1:
-        sample = _sample(batches, settings)
+        sample, seen = _sample(batches, settings)
         router = fit_router(
             sample, settings.clusters, dims=settings.dims(width),
             restarts=settings.router_restarts, seed=settings.seed,
@@ -92,7 +97,11 @@ def expand_group(
             hold_out=settings.biased or settings.size_budget is not None, seed=settings.seed,
             device=device,
         )  # fmt: skip
-        for rows in batches():
+        others = [number for number in range(len(batches)) if number not in seen]
+        while seen:
+            for rows in seen.pop(next(iter(seen))):
+                statistics.add(rows)
+        for rows in batches(others):
             statistics.add(rows)
         statistics.flush()
 
@@ -138,23 +147,30 @@ def _within_budget(candidates: Candidates, width: int, settings: Settings) -> Li
     calibrating = candidates.full()
     if settings.shortlist:
         base = float(problem.cost[-1].sum())
-        likely = [allocate([problem], max(base, share * part))[0] for part in settings.shortlist]
+        likely = [
+            allocate([problem], max(base, share * part), fill=LIKELY)[0]
+            for part in settings.shortlist
+        ]
         candidates = candidates.shortlist(likely, settings.keep)
     return LinearResult(calibrating, None, candidates)
 
 
-def _sample(batches: Batches, settings: Settings) -> Tensor:
-    """About `settings.samples` rows, from batches spread over the calibration set."""
-    sample, seen = RowSample(settings.samples, settings.seed), 0
+def _sample(batches: Batches, settings: Settings) -> tuple[Tensor, dict[int, list[Tensor]]]:
+    """About `settings.samples` rows, from batches spread over the calibration set, and all rows of
+    each batch that was read for them."""
+    sample, seen = RowSample(settings.samples, settings.seed), dict[int, list[Tensor]]()
+    found = 0
     # every stride-th batch, then the ones after them, until there are rows enough to choose from
     stride = max(1, len(batches) // 8)
     for offset in range(stride):
-        for rows in batches(range(offset, len(batches), stride)):
-            sample.add(rows)
-            seen += len(rows)
-        if seen >= settings.samples:
+        for number in range(offset, len(batches), stride):
+            seen[number] = list(batches([number]))
+            for rows in seen[number]:
+                sample.add(rows)
+                found += len(rows)
+        if found >= settings.samples:
             break
-    return sample.rows
+    return sample.rows, seen
 
 
 def _error(

@@ -14,6 +14,9 @@ from torch import Tensor
 
 __all__ = ["MergeTree", "flat_tree", "merge_tree"]
 
+SAME = 0.5
+"""share of a node's tokens that a child has which is left out as too much like it"""
+
 
 class MergeTree(NamedTuple):
     """A tree over experts: nodes 0 to experts-1 are the leaves, the last node is the root."""
@@ -45,6 +48,34 @@ class MergeTree(NamedTuple):
         members = self.members[roots]
         order = members.int().argmax(dim=1).argsort()
         return members[order].int().argmax(dim=0).to(torch.uint8)
+
+    def thinned(self, tokens: Tensor, same: float = SAME) -> "MergeTree":
+        """Without inner nodes that have more than `same` of the tokens of the node above them.
+
+        What is solved for such a node is nearly what is solved for the one above. Their children
+        are moved up. Where one leaf has most tokens, the tree is a chain, and this much shorter.
+
+        :param tokens: of each leaf [leaves]
+        """
+        own = self.members.double() @ tokens.double().cpu()
+        kept = self.nodes - 1
+        below: dict[int, tuple[int, ...]] = {}
+        waiting = [kept]
+        while waiting:
+            node = waiting.pop()
+            found, open_ = [], list(self.children[node - self.experts])
+            while open_:
+                child = open_.pop(0)
+                if child >= self.experts and own[child] > same * own[node]:
+                    open_ = [*self.children[child - self.experts], *open_]
+                else:
+                    found.append(child)
+            below[node] = tuple(found)
+            waiting += [child for child in found if child >= self.experts]
+        nodes = [*range(self.experts), *sorted(below)]
+        number = {node: place for place, node in enumerate(nodes)}
+        children = [tuple(number[c] for c in below[n]) for n in sorted(below)]
+        return MergeTree(children, self.members[nodes])
 
 
 def merge_tree(means: Tensor, tokens: Tensor) -> MergeTree:

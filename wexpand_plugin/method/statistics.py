@@ -6,6 +6,9 @@ them for efficient products, sorted by expert, and added to that expert's sum of
 biases, which make up for the mean of each cluster (`biases`), to its sum of what lies within its
 clusters.
 
+x x^T is symmetric: of each sum only the blocks on and above the diagonal are added to, and the rest
+is mirrored when a sum is read.
+
 Where row versions will be granted by gain, a sixteenth of each batch is held out from the
 experts' Hessians, and a sample of it kept: a version is granted only if it also helps on rows it
 was not solved for. Base versions see all rows. With cluster biases, held-out rows only decide how
@@ -19,13 +22,20 @@ from ..errors import WexpandError
 from .biases import ClusterMeans
 from .clusters import Router
 
-__all__ = ["GroupStatistics", "RowSample"]
+__all__ = ["GroupStatistics", "RowSample", "strips"]
 
 BUFFER_ROWS = 4096
 BUFFER_ROWS_PER_CLUSTER = 8
 HELD_OUT = 16
 HELD_OUT_ROWS_PER_EXPERT = 256
-SAMPLE_ROWS = 1024
+SAMPLE_ROWS = 512
+
+
+def strips(width: int) -> list[slice]:
+    """The columns of a symmetric matrix in a few runs. What lies in a run and above its end, for
+    all of them, is little more than half of the matrix, in products that are still large."""
+    step = max(128, -(-width // 8))
+    return [slice(first, min(first + step, width)) for first in range(0, width, step)]
 
 
 class RowSample:
@@ -98,13 +108,13 @@ class GroupStatistics:
             self.cluster_expert = cluster_expert.long().cpu()
         self.experts = int(self.cluster_expert.max()) + 1
         self.router, self.within, self.hold_out = router, within, hold_out
-        self.sums = torch.zeros(self.experts, in_features, in_features, device=device, dtype=dtype)
-        """sum of x x^T per expert [experts, in, in], or of what lies within its clusters"""
+        self._sums = torch.zeros(self.experts, in_features, in_features, device=device, dtype=dtype)
+        self._mirrored = True
         self.held_out_sum: Tensor | None = None
         """sum of x x^T over all held-out rows [in, in], where not only biases need them"""
         if hold_out and not within:
-            self.held_out_sum = self.sums.new_zeros(in_features, in_features)
-        self._means = self.sums.new_zeros(self.clusters, in_features)
+            self.held_out_sum = self._sums.new_zeros(in_features, in_features)
+        self._means = self._sums.new_zeros(self.clusters, in_features)
         self._held_out_sums = torch.zeros_like(self._means)
         self.tokens = torch.zeros(self.clusters, dtype=torch.int64)
         """rows per cluster, held-out ones included"""
@@ -117,9 +127,19 @@ class GroupStatistics:
         self._buffered = 0
         self._batches = 0
 
+    @property
+    def sums(self) -> Tensor:
+        """Sum of x x^T per expert [experts, in, in], or of what lies within its clusters."""
+        if not self._mirrored:
+            for part in strips(self._sums.shape[1]):
+                above = self._sums[:, : part.start, part]
+                self._sums[:, part, : part.start] = above.transpose(1, 2)
+            self._mirrored = True
+        return self._sums
+
     def add(self, rows: Tensor) -> None:
         """Take in one batch of inputs [tokens, in]."""
-        rows = rows.detach().to(self.sums)
+        rows = rows.detach().to(self._sums)
         self.sample.add(rows)
         if self.hold_out:
             rows = self._split(rows)
@@ -171,7 +191,7 @@ class GroupStatistics:
             rows = rows[experts.argsort(stable=True)]
         for expert, part in enumerate(rows.split(sizes)):
             if len(part):
-                self.sums[expert].addmm_(part.t(), part)
+                self._add_products(expert, part)
                 if not self.within:  # an expert for each cluster, and sums until they are asked for
                     self._means[expert] += part.sum(dim=0)
         self.tokens += counts
@@ -179,6 +199,12 @@ class GroupStatistics:
         # a sum of rows is finite only if all of them are
         if not bool(torch.isfinite(self._means).all() & self._held_out_sums.isfinite().all()):
             raise WexpandError("the calibration inputs hold NaN or infinite values")
+
+    def _add_products(self, expert: int, rows: Tensor) -> None:
+        for part in strips(rows.shape[1]):
+            above = self._sums[expert, : part.stop, part]
+            above.addmm_(rows[:, : part.stop].t(), rows[:, part])
+        self._mirrored = False
 
     def _centred(self, rows: Tensor, clusters: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Rows whose x x^T are what `rows` add to the sums within clusters, and their clusters.
