@@ -197,7 +197,8 @@ def test_with_a_model_budget_nothing_is_stored_yet():
         assert linear.stored is None and linear.candidates is not None
         full = linear.calibrating.rows.weights
         assert len(full) == 3 * len(weight), "calibrates on full expansion"
-        assert len(everything.candidates.rows.weights) == 5 * len(weight)
+        nodes = everything.candidates.problem.tree.nodes
+        assert len(everything.candidates.rows.weights) == nodes * len(weight)
         # in closed form on the rows that were not held out
         for versions in (linear.calibrating, linear.candidates.base()):
             expected = true_error(weight, versions.dense(), rows, labels)
