@@ -44,7 +44,7 @@ class Point:
     bits: float
     """stored, per weight"""
     bits_read: float
-    """that a token reads of one version of each row, per weight"""
+    """that a token reads, per weight"""
     added_loss: float
     """predicted, nats per token, before tuning"""
     linears: dict[str, Share]
@@ -75,7 +75,6 @@ def curve(
     dataset: str,
     *,
     sizes: Sequence[float] = (),
-    read: float | None = None,
     samples: int = 16,
     max_seq_length: int = 512,
     dataset_config: str | None = None,
@@ -89,8 +88,6 @@ def curve(
     Parameters as of `oneshot.compress`; few samples do.
 
     :param sizes: bytes over dense bytes, each above 0 and below 1; by default BITS
-    :param read: what a token may read, bytes over dense bytes; sizes are above it then, and experts
-        have the rest
     :raises WexpandError: what `compress` refuses, or a size that cannot be reached
     """
     import torch
@@ -106,14 +103,8 @@ def curve(
     if dtype not in DTYPES:
         raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     for size in sizes:
-        dial_recipe(size, read)  # refuses what cannot be
-        if read is not None and size <= read:
-            raise WexpandError(
-                f"size: {size} should be above {read}, what a token may read (read); all that one "
-                "version of each row stores is read"
-            )
-    example = dial_recipe(0.5 if read is None else (1 + read) / 2, read)
-    ((_, modifiers),) = yaml.safe_load(example)["dial_stage"].items()
+        dial_recipe(size)  # refuses what cannot be
+    ((_, modifiers),) = yaml.safe_load(dial_recipe(0.5))["dial_stage"].items()
     keys = modifiers["SparseExpansionModifier"]
     targets, ignore = keys.pop("targets"), keys.pop("ignore")
     inputs = load_inputs(
@@ -139,21 +130,19 @@ def curve(
     dense_bits = 8 * plan.dense_bytes / plan.weights
     wanted = sorted(sizes or (bits / dense_bits for bits in BITS), reverse=True)
     if not sizes:
-        wanted = [size for size in wanted if plan.least <= size < 1 and size > (read or 0)]
+        wanted = [size for size in wanted if plan.least <= size < 1]
     return Curve(
         model, plan.tokens, dense_bits, plan.least, time.monotonic() - begin,
-        _seconds(plan), [_point(plan, size, read, dense_bits) for size in wanted],
+        _seconds(plan), [_point(plan, size, dense_bits) for size in wanted],
     )  # fmt: skip
 
 
-def _point(plan: "Plan", size: float, read: float | None, dense_bits: float) -> Point:
-    choice = plan.choose(size, read)
+def _point(plan: "Plan", size: float, dense_bits: float) -> Point:
+    choice = plan.choose(size)
     stored, reading = (
         sum(getattr(c, field) for c in choice.values()) / plan.dense_bytes
         for field in ("stored", "read")
     )
-    if read is not None:
-        stored = size  # experts take what is left
     loss = sum(candidate.loss for candidate in choice.values())
     linears = {name: Share(*found.setting, found.loss) for name, found in choice.items()}
     return Point(size, stored, stored * dense_bits, reading * dense_bits, loss, linears)

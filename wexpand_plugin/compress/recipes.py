@@ -6,10 +6,7 @@ from typing import Any
 
 from ..errors import WexpandError
 
-__all__ = ["EXPERTS", "check_recipe", "dial_recipe", "recipe", "recipe_names"]
-
-EXPERTS = 16
-"""of an input group, where a token is to read less than is stored"""
+__all__ = ["check_recipe", "dial_recipe", "recipe", "recipe_names"]
 
 
 def recipe_names() -> list[str]:
@@ -37,8 +34,6 @@ def recipe(name: str | Path) -> str:
 def dial_recipe(size: float | None, read: float | None = None) -> str:
     """The text of recipe "dial" with `size` for its size_budget and `read` for its read_budget.
 
-    Where less is to be read than stored there are EXPERTS experts, which take the difference.
-
     :raises WexpandError: a size that cannot be, or none
     """
     import yaml
@@ -53,10 +48,7 @@ def dial_recipe(size: float | None, read: float | None = None) -> str:
             )
     stages = yaml.safe_load(Path(recipe("dial")).read_text(encoding="utf8"))
     ((_, modifiers),) = stages["dial_stage"].items()
-    keys = modifiers["SparseExpansionModifier"]
-    keys |= {"size_budget": size, "read_budget": read}
-    if size is not None and read is not None and read < size:
-        keys |= {"num_experts": EXPERTS, "budget_scope": "layer"}
+    modifiers["SparseExpansionModifier"] |= {"size_budget": size, "read_budget": read}
     return yaml.safe_dump(stages, sort_keys=False)
 
 

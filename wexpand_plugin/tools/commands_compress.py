@@ -52,8 +52,7 @@ def compress(
     read: Annotated[
         float | None,
         typer.Option(
-            help="The same for what a token reads of them, so for speed; below --size, the rest "
-            "goes to experts."
+            help="The same for what a token reads of them, so for speed; either or both."
         ),
     ] = None,
     recipe: Annotated[
@@ -91,11 +90,11 @@ def compress(
       wexpand compress --resume OUT
 
     With --size, zeros and bits of each linear are chosen for the least loss, then tuned (recipe
-    "dial"); `wexpand plan` shows what sizes are predicted to cost. Of one version of each row a
-    token reads all that is stored; with --read below --size, 16 experts share versions. A recipe
-    says which linears, how sparse, how many experts and how many bytes; an unknown name lists those
-    of the package, whose files explain their keys. More experts want more calibration tokens
-    (samples x length): some thousands for each.
+    "dial"); `wexpand plan` shows what sizes are predicted to cost. The recipe
+    has one expert, of which a token reads all that is stored. A recipe says which linears, how
+    sparse, how many experts and how many bytes; an unknown name lists those of the package, whose
+    files explain their keys. More experts want more calibration tokens (samples x length): some
+    thousands for each.
 
     A run that was killed or ran out of disk goes on with --resume, to the same bytes as if nothing
     had happened. Until OUT is complete, finished blocks lie beside it in .OUT.unfinished.
@@ -140,10 +139,6 @@ def plan(
         list[float] | None,
         typer.Option(help="A size to look at, bytes over dense bytes; may be given again."),
     ] = None,
-    read: Annotated[
-        float | None,
-        typer.Option(help="What a token may read, over dense bytes, as in wexpand compress."),
-    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="A picture of the curve: .png, .svg or .pdf.")
     ] = None,
@@ -160,7 +155,7 @@ def plan(
 
     One backward pass says what errors of each linear cost, a trial of every choice of zeros and
     bits says what errors there are. The loss is in nats per token, over the dense model's, before
-    tuning, and of one version of each row: what experts win back is not predicted.
+    tuning, and for one expert, of which a token reads all that is stored.
 
     \b
     Example:
@@ -185,7 +180,7 @@ def plan(
         logger.remove()
         logger.add(sys.stderr, level="WARNING", format="{message}")
         found = curve(
-            model, dataset, sizes=size or (), read=read, samples=samples,
+            model, dataset, sizes=size or (), samples=samples,
             max_seq_length=max_seq_length, dataset_config=dataset_config, split=split,
             text_column=text_column, dtype=dtype, seed=seed,
         )  # fmt: skip
