@@ -38,3 +38,11 @@ BYTES = 4 * (80 + 80 + 160)
 def test_widest_group_and_what_is_kept(values, expected):
     settings = Settings(0.5, num_experts=4, max_bytes=100, **values)
     assert working_bytes(LINEARS, settings) == expected + 100
+
+
+def test_candidates_that_wait_on_the_disk():
+    """While blocks are solved as much as if nothing waited; then 7 nodes x 28 outputs in all."""
+    settings = Settings(0.5, num_experts=4, size_budget=1.5, max_bytes=100)
+    assert working_bytes(LINEARS, settings, True) == 5 * 400 * 4 + 8 * 640 + 100
+    wide = {"a": nn.Linear(1, 10000)}
+    assert working_bytes(wide, settings, True) == 7 * 10000 * (4 * 4 + 8 + 1)

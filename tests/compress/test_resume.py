@@ -81,6 +81,7 @@ class Death:
         pytest.param(dict(size_budget=0.9, budget_scope="layer", tune_epochs=1), marks=SLOW),
         pytest.param(dict(num_clusters=4, size_budget=1.1, allocate_by="random"), marks=SLOW),
         pytest.param(dict(num_experts=1, num_clusters=4, tune_epochs=1), marks=SLOW),
+        pytest.param(dict(sparsity="auto", read_budget=0.4, size_budget=0.7), marks=SLOW),
     ],
     ids=str,
 )
@@ -128,6 +129,18 @@ def test_killed_at_ten_random_moments(keys, call, dies, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     killed, finished, compared = map(int, done.stdout.split()[-3:])
     assert killed == 10 and compared >= 1 and finished >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{}, dict(size_budget=0.9)], ids=str)
+def test_a_model_that_is_saved_in_another_dtype(keys, call, dies, tmp_path, monkeypatch):
+    """Later blocks see what is stored, in bfloat16, and not what was found, in float32."""
+    tiny("Llama", tmp_path / "dense", torch.bfloat16)
+    call("whole", keys, dtype="float32")
+    with dies():
+        call("out", keys, dtype="float32")
+    call("out", keys, dtype="float32", resume=True)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
 FEW = dict(num_experts=1)

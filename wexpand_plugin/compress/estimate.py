@@ -14,14 +14,17 @@ from .rows import settings_for
 __all__ = ["refuse_unreadable", "working_bytes"]
 
 
-def working_bytes(linears: Mapping[str, nn.Linear], settings: Settings) -> int:
+def working_bytes(
+    linears: Mapping[str, nn.Linear], settings: Settings, on_disk: bool = False
+) -> int:
     """Bytes beside the model: those of the widest input group, and what is kept until the end.
 
     An input group needs a Hessian for every expert and one for all tokens (float32, in x in each),
     the solved versions, and the solver's `max_bytes`; with cluster biases also the means of the
     clusters, and more rows that are clustered. Candidates of all linears are kept where the whole
-    model competes for one budget, with the means that their biases follow from. Linears of one
-    parent and width count as one group, which they nearly always are.
+    model competes for one budget, with the means that their biases follow from; of those that wait
+    `on_disk` the errors and sizes alone, when all blocks are done. Linears of one parent and width
+    count as one group, which they nearly always are.
     """
     groups = _groups(linears)
     versions = settings.num_experts if settings.size_budget is None else 2 * settings.num_experts
@@ -33,9 +36,14 @@ def working_bytes(linears: Mapping[str, nn.Linear], settings: Settings) -> int:
     )
     kept = 0.0
     if settings.size_budget is not None and settings.budget_scope == "model":
+        outputs = sum(len(linear.weight) for linear in linears.values())
+        if on_disk:
+            nodes = 2 * settings.num_experts - 1
+            # an error of each expert in float32, a cost in int64, a yes or no
+            problems = outputs * nodes * (4 * settings.num_experts + 9)
+            return max(widest + settings.max_bytes, problems)
         kept = max(settings.shortlist) * settings.size_budget * _dense(linears.values())
         if settings.biased:
-            outputs = sum(len(linear.weight) for linear in linears.values())
             inputs = sum(width for _, width in groups)
             kept += 2 * 4 * settings.clusters * (outputs + inputs)
     return widest + round(kept) + settings.max_bytes

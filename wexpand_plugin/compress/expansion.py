@@ -5,8 +5,9 @@ Inputs come from replaying a block (`replay`); what the method finds for an inpu
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from loguru import logger
@@ -57,8 +58,8 @@ class Target:
     """its own, where they are chosen linear by linear"""
     loss: float | None = None
     """that these are predicted to add, nats per token"""
-    candidates: Candidates | None = None
-    """what a model-wide budget has yet to choose from"""
+    candidates: Callable[[], Candidates] | None = None
+    """gives what a model-wide budget has yet to choose from, from memory or from a file"""
 
 
 def expand_block(
@@ -183,15 +184,19 @@ def _replace_groups(model: nn.Module, solved: list[_Solved], targets: Mapping[st
                 cluster_expert=result.cluster_expert,
             )  # fmt: skip
             target.linear, target.label = None, group.label
-            target.candidates = found.candidates
             # until the block has been propagated and its other groups have been replayed
-            if target.candidates is None:
+            if found.candidates is None:
                 target.routed.materialise()
                 continue
+            target.candidates = partial(_itself, found.candidates)
             shift = packed_biases(found.calibrating)
             target.routed.materialise(
                 found.calibrating.dense(), None if shift is None else shift.decoded()
             )
+
+
+def _itself(candidates: Candidates) -> Candidates:
+    return candidates
 
 
 def parts(settings: Settings) -> str:
@@ -214,7 +219,8 @@ def allocate_targets(model: nn.Module, targets: Mapping[str, Target], settings: 
         read += own.read_bytes(out_features, in_features, target.routed.group not in routers)
         routers.add(target.routed.group)
     allocations = allocate_model(
-        [candidates for _, candidates in waiting.values()],
+        # one after another: they may be too many to be in memory together
+        (candidates() for _, candidates in waiting.values()),
         [target.depth_weight for target, _ in waiting.values()],
         budget,
         read,
@@ -222,7 +228,7 @@ def allocate_targets(model: nn.Module, targets: Mapping[str, Target], settings: 
     errors: dict[str, list[str]] = {}
     for (name, (target, candidates)), allocation in zip(waiting.items(), allocations, strict=True):
         assert target.routed is not None
-        old, stored = target.routed, candidates.select(allocation.use)
+        old, stored = target.routed, candidates().select(allocation.use)
         pool = packed(stored, codec_for(old.dtype, target.settings or settings))
         new = replace_linear(
             model, name, old, pool, old.router, group=old.group, tokens=old.tokens,

@@ -1,7 +1,9 @@
 """A finished block, as it is kept: what has become of its linears, and how to put that back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,10 @@ from ..format.rowpool import RowPool
 from ..hf.linear import RoutedLinear
 from ..method.candidates import Candidates
 from .expansion import Target
-from .records import recorded
+from .records import read_record, recorded
 from .rows import replace_linear
 
-__all__ = ["FinishedLinear", "finished_linears", "restore_linears"]
+__all__ = ["FinishedLinear", "finished_linears", "restore_linears", "wait_in"]
 
 
 @recorded
@@ -52,15 +54,33 @@ def finished_linears(targets: Mapping[str, Target]) -> dict[str, FinishedLinear]
                 weights.transpose(0, 1).flatten(0, 1), own.expand(weights.shape[:2])
             )
         found[name] = FinishedLinear(
-            routed.stored, routed.group, target.label, routed.tokens, target.candidates, rows, bias
-        )
+            routed.stored, routed.group, target.label, routed.tokens,
+            None if target.candidates is None else target.candidates(), rows, bias,
+        )  # fmt: skip
     return found
 
 
+def wait_in(file: Path, targets: Mapping[str, Target]) -> None:
+    """The candidates of `targets` stay in the record that they are in, and not in memory."""
+    for name, target in targets.items():
+        if target.candidates is not None:
+            target.candidates = _in_record(file, name)
+
+
+def _in_record(file: Path, name: str) -> Callable[[], Candidates]:
+    return partial(read_record, file, "linears", name, "candidates")
+
+
 def restore_linears(
-    model: nn.Module, targets: Mapping[str, Target], finished: Mapping[str, FinishedLinear]
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    finished: Mapping[str, FinishedLinear],
+    file: Path,
 ) -> None:
-    """Put the linears of a block in the places of the dense ones, as they were when it ended."""
+    """Put the linears of a block in the places of the dense ones, as they were when it ended.
+
+    :param file: the record that they are from
+    """
     for name, known in finished.items():
         target, stored = targets[name], known.stored
         assert target.linear is not None
@@ -76,7 +96,7 @@ def restore_linears(
         )  # fmt: skip
         _compute_with(routed, known, device)
         target.linear, target.routed, target.label = None, routed, known.label
-        target.candidates = known.candidates
+        target.candidates = None if known.candidates is None else _in_record(file, name)
 
 
 def _compute_with(routed: RoutedLinear, known: FinishedLinear, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .choosing import Choice, choose_settings, refuse_unreachable, use_settings
 from .estimate import refuse_unreadable, working_bytes
 from .expansion import Block, Target, allocate_targets, expand_block, parts
-from .finished import finished_linears, restore_linears
+from .finished import finished_linears, restore_linears, wait_in
 from .made_by import crc_of_weights, made_by
 from .passing import PassingStatistics
 from .precision import stored_dtype
@@ -269,7 +269,7 @@ class SparseExpansionModifier(Modifier):
             for weight in (linear.weight for linear in linears.values())
         )
         size = "in full" if self.size_budget is None else f"in {self.size_budget} x their size"
-        memory = working_bytes(linears, self._settings) / 2**30
+        memory = working_bytes(linears, self._settings, self._part.kept) / 2**30
         logger.info(
             f"Expanding {len(linears)} linears ({dense / 2**20:.1f} MiB dense) of "
             f"{len(self._blocks)} blocks into {parts(self._settings)} at sparsity "
@@ -330,17 +330,16 @@ class SparseExpansionModifier(Modifier):
                     "resume: the calibration batches come in another order; call "
                     "torch.manual_seed with the same seed before oneshot"
                 )
-            restore_linears(model, targets, known["linears"])
+            restore_linears(model, targets, known["linears"], self._part.file(_record(block)))
             self._tuned[block.name] = known["tuned"]
             logger.info(f"{block.name}: as it was found before")
             return
         gained = expand_block(model, block, targets, replay, passing, outputs, self._settings)
         self._tuned[block.name] = [] if gained is None else [gained.before, gained.after]
-        finished = finished_linears(targets) if self._part.kept else {}
-        self._part.write(
-            _record(block),
-            {"data": data, "linears": finished, "tuned": self._tuned[block.name]},
-        )
+        if self._part.kept:
+            finished = {"linears": finished_linears(targets), "tuned": self._tuned[block.name]}
+            self._part.write(_record(block), finished | {"data": data})
+            wait_in(self._part.file(_record(block)), targets)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         """Drop hooks; settle what the whole model competes for."""

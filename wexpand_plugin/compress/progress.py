@@ -180,6 +180,10 @@ class Progress:
         """Keep a value for good."""
         self._files[name] = write_record(self.folder, name, value)
 
+    def file(self, name: str) -> Path:
+        """The file of a record that is there."""
+        return self._files[name]
+
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
@@ -224,6 +228,11 @@ class Part:
         """Keep a value for good."""
         if self._progress is not None:
             self._progress.write(f"{self._name}-{name}", value)
+
+    def file(self, name: str) -> Path:
+        """The file of a record that is there."""
+        assert self._progress is not None
+        return self._progress.file(f"{self._name}-{name}")
 
 
 def _difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -9,8 +9,9 @@ its name: a record is there, whole and as it was written, or it is not there.
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,18 @@ def write_record(folder: Path, name: str, value: Any) -> Path:
     return file
 
 
-def read_record(file: Path) -> Any:
-    """The value that was written; tensors are in main memory."""
+def read_record(file: Path, *keys: str) -> Any:
+    """The value that was written, or the part of it that these keys and fields lead to.
+
+    Only tensors of that part are read; they are in main memory.
+    """
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as handle:
         form = json.loads(handle.metadata()["form"])
-        return _together(form, {name: handle.get_tensor(name) for name in handle.keys()})
+        for key in keys:
+            form = form["dict" if "dict" in form else "of"][key]
+        return _together(form, cache(handle.get_tensor))
 
 
 def find_records(folder: Path) -> Iterator[tuple[str, Path, bool]]:
@@ -122,13 +128,13 @@ def _apart(value: Any, tensors: dict[str, Tensor], seen: dict[int, str]) -> Any:
     raise TypeError(f"a {kind} cannot be recorded")
 
 
-def _together(form: Any, tensors: dict[str, Tensor]) -> Any:
+def _together(form: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(form, list):
-        return [_together(part, tensors) for part in form]
+        return [_together(part, tensor) for part in form]
     if not isinstance(form, dict):
         return form
     if "tensor" in form:
-        return tensors[form["tensor"]]
+        return tensor(form["tensor"])
     if "dict" in form:
-        return {key: _together(part, tensors) for key, part in form["dict"].items()}
-    return _CLASSES[form["class"]](**{k: _together(v, tensors) for k, v in form["of"].items()})
+        return {key: _together(part, tensor) for key, part in form["dict"].items()}
+    return _CLASSES[form["class"]](**{k: _together(v, tensor) for k, v in form["of"].items()})

@@ -10,7 +10,7 @@ bytes. Small clusters are helped by shrinkage: an expert's Hessian is mixed with
 so that a cluster with many times `in` tokens is left alone and an empty one gets the base version.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -157,8 +157,8 @@ def propose(
 
 
 def allocate_model(
-    candidates: Sequence[Candidates],
-    depth_weights: Sequence[float],
+    candidates: Iterable[Candidates],
+    depth_weights: Iterable[float],
     budget: float,
     read: float = float("inf"),
 ) -> list[Allocation]:
