@@ -28,7 +28,8 @@ from wexpand_plugin.method.constant import constant_parts
 from wexpand_plugin.method.group import expand_group
 from wexpand_plugin.method.inputs import record_inputs
 from wexpand_plugin.method.settings import Settings
-from wexpand_plugin.method.tuning import TunableLinear, tune_block
+from wexpand_plugin.method.tunable import TunableLinear
+from wexpand_plugin.method.tuning import tune_block
 
 __all__ = ["Blocks"]
 

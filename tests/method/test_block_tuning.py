@@ -6,7 +6,8 @@ from torch import Tensor
 
 from wexpand_plugin.method.clusters import Router
 from wexpand_plugin.method.grids import Grid
-from wexpand_plugin.method.tuning import TunableLinear, tune_block
+from wexpand_plugin.method.tunable import TunableLinear
+from wexpand_plugin.method.tuning import tune_block
 from wexpand_plugin.method.versions import SolvedRows
 
 

@@ -21,7 +21,7 @@ from ..method.group import GroupResult, expand_group
 from ..method.inputs import InputGroup
 from ..method.settings import Settings
 from ..method.statistics import GroupStatistics
-from ..method.tuning import TuneResult
+from ..method.training import TuneResult
 from .passing import PassingStatistics
 from .precision import stored_dtype
 from .replay import BlockReplay, ReplayedInputs

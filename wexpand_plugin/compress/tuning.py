@@ -17,7 +17,9 @@ from ..method.clusters import Router
 from ..method.constant import constant_parts
 from ..method.grids import Grid
 from ..method.settings import Settings
-from ..method.tuning import TunableLinear, TuneResult, tune_block
+from ..method.training import TuneResult
+from ..method.tunable import TunableLinear
+from ..method.tuning import tune_block
 from ..method.versions import RowVersions, SolvedRows
 from .replay import BlockReplay
 from .rows import packed, packed_biases, replace_linear

@@ -1,0 +1,107 @@
+"""Training on the calibration batches: Adam, until batches that are held out gain no more.
+
+The steps are the same whatever is trained and towards what; `tuning` says both. What did best on
+the held-out batches is kept, be it what was there before.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+__all__ = ["TuneResult", "train"]
+
+HELD_OUT = 16
+"""one batch in so many is held out"""
+STEP_TOKENS = 2048
+"""tokens of a step, at least, if the calibration set is not small"""
+LEAST_STEPS = 8
+"""steps of an epoch, at least, if there are as many batches"""
+PATIENCE = 3
+"""epochs without progress on the held-out batches before training ends"""
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """Error per token, the mean over the held-out tokens."""
+
+    before: float
+    after: float
+    epochs: int
+    """that were trained"""
+    diverged: bool = False
+    """training led to values that are not finite; what was there before has been kept"""
+
+
+def train(
+    error: Callable[[int], Tensor],
+    tokens: Sequence[int],
+    parameters: Sequence[Tensor],
+    *,
+    epochs: int,
+    lr: float,
+    seed: int = 0,
+    quiet: bool = False,
+    what: str = "Tuning",
+) -> TuneResult:
+    """Train `parameters`, in place, until the error on held-out batches is lowest.
+
+    :param error: of a batch, by its number: the sum over its tokens that count; with gradients
+        where they are on
+    :param tokens: how many count, of each batch
+    :param epochs: passes over the batches that are not held out, at most
+    :param lr: of Adam; falls linearly to 0
+    :param seed: of the order of the batches
+    :param what: name of the progress bar
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(tokens), generator=generator).tolist()
+    held_out = order[: max(1, len(order) // HELD_OUT)] if len(order) > 1 else order
+    trained_on = order[len(held_out) :] or order
+    seen = max(1, sum(tokens[number] for number in held_out))
+
+    def measure() -> float:
+        with torch.no_grad():
+            return sum(float(error(number)) for number in held_out) / seen
+
+    usual = max(1, sum(tokens[number] for number in trained_on) / len(trained_on))
+    size = max(1, min(round(STEP_TOKENS / usual), len(trained_on) // LEAST_STEPS))
+    steps = -(-len(trained_on) // size)
+    adam = torch.optim.Adam(parameters, lr=lr)
+    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda n: 1 - n / (epochs * steps + 1))
+    before = lowest = measure()
+    best, since, trained = _copy(parameters), 0, 0
+    diverged = not math.isfinite(before)
+    with tqdm(total=epochs * steps, desc=what, leave=False, disable=quiet) as bar:
+        for _ in range(0 if diverged else epochs):
+            trained += 1
+            shuffled = torch.randperm(len(trained_on), generator=generator).tolist()
+            for first in range(0, len(trained_on), size):
+                some = shuffled[first : first + size]
+                adam.zero_grad()
+                with torch.enable_grad():
+                    for place in some:
+                        (error(trained_on[place]) / (usual * len(some))).backward()
+                adam.step()
+                decay.step()
+                bar.update()
+            found = measure()
+            bar.set_postfix_str(f"error {before:.4f} -> {found:.4f}")
+            if not math.isfinite(found):
+                diverged = True
+                break
+            if found < lowest:
+                lowest, best, since = found, _copy(parameters), 0
+            elif (since := since + 1) >= PATIENCE:
+                break
+    with torch.no_grad():
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.copy_(value)
+    return TuneResult(before, lowest, trained, diverged)
+
+
+def _copy(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
