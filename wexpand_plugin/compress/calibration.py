@@ -71,6 +71,8 @@ class CalibrationBatches:
     def __init__(self) -> None:
         self._loader: DataLoader | None = None
         self._kind: type[DataLoader] = DataLoader
+        self.keep = False
+        """whether to keep the batches"""
         self._begin()
 
     def _begin(self) -> None:
@@ -78,11 +80,15 @@ class CalibrationBatches:
         """of each batch, which tokens count"""
         self.tokens = 0
         """that count, in all batches"""
+        self.batches: list[Mapping[str, Any]] = []
+        """the batches themselves, if they are to be kept"""
         self._crc = 0
 
     def _see(self, batch: Any) -> None:
         counts = counted_tokens(batch)
         self.counts.append(counts)
+        if self.keep:
+            self.batches.append(batch)
         if counts is not None:
             ids = batch["input_ids"].cpu()[counts].to(torch.int64)
             self.tokens += len(ids)

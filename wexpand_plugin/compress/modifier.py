@@ -35,6 +35,7 @@ from .replay import BlockReplay
 from .rows import settings_for
 from .targets import target_linears
 from .tuning import DensePath
+from .whole import refuse_gaps, tune_whole
 
 __all__ = ["SparseExpansionModifier"]
 
@@ -107,6 +108,10 @@ class SparseExpansionModifier(Modifier):
         scales and biases are trained to give the dense model's hidden states; 0 for none
     :param tune_lr: its learning rate (Adam, falling linearly), relative to the size of a linear's
         weights (their root mean square); null chooses by `values`
+    :param tune_model_epochs: passes of tuning through the whole model, after its last block: the
+        same is trained to give the dense model's predictions; 0 for none. Takes a model that fits
+        on its device, and about four times a pass of it for each epoch
+    :param tune_model_lr: its learning rate
     :param router_dims: PCA dimensions for clustering; in_features / 32, at least 8 (64 with
         num_clusters), if null
     :param router_samples: rows of an input group that are clustered; with many num_clusters up to
@@ -137,6 +142,8 @@ class SparseExpansionModifier(Modifier):
     shrinkage: float = Settings.shrinkage
     tune_epochs: int = Settings.tune_epochs
     tune_lr: float | None = Settings.tune_lr
+    tune_model_epochs: int = Settings.tune_model_epochs
+    tune_model_lr: float = Settings.tune_model_lr
 
     # router arguments
     router_dims: int | None = Settings.router_dims
@@ -218,6 +225,9 @@ class SparseExpansionModifier(Modifier):
             weights = {"weights": crc_of_weights(model)}
             self._part.same_run(made_by(self, model) | data | weights)
         self._batches = CalibrationBatches.watch(kwargs.get("calib_data"))
+        if self._settings.tune_model_epochs:
+            refuse_gaps(model, [block.place for block in self._blocks.values()])
+            self._batches.keep = True
         self._attention = FusedAttention(block.module for block in self._blocks.values())
         self._say(model, linears)
         return True
@@ -321,7 +331,8 @@ class SparseExpansionModifier(Modifier):
     def _finish(self, model: nn.Module, block: Block, replay: BlockReplay) -> None:
         """Expand the linears of a block, or put back what an earlier run made of them."""
         targets = {n: t for n, t in self._targets.items() if t.block == block.name}
-        outputs = self._path.targets(replay, block.place) if self._settings.tune_epochs else []
+        tuned = self._settings.tune_epochs or self._settings.tune_model_epochs
+        outputs = self._path.targets(replay, block.place) if tuned else []
         passing, data = self._passing.pop(block.name, None), self._batches.about()
         known = self._part.read(_record(block))
         if known is not None:
@@ -365,6 +376,7 @@ class SparseExpansionModifier(Modifier):
             raise WexpandError("calibration reached none of the targeted linears")
         if dense:
             logger.warning(f"no calibration token reached {', '.join(dense)}: they stay dense")
+        whole = self._settings.tune_model_epochs and self._tune_whole(state.model)
         about = made_by(self, state.model, self._batches)
         predicted = {n: t.loss for n, t in self._targets.items() if t.loss is not None}
         if predicted:
@@ -375,8 +387,20 @@ class SparseExpansionModifier(Modifier):
             }
         if self._choice is not None:
             about["dial"] = self._choice.about()
+        if whole:
+            about["tuned_model"] = whole
         wrap_save_pretrained(state.model, about)
         return self._forget()
+
+    def _tune_whole(self, model: nn.Module) -> list[float]:
+        routed = {n: t.routed for n, t in self._targets.items() if t.routed is not None}
+        blocks = [block.module for block in self._blocks.values()]
+        found, gained = tune_whole(
+            model, blocks, routed, self._batches.batches, self._path.states, self._settings
+        )
+        for name, linear in found.items():
+            self._targets[name].routed = linear
+        return [float(f"{error:.3g}") for error in (gained.before, gained.after)]
 
     def _forget(self) -> bool:
         self.remove_hooks()

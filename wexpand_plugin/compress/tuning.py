@@ -6,7 +6,8 @@ block, and run through each block before it is compressed. Where they are not kn
 before was not one of the recipe's, the block's own inputs stand for them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from loguru import logger
@@ -24,7 +25,7 @@ from ..method.versions import RowVersions, SolvedRows
 from .replay import BlockReplay
 from .rows import packed, packed_biases, replace_linear
 
-__all__ = ["DensePath", "tune"]
+__all__ = ["DensePath", "say", "trainable", "trained", "tune"]
 
 
 class DensePath:
@@ -33,6 +34,11 @@ class DensePath:
     def __init__(self) -> None:
         self._states: list[Tensor] | None = None
         self._place = -1
+
+    @property
+    def states(self) -> list[Tensor]:
+        """After the last block of which there were targets, for each batch."""
+        return self._states or []
 
     @torch.no_grad()
     def targets(self, replay: BlockReplay, place: int) -> list[Tensor]:
@@ -62,27 +68,44 @@ def tune(
     :param targets: from `DensePath.targets`
     :return: the new linears, by name, and what was gained
     """
+    with trainable(model, linears, replay.block) as tunable:
+        with constant_parts(replay.block, replay.output) as run:
+            result = tune_block(
+                run, targets, list(tunable.values()), epochs=settings.tune_epochs,
+                lr=settings.learning_rate, seed=settings.seed, counts=replay.counts,
+            )  # fmt: skip
+    say(name, result, "relative squared error of the block's outputs")
+    found = trained(model, linears, tunable)
+    for linear in found.values():
+        linear.materialise()
+    return found, result
+
+
+@contextmanager
+def trainable(
+    model: nn.Module, linears: Mapping[str, RoutedLinear], within: nn.Module
+) -> Iterator[dict[str, TunableLinear]]:
+    """Trainable linears in the places of `linears`; until it ends nothing else is trained.
+
+    :param within: the part of `model` that is run
+    """
     tunable = {key: _tunable(linear) for key, linear in linears.items()}
-    frozen = [p for p in replay.block.parameters() if p.requires_grad]
+    frozen = [p for p in within.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     for key, linear in tunable.items():
         model.set_submodule(key, linear)
     try:
-        with constant_parts(replay.block, replay.output) as run:
-            result = tune_block(
-                run,
-                targets,
-                list(tunable.values()),
-                epochs=settings.tune_epochs,
-                lr=settings.learning_rate,
-                seed=settings.seed,
-                counts=replay.counts,
-            )
+        yield tunable
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    _say(name, result)
+
+
+def trained(
+    model: nn.Module, linears: Mapping[str, RoutedLinear], tunable: Mapping[str, TunableLinear]
+) -> dict[str, RoutedLinear]:
+    """Linears as `linears` were, with what has become of their values, put into `model`."""
     found = {}
     for key, linear in tunable.items():
         old = linears[key]
@@ -90,21 +113,13 @@ def tune(
         if row_map is None:
             row_map = torch.zeros(1, old.out_features, dtype=torch.uint8)
         versions = RowVersions(linear.solved(), row_map, 0.0, linear.solved_cluster_bias())
-        pool = packed(versions, old.pool.codec)
         bias = linear.solved_bias()
         found[key] = replace_linear(
-            model,
-            key,
-            old,
-            pool,
-            old.router,
-            group=old.group,
-            tokens=old.tokens,
-            bias=None if bias is None else bias.to(old.dtype),
+            model, key, old, packed(versions, old.pool.codec), old.router, group=old.group,
+            tokens=old.tokens, bias=None if bias is None else bias.to(old.dtype),
             cluster_bias=packed_biases(versions),
-        )
-        found[key].materialise()
-    return found, result
+        )  # fmt: skip
+    return found
 
 
 def _tunable(linear: RoutedLinear) -> TunableLinear:
@@ -125,13 +140,14 @@ def _tunable(linear: RoutedLinear) -> TunableLinear:
     )
 
 
-def _say(name: str, result: TuneResult) -> None:
+def say(name: str, result: TuneResult, what: str) -> None:
+    """Tell how training went; `what` is the error that was to fall."""
     if result.diverged:
         logger.warning(
             f"{name}: tuning led to values that are not finite after {result.epochs} epochs; the "
-            "best before that are kept (a smaller tune_lr may help)"
+            "best before that are kept (a smaller learning rate may help)"
         )
     logger.info(
-        f"{name}: tuned for {result.epochs} epochs, relative squared error of the block's outputs "
+        f"{name}: tuned for {result.epochs} epochs, {what} "
         f"{result.before:.4f} -> {result.after:.4f} on held-out tokens"
     )

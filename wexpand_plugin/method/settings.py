@@ -63,6 +63,10 @@ class Settings:
     tune_lr: float | None = None
     """learning rate of block tuning, relative to the size of a linear's weights; None: see
     `learning_rate`"""
+    tune_model_epochs: int = 0
+    """passes of tuning through the whole model, once all blocks are there, at most; 0: none"""
+    tune_model_lr: float = 0.005
+    """its learning rate"""
     router_dims: int | None = None
     router_samples: int = 8192
     router_restarts: int = 3
@@ -120,6 +124,10 @@ class Settings:
             self._refuse("tune_epochs", "0 or above")
         if self.tune_lr is not None and self.tune_lr <= 0:
             self._refuse("tune_lr", "above 0, or null")
+        if self.tune_model_epochs < 0:
+            self._refuse("tune_model_epochs", "0 or above")
+        if self.tune_model_lr <= 0:
+            self._refuse("tune_model_lr", "above 0")
         if self.shrinkage < 0:
             self._refuse("shrinkage", "0 or above")
         if self.read_budget is not None:

@@ -24,12 +24,9 @@ from .tunable import TunableLinear
 
 __all__ = ["tune_block", "tune_model"]
 
-Run = Callable[[int], Tensor]
-"""what a numbered calibration batch gives [..., hidden or vocabulary]"""
-
 
 def tune_block(
-    run: Run,
+    run: Callable[[int], Tensor],
     targets: Sequence[Tensor],
     linears: Sequence[TunableLinear],
     *,
@@ -38,7 +35,7 @@ def tune_block(
 ) -> TuneResult:
     """Train `linears`, in place, until the block's outputs are close to `targets`.
 
-    :param run: output of the block, with `linears` in it
+    :param run: output [..., hidden] of the block, with `linears` in it, on a numbered batch
     :param targets: what the dense model has there, one for each batch, as `run` gives it
     :param counts: of each batch, which tokens count: booleans [...]; None: all
     :param how: see `training.train`; the learning rate is relative to the size of a linear's
@@ -61,26 +58,23 @@ def tune_block(
 
 
 def tune_model(
-    run: Run,
-    dense: Run,
+    run: Callable[[int], tuple[Tensor, Tensor]],
     linears: Sequence[TunableLinear],
     counts: Sequence[Tensor],
     **how: Any,
 ) -> TuneResult:
     """Train `linears`, in place, until the model predicts what the dense model predicts.
 
-    :param run: logits of the model with `linears` in it
-    :param dense: those of the dense model
+    :param run: logits [..., vocabulary] of a numbered calibration batch: those of the model with
+        `linears` in it, and the dense model's
     :param counts: of each batch, which tokens count: booleans [...]
     :param how: see `training.train`
-    :return: Kullback-Leibler divergences, nats per token
+    :return: Kullback-Leibler divergences from the dense model, nats per token
     """
 
     def error(number: int) -> Tensor:
-        with torch.no_grad():
-            expected = dense(number).float().log_softmax(dim=-1)
-        found = run(number).float().log_softmax(dim=-1)
-        lost = torch.nn.functional.kl_div(found, expected, reduction="none", log_target=True)
+        found, dense = (logits.float().log_softmax(dim=-1) for logits in run(number))
+        lost = torch.nn.functional.kl_div(found, dense.detach(), reduction="none", log_target=True)
         return _sum(lost.sum(dim=-1), counts[number])
 
     tokens = [int(count.sum()) for count in counts]
