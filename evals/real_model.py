@@ -86,9 +86,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2:4 bfloat16": _ours(0.5, "bfloat16", mask_structure="2:4"),
     "2:4 int4": _ours(0.5, "int4", mask_structure="2:4"),
 }
-# the same, tuned
+# the same, tuned: block by block, and then through the whole model as well
 VARIANTS |= {
-    f"{name} tuned": {key: keys | {"tune_epochs": 8} for key, keys in VARIANTS[name].items()}
+    f"{name} {how}": {key: keys | more for key, keys in VARIANTS[name].items()}
+    for how, more in (
+        ("tuned", {"tune_epochs": 8}),
+        ("tuned as a whole", {"tune_epochs": 8, "tune_model_epochs": 2}),
+    )
     for name in ("50% int4", "50% bfloat16", "80% bfloat16", "int4", "70% int4", "2:4 int4",
                  "80% int4")
 }  # fmt: skip

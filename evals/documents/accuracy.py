@@ -6,7 +6,10 @@ from typing import Any
 
 from .results import FOLDER, paragraph, percent, results, spread, table
 
-__all__ = ["TABLES", "Point", "real_model_points"]
+__all__ = ["HOW", "TABLES", "Point", "real_model_points"]
+
+HOW = ("", " tuned", " tuned as a whole")
+"""how names of rows of evals.real_model end: one-shot, by blocks, and then through the model"""
 
 Point = tuple[float, float]
 """bits per weight, loss added"""
@@ -30,18 +33,25 @@ def _label(name: str) -> str:
     return f"{zeros}, {' '.join(rest)} values" if rest else zeros
 
 
-def real_model_points() -> dict[str, tuple[Point | None, Point | None]]:
-    """Row -> one-shot and tuned, each where it was run; most bits first."""
+def _how(name: str) -> tuple[str, int]:
+    """Name of a row without how it was tuned, and its place in `HOW`."""
+    place = max(place for place, how in enumerate(HOW) if name.endswith(how))
+    return name.removesuffix(HOW[place]), place
+
+
+def real_model_points() -> dict[str, list[Point | None]]:
+    """Row -> the point of each of `HOW`, where it was run; most bits first."""
     rows = results("real_model")["rows"]
     found: dict[str, list[Point | None]] = {}
     for name, row in rows.items():
         if name == "dense":
             continue
-        plain = name.removesuffix(" tuned")
-        both = found.setdefault(plain, [None, None])
-        both[name != plain] = (_bits(name, row), row["loss"] - rows["dense"]["loss"])
-    order = sorted(found.items(), key=lambda item: (-max(p[0] for p in item[1] if p), item[0]))
-    return {name: (both[0], both[1]) for name, both in order}
+        plain, place = _how(name)
+        points = found.setdefault(plain, [None] * len(HOW))
+        points[place] = (_bits(name, row), row["loss"] - rows["dense"]["loss"])
+    return dict(
+        sorted(found.items(), key=lambda item: (-max(p[0] for p in item[1] if p), item[0]))
+    )
 
 
 def _nats(point: Point | None) -> str:
@@ -51,10 +61,10 @@ def _nats(point: Point | None) -> str:
 def real_model() -> str:
     """Loss against bits on SmolLM2."""
     lines = []
-    for name, (plain, tuned) in real_model_points().items():
-        bits = next(p[0] for p in (plain, tuned) if p)
-        lines.append([_label(name), f"{bits:.2f}", _nats(plain), _nats(tuned)])
-    head = ["", "bits per weight", "loss added", "tuned (`tune_epochs: 8`)"]
+    for name, points in real_model_points().items():
+        bits = next(p[0] for p in points if p)
+        lines.append([_label(name), f"{bits:.2f}", *map(_nats, points)])
+    head = ["", "bits per weight", "loss added", "tuned by blocks", "and as a whole"]
     return table(head, lines)
 
 
@@ -89,11 +99,11 @@ def real_model_others() -> str:
     dense = rows["dense"].get("others", {})
     lines = [
         [
-            _label(plain) + ", tuned" * (plain != name),
+            _label(plain) + "," * (plain != name) + name.removeprefix(plain),
             *(f"{row['others'][t] - dense[t]:.3f}" for t in dense),
         ]
         for name, row in rows.items()
-        if (plain := name.removesuffix(" tuned")) != "dense"
+        if (plain := _how(name)[0]) != "dense"
         and row.get("others", {}).keys() >= dense.keys()
     ]
     if not dense or not lines:

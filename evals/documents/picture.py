@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from .accuracy import Point, real_model_points
+from .accuracy import HOW, Point, real_model_points
 from .fill import ROOT
 
 __all__ = ["FILE", "draw", "drawn", "series"]
@@ -26,20 +26,22 @@ _COLOURS = {
     "int8": "#2a9d5c",
     "bfloat16": "#c96a1b",
 }
+_STYLES = {"": "o-", "tuned": "o--", "tuned as a whole": "s:"}
 
 
 def series() -> Series:
     """The points, by how kept values are stored and whether they were tuned."""
     found: Series = {}
-    for name, both in real_model_points().items():
+    for name, points in real_model_points().items():
         first, *rest = name.split()
         if "groups" in rest or first == "2:4":  # beside other points, at the same bits
             continue
         kind = "GPTQModifier" if first == "GPTQ" else (rest or [first])[-1]
         label = f"{rest[0]} bits" if first == "GPTQ" else (first if rest else "no zeros")
-        for point, how in zip(both, ("", ", tuned"), strict=True):
+        for point, how in zip(points, HOW, strict=True):
             if point is not None:
-                found.setdefault(kind + how, {})[label] = (round(point[0], 2), round(point[1], 3))
+                line = found.setdefault(kind + "," * bool(how) + how, {})
+                line[label] = (round(point[0], 2), round(point[1], 3))
     return dict(sorted(found.items()))
 
 
@@ -64,12 +66,12 @@ def draw() -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.2, 3.8))
     for name, points in series().items():
-        kind, _, tuned = name.partition(", ")
+        kind, _, tuned = (part.strip() for part in name.partition(","))
         ours = kind != "GPTQModifier"
         xs, ys = zip(*sorted(points.values()), strict=True)
         axes.plot(
-            xs, ys, "o--" if tuned else "o-", color=_COLOURS.get(kind, "black"),
-            label=f"ours, {kind} values{', tuned' * bool(tuned)}" if ours else name,
+            xs, ys, _STYLES[tuned], color=_COLOURS.get(kind, "black"),
+            label=f"ours, {kind} values{', ' * bool(tuned)}{tuned}" if ours else name,
             markerfacecolor="white" if tuned else None, linewidth=1, markersize=5,
         )  # fmt: skip
         for label, point in points.items():

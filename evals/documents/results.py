@@ -20,7 +20,7 @@ def results(name: str) -> Any:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
+    return "\n".join("|" + "".join(f" {c} |" if c else " |" for c in line) for line in lines)
 
 
 def paragraph(text: str) -> str:

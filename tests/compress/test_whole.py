@@ -28,7 +28,7 @@ def divergence(model, dense: torch.Tensor) -> float:
         pytest.param("Qwen2", dict(num_experts=3, size_budget=1.2), marks=SLOW),
         pytest.param("OPT", dict(num_experts=1, num_clusters=4), marks=SLOW),
         pytest.param(
-            "Mistral", dict(sparsity="auto", num_experts=1, size_budget=0.15), marks=SLOW
+            "Mistral", dict(num_experts=1, mask_structure="2:4", sparsity=0.5), marks=SLOW
         ),
     ],
 )

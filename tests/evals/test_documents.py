@@ -27,16 +27,17 @@ def test_rows_that_are_still_to_come(monkeypatch):
         "GPTQ 3 bits": {"loss": 3.5},
         "30% int4": {"loss": 3.25, "bits_stored": 4.0, "others": {"stories": 2.125}},
         "2:4 int4 tuned": {"loss": 3.4, "bits_stored": 3.125},
+        "2:4 int4 tuned as a whole": {"loss": 3.35, "bits_stored": 3.125},
         "int4 groups of 64": {"loss": 3.06, "bits_stored": 4.25},
         "int3": {"loss": 3.3, "bits_stored": 3.5},
     }
     monkeypatch.setattr(accuracy, "results", lambda name: {"rows": rows, "model": "A"})
     assert accuracy.real_model().splitlines()[2:] == [
-        "| `values: int4` groups of 64 | 4.25 | 0.060 | |",
-        "| 30% zeros, int4 values | 4.00 | 0.250 | |",
-        "| `values: int3` | 3.50 | 0.300 | |",
-        "| llm-compressor's GPTQModifier, 3 bits | 3.25 | 0.500 | |",
-        "| 2:4, int4 values | 3.12 | | 0.400 |",
+        "| `values: int4` groups of 64 | 4.25 | 0.060 | | |",
+        "| 30% zeros, int4 values | 4.00 | 0.250 | | |",
+        "| `values: int3` | 3.50 | 0.300 | | |",
+        "| llm-compressor's GPTQModifier, 3 bits | 3.25 | 0.500 | | |",
+        "| 2:4, int4 values | 3.12 | | 0.400 | 0.350 |",
     ]
     assert accuracy.real_model_others().splitlines()[-1] == "| 30% zeros, int4 values | 0.125 |"
     assert set(picture.series()) == {"GPTQModifier", "int3", "int4"}

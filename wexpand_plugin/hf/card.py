@@ -24,7 +24,8 @@ _MARK = "<!-- written by wexpand, {:08x}: a card that was changed is never repla
 # what of a base model's card holds for what is made from it
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 # of `made_by`: not settings
-_APART = ("data", "dial", "model", "predicted_loss", "tuned", "versions", "wexpand")
+_APART = ("data", "dial", "model", "predicted_loss", "tuned", "tuned_model", "versions",
+          "wexpand")  # fmt: skip
 
 _TEXT = """# {title}
 
@@ -235,6 +236,11 @@ def _accuracy(made_by: Mapping[str, Any]) -> str:
         said.append(
             "Relative squared error of a block's output, on tokens held out from tuning, mean over "
             f"{len(errors)} blocks: {before:.3g} before tuning, {after:.3g} after."
+        )
+    if whole := made_by.get("tuned_model"):
+        said.append(
+            f"Divergence of its predictions from the dense model's there: {whole[0]:.3g} nats per "
+            f"token before the whole model was tuned, {whole[1]:.3g} after."
         )
     said.append(
         "The model's loss was not measured when it was saved; to measure: `lm_eval --model vllm "
