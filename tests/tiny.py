@@ -6,6 +6,7 @@ from torch import nn
 from wexpand_plugin.format.clusters import ClusterBias
 from wexpand_plugin.format.router import StoredRouter
 from wexpand_plugin.format.rowpool import RowPool
+from wexpand_plugin.format.values import codec
 from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.method.clusters import Router, rounded
 
@@ -87,6 +88,7 @@ def expand(
     seed: int = 0,
     clusters: int = 0,
     parents: int = 0,
+    values: str | None = None,
 ) -> nn.Module:
     """Replace linears whose name contains `match` by routed ones with random masks and routers.
 
@@ -94,6 +96,7 @@ def expand(
     with the same input width share a router. Returns the model.
 
     :param clusters: with a bias each, but in up_proj and k_proj; 0: the experts, without biases
+    :param values: codec of the kept weights, in groups of 32; by default as they are
     """
     generator = torch.Generator().manual_seed(seed)
     biased, clusters = clusters > 0, clusters or experts
@@ -120,7 +123,7 @@ def expand(
                 torch.randn(clusters, linear.out_features, generator=generator) / 2
             )
         routed = RoutedLinear.from_pool(
-            RowPool.pack_experts(weight),
+            RowPool.pack_experts(weight, codec=codec(values, 32) if values else None),
             routers[key] if clusters > 1 else None,
             linear.bias,
             cluster_bias=biases,

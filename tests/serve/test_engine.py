@@ -78,8 +78,9 @@ def models(tmp_path_factory) -> dict:
     for name, kind, match, settings in (
         ("llama", "llama", "", {}), ("qwen2", "qwen2", "", {}), ("plain", "llama", None, {}),
         ("gpt_neox", "gpt_neox", "", {}), ("partly", "llama", "layers.0.mlp", {}),
-        ("40 clusters", "llama", "", dict(experts=1, clusters=40, parents=7)),
-        ("8 clusters", "qwen2", "", dict(experts=2, clusters=8)),
+        ("40 clusters", "llama", "",
+         dict(experts=1, clusters=40, parents=7, sparsity=0.0, values="int3")),
+        ("8 clusters", "qwen2", "", dict(experts=2, clusters=8, values="int2")),
     ):  # fmt: skip
         path = tmp_path_factory.mktemp(name)
         made[name] = (path, by_transformers(save(path, kind, match, **settings)))
