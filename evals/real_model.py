@@ -74,6 +74,8 @@ def gptq(
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8": _ours(0.0, "int8"),
     "int4": _ours(0.0, "int4"),
+    "int3": _ours(0.0, "int3"),
+    "int2": _ours(0.0, "int2"),
     "int4 groups of 64": _ours(0.0, "int4", value_group=64),
     "GPTQ 8 bits": gptq(8),
     "GPTQ 4 bits": gptq(4),
