@@ -76,6 +76,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4": _ours(0.0, "int4"),
     "int3": _ours(0.0, "int3"),
     "int2": _ours(0.0, "int2"),
+    "int3": _ours(0.0, "int3"),
+    "int2": _ours(0.0, "int2"),
     "int4 groups of 64": _ours(0.0, "int4", value_group=64),
     "GPTQ 8 bits": gptq(8),
     "GPTQ 4 bits": gptq(4),
@@ -96,7 +98,7 @@ VARIANTS |= {
         ("tuned as a whole", {"tune_epochs": 8, "tune_model_epochs": 2}),
     )
     for name in ("50% int4", "50% bfloat16", "80% bfloat16", "int4", "70% int4", "2:4 int4",
-                 "80% int4")
+                 "80% int4", "int3", "int2")
 }  # fmt: skip
 """name -> modifiers of its recipe"""
 
