@@ -76,8 +76,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4": _ours(0.0, "int4"),
     "int3": _ours(0.0, "int3"),
     "int2": _ours(0.0, "int2"),
-    "int3": _ours(0.0, "int3"),
-    "int2": _ours(0.0, "int2"),
     "int4 groups of 64": _ours(0.0, "int4", value_group=64),
     "GPTQ 8 bits": gptq(8),
     "GPTQ 4 bits": gptq(4),
