@@ -1,9 +1,14 @@
-"""The memory estimate: what it counts, by hand."""
+"""What is told before any work: memory by hand, time by what it grows with, bytes."""
+
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
-from wexpand_plugin.compress.estimate import working_bytes
+from wexpand_plugin.compress.duration import Speed, seconds
+from wexpand_plugin.compress.estimate import expected, working_bytes
+from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.method.settings import Settings
 
 LINEARS = {
@@ -11,6 +16,10 @@ LINEARS = {
     "a.mlp.up": nn.Linear(8, 10, bias=False),
     "a.mlp.down": nn.Linear(20, 8, bias=False),
 }
+TOKENS = 1000
+# of 1000 tokens: three times 20 columns, and twice 8 hidden states
+DOWN = 5 * 400 * 4 + 3 * TOKENS * 20 * 4 + 2 * TOKENS * 8 * 4
+DOWN += 4 * 20 * (8 + 5 * 20)  # one Hessian at a time
 BYTES = 4 * (80 + 80 + 160)
 
 
@@ -18,31 +27,55 @@ BYTES = 4 * (80 + 80 + 160)
     "values,expected",
     [
         # down: 5 Hessians of 20 x 20, 4 versions of 160 weights; gate and up together need less
-        ({}, 5 * 400 * 4 + 4 * 640),
-        (dict(size_budget=1.0, budget_scope="layer"), 5 * 400 * 4 + 8 * 640),
-        (dict(size_budget=1.5), 5 * 400 * 4 + 8 * 640 + 2 * 1.5 * BYTES),
-        # the sample, and four things of each cluster, all of 20 columns
-        (dict(num_clusters=6), 5 * 400 * 4 + 4 * 640 + 20 * 4 * (2 * 8192 + 4 * 6)),
-        (dict(num_clusters=512), 5 * 400 * 4 + 4 * 640 + 20 * 4 * (2 * 16384 + 4 * 512)),
+        ({}, DOWN + 4 * 640),
+        (dict(size_budget=1.0, budget_scope="layer"), DOWN + 8 * 640),
+        (dict(size_budget=1.5), DOWN + 8 * 640 + 2 * 1.5 * BYTES),
+        # four things of each cluster, of 20 columns
+        (dict(num_clusters=6), DOWN + 4 * 640 + 20 * 4 * 4 * 6),
+        (dict(num_clusters=512), DOWN + 4 * 640 + 20 * 4 * 4 * 512),
         # means and held-out sums of two groups, and the outputs for them of three linears
         (
             dict(num_clusters=6, size_budget=1.5),
-            5 * 400 * 4
-            + 8 * 640
-            + 20 * 4 * (2 * 8192 + 24)
-            + 2 * 1.5 * BYTES
-            + 2 * 4 * 6 * (28 + 28),
+            DOWN + 8 * 640 + 20 * 4 * 24 + 2 * 1.5 * BYTES + 2 * 4 * 6 * (28 + 28),
         ),
     ],
 )
 def test_widest_group_and_what_is_kept(values, expected):
     settings = Settings(0.5, num_experts=4, max_bytes=100, **values)
-    assert working_bytes(LINEARS, settings) == expected + 100
+    assert working_bytes(LINEARS, settings, TOKENS) == expected
 
 
 def test_candidates_that_wait_on_the_disk():
     """While blocks are solved as much as if nothing waited; then 7 nodes x 28 outputs in all."""
     settings = Settings(0.5, num_experts=4, size_budget=1.5, max_bytes=100)
-    assert working_bytes(LINEARS, settings, True) == 5 * 400 * 4 + 8 * 640 + 100
+    assert working_bytes(LINEARS, settings, TOKENS, True) == DOWN + 8 * 640
     wide = {"a": nn.Linear(1, 10000)}
-    assert working_bytes(wide, settings, True) == 7 * 10000 * (4 * 4 + 8 + 1)
+    assert working_bytes(wide, settings, 0, True) == 7 * 10000 * (4 * 4 + 8 + 1)
+
+
+def test_time_grows_with_what_is_done():
+    block = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+    groups = [(96, 64), (64, 96)]
+
+    def taken(tokens: int = 4096, **values) -> float:
+        return seconds(groups, tokens, Settings(0.5, **values), speed)
+
+    speed = Speed(block, 64, Settings(0.5, num_experts=4))
+    one, four = taken(num_experts=1), taken(num_experts=4)
+    assert 0 < one < four < taken(num_experts=4, size_budget=1.0)
+    assert one < taken(8192, num_experts=1) < 2.01 * one
+    epochs = taken(num_experts=1, tune_epochs=2) - one
+    assert epochs == pytest.approx(1.15 * 9 * 4096 * speed.token)
+
+
+def test_bytes_are_those_of_what_is_stored():
+    """Full expansion, where nothing but shapes decides."""
+    model = nn.Module()
+    model.config, model.block = SimpleNamespace(dtype=torch.float32), nn.Linear(64, 10, bias=False)
+    linears = {"block": model.block}
+    found = expected(model, {model.block: linears}, 4096, 8, Settings(0.75, num_experts=1), None)
+    keep = torch.zeros(10, 64, dtype=torch.bool)
+    keep[:, :16] = True
+    pool = RowPool.pack(torch.randn(10, 64) * keep, keep=keep)
+    assert found.stored == sum(pool.stored_bytes().values())
+    assert "s, " in str(found) and "MiB of expanded linears" in str(found)

@@ -1,6 +1,7 @@
 """What expanding a model takes and gives, known before any work from the shapes of its linears."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,45 +9,123 @@ from torch import nn
 
 from ..errors import WexpandError
 from ..method.settings import Settings
+from ..method.solvers.sparsegpt import chunk_bytes, chunk_size
+from .duration import Speed, seconds
 from .precision import stored_dtype
 from .rows import settings_for
 
-__all__ = ["refuse_unreadable", "working_bytes"]
+__all__ = ["Expected", "expected", "refuse_unreadable", "working_bytes"]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What expanding a model is expected to take and give."""
+
+    seconds: float
+    """of calibration and everything after it"""
+    memory: int
+    """bytes beside the model, at most at a time"""
+    stored: int
+    """bytes of the expanded linears"""
+
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        taken = f"{self.seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min"
+        return (
+            f"expected: {taken}, {self.memory / 2**30:.2f} GiB beside the model, "
+            f"{self.stored / 2**20:.1f} MiB of expanded linears"
+        )
+
+
+def expected(
+    model: Any,
+    blocks: Mapping[nn.Module, Mapping[str, nn.Linear]],
+    tokens: int,
+    batches: int,
+    settings: Settings,
+    size: float | None,
+    tried: int = 0,
+    on_disk: bool = False,
+) -> Expected:
+    """Known from shapes, and how fast this machine is from a measurement of about a second.
+
+    :param blocks: block -> its targets by name
+    :param tokens, batches: of calibration; tokens that count
+    :param size: bytes stored over dense bytes, if that is given
+    :param tried: settings of each linear that a plan solves before
+    :param on_disk: see `working_bytes`
+    """
+    speed = Speed(next(iter(blocks)), tokens // max(1, batches), settings)
+    # where blocks are replayed, only the first one's calibration runs (`bypass`)
+    taken, stored = (0.0 if settings.clusters == 1 else tokens * speed.token), 0.0
+    for block, linears in blocks.items():
+        shapes = [
+            (sum(len(linear.weight) for linear in group), width)
+            for (_, width), group in _groups(linears).items()
+        ]
+        targeted = {id(linear) for linear in linears.values()}
+        others = [
+            (len(linear.weight), linear.weight.shape[1])
+            for linear in block.modules()
+            if isinstance(linear, nn.Linear) and id(linear) not in targeted
+        ]
+        taken += seconds(shapes, tokens, settings, speed, others)
+        taken += sum(tried * speed.solved(rows, width) for rows, width in shapes)
+        for linear in linears.values():
+            own = settings_for(stored_dtype(model, linear.weight), settings)
+            rows, width = linear.weight.shape
+            if size is not None:
+                stored += size * own.weighs.dense(rows, width)
+            else:
+                kept = torch.tensor([width - round(width * settings.sparsity)])
+                versions = settings.num_experts * rows * int(own.weighs.row(kept, width))
+                stored += versions + own.fixed_bytes(rows, width)
+    every = {name: linear for linears in blocks.values() for name, linear in linears.items()}
+    return Expected(taken, working_bytes(every, settings, tokens, on_disk), round(stored))
 
 
 def working_bytes(
-    linears: Mapping[str, nn.Linear], settings: Settings, on_disk: bool = False
+    linears: Mapping[str, nn.Linear], settings: Settings, tokens: int, on_disk: bool = False
 ) -> int:
     """Bytes beside the model: those of the widest input group, and what is kept until the end.
 
     An input group needs a Hessian for every expert and one for all tokens (float32, in x in each),
-    the solved versions, and the solver's `max_bytes`; with cluster biases also the means of the
-    clusters, and more rows that are clustered. Candidates of all linears are kept where the whole
-    model competes for one budget, with the means that their biases follow from; of those that wait
-    `on_disk` the errors and sizes alone, when all blocks are done. Linears of one parent and width
-    count as one group, which they nearly always are.
+    the solved versions, the rows that are clustered, and what the solver takes, at most its
+    `max_bytes`; with cluster biases also the means of the clusters. Candidates of all linears are
+    kept where the whole model competes for one budget, with the means that their biases follow
+    from; of those that wait `on_disk` the errors and sizes alone, when all blocks are done. Linears
+    of one parent and width count as one group, which they nearly always are. Of the
+    calibration `tokens`, hidden states are kept before and after a block.
     """
     groups = _groups(linears)
     versions = settings.num_experts if settings.size_budget is None else 2 * settings.num_experts
-    # of the sample twice as many rows are held at times; sums, means and held-out sums of clusters
-    extra = 4 * (2 * settings.samples + 4 * settings.clusters) if settings.biased else 0
-    widest = max(
-        (settings.num_experts + 1) * width**2 * 4 + versions * _dense(group) + extra * width
-        for (_, width), group in groups.items()
-    )
+    # of the sample twice as many rows are held at times, and those of the batches it was taken
+    # from; sums, means and held-out sums of clusters
+    extra = 4 * 3 * min(settings.samples, tokens) if settings.clusters > 1 else 0
+    extra += 4 * 4 * settings.clusters if settings.biased else 0
+
+    def of_group(width: int, group: list[nn.Linear]) -> int:
+        rows = sum(len(linear.weight) for linear in group)
+        together = min(versions, chunk_size(rows, width, settings.max_bytes))
+        hessians = 4 * width**2 * (settings.num_experts + 1)
+        solver = together * chunk_bytes(rows, width)
+        return hessians + solver + versions * _dense(group) + extra * width
+
+    widest = max(of_group(width, group) for (_, width), group in groups.items())
+    # hidden states before and after a block
+    widest += 2 * 4 * tokens * min(width for _, width in groups)
     kept = 0.0
     if settings.size_budget is not None and settings.budget_scope == "model":
         outputs = sum(len(linear.weight) for linear in linears.values())
         if on_disk:
             nodes = 2 * settings.num_experts - 1
             # an error of each expert in float32, a cost in int64, a yes or no
-            problems = outputs * nodes * (4 * settings.num_experts + 9)
-            return max(widest + settings.max_bytes, problems)
+            return max(widest, outputs * nodes * (4 * settings.num_experts + 9))
         kept = max(settings.shortlist) * settings.size_budget * _dense(linears.values())
         if settings.biased:
             inputs = sum(width for _, width in groups)
             kept += 2 * 4 * settings.clusters * (outputs + inputs)
-    return widest + round(kept) + settings.max_bytes
+    return widest + round(kept)
 
 
 def refuse_unreadable(model: Any, linears: Mapping[str, nn.Linear], settings: Settings) -> None:

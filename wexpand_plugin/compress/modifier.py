@@ -24,7 +24,7 @@ from .bypass import Bypass
 from .calibration import CalibrationBatches, about_rows, counted_tokens
 from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
 from .choosing import Choice, choose_settings, refuse_unreachable, use_settings
-from .estimate import refuse_unreadable, working_bytes
+from .estimate import expected, refuse_unreadable
 from .expansion import Block, Target, allocate_targets, expand_block, parts
 from .finished import finished_linears, restore_linears, wait_in
 from .made_by import crc_of_weights, made_by
@@ -218,7 +218,7 @@ class SparseExpansionModifier(Modifier):
             refuse_unreachable(model, linears, self._dial)
         else:
             refuse_unreadable(model, linears, self._settings)
-        self._check_tokens(state)
+        tokens, batches = self._check_tokens(state)
         self._part = Part.begin()
         if self._part.kept:
             data = {"data": about_rows(kwargs.get("calib_data"))}
@@ -229,7 +229,7 @@ class SparseExpansionModifier(Modifier):
             refuse_gaps(model, [block.place for block in self._blocks.values()])
             self._batches.keep = True
         self._attention = FusedAttention(block.module for block in self._blocks.values())
-        self._say(model, linears)
+        self._say(model, linears, tokens, batches)
         return True
 
     def _check_linear(self, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
@@ -256,35 +256,47 @@ class SparseExpansionModifier(Modifier):
                 f"{'clusters' if biased else 'experts'}"
             )
 
-    def _check_tokens(self, state: State) -> None:
+    def _check_tokens(self, state: State) -> tuple[int, int]:
+        """How many there are, in how many batches."""
         need = self.num_experts * TOKENS_PER_EXPERT if self.num_experts > 1 else 1
         why = f"num_experts {self.num_experts}", f"{TOKENS_PER_EXPERT} per expert"
         if self.num_clusters > need:
             need, why = self.num_clusters, (f"num_clusters {self.num_clusters}", "1 per cluster")
-        found = 0
+        found = batches = 0
         for batch in state.data.calib or ():
+            batches += 1
             counts = counted_tokens(batch)
             found += 0 if counts is None else int(counts.sum())
-            if found >= need:
-                break
-        else:
+        if found < need:
             raise WexpandError(
                 f"calibration: {found} tokens are too few for {why[0]}, which needs at least "
                 f"{need} ({why[1]}, better {'hundreds' if self.num_clusters else 'thousands'})"
             )
+        return found, batches
 
-    def _say(self, model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    def _say(
+        self, model: nn.Module, linears: dict[str, nn.Linear], tokens: int, batches: int
+    ) -> None:
         dense = sum(
             weight.numel() * stored_dtype(model, weight).itemsize
             for weight in (linear.weight for linear in linears.values())
         )
         size = "in full" if self.size_budget is None else f"in {self.size_budget} x their size"
-        memory = working_bytes(linears, self._settings, self._part.kept) / 2**30
+        blocks = {
+            block.module: {n: li for n, li in linears.items() if self._targets[n].block == name}
+            for name, block in self._blocks.items()
+        }
+        tried = 0
+        if self._dial is not None:
+            tried = sum(len(sparsities) for sparsities in self._dial.grid().values())
+        known = expected(
+            model, blocks, tokens, batches, self._settings, self.size_budget, tried,
+            self._part.kept,
+        )  # fmt: skip
         logger.info(
             f"Expanding {len(linears)} linears ({dense / 2**20:.1f} MiB dense) of "
             f"{len(self._blocks)} blocks into {parts(self._settings)} at sparsity "
-            f"{self.sparsity} ({self.mask_structure}), stored {size}; "
-            f"about {memory:.1f} GiB beside the model"
+            f"{self.sparsity} ({self.mask_structure}), stored {size}; {known}"
         )
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):

@@ -94,10 +94,14 @@ class RowPool:
         experts, out_features, _ = weight.shape
         # the first expert with the same row, then the number of that row among the neuron's own
         same = torch.arange(experts, device=weight.device).unsqueeze(1).repeat(1, out_features)
+        sums = weight.sum(dim=2, dtype=torch.float32)  # equal where rows are
         for expert in range(1, experts):
             for earlier in range(expert):
-                equal = (weight[expert] == weight[earlier]).all(dim=1)
-                same[expert] = torch.where((same[expert] == expert) & equal, earlier, same[expert])
+                alike = (sums[expert] == sums[earlier]) & (same[expert] == expert)
+                rows = alike.nonzero().squeeze(1)
+                if len(rows):
+                    equal = (weight[expert, rows] == weight[earlier, rows]).all(dim=1)
+                    same[expert, rows[equal]] = earlier
         own = same == torch.arange(experts, device=weight.device).unsqueeze(1)
         number = torch.cumsum(own, dim=0) - 1
         if scale is not None:

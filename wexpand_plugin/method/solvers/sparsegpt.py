@@ -33,7 +33,7 @@ from ..grids import Grid
 from ..masks import MaskStructure
 from ..versions import SolvedRows
 
-__all__ = ["chunk_size", "error_factor", "solve"]
+__all__ = ["chunk_bytes", "chunk_size", "error_factor", "solve"]
 
 SUB_BLOCK = 32
 DAMPING_TRIES = 6
@@ -118,10 +118,15 @@ def solve(
     return SolvedRows(solved, scales)
 
 
+def chunk_bytes(rows: int, width: int) -> int:
+    """Working memory of `solve` for each Hessian: a weight [rows, width], and the Hessian and four
+    more of its size, in float32."""
+    return 4 * width * (rows + 5 * width)
+
+
 def chunk_size(rows: int, width: int, max_bytes: int) -> int:
-    """How many Hessians `solve` can take at once in `max_bytes` of working memory, at least 1:
-    a weight [rows, width], a Hessian and four copies of it for each, in float32."""
-    return max(1, max_bytes // (4 * width * (rows + 5 * width)))
+    """How many Hessians `solve` can take at once in `max_bytes` of working memory, at least 1."""
+    return max(1, max_bytes // chunk_bytes(rows, width))
 
 
 def _solve_columns(

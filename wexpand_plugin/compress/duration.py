@@ -1,0 +1,157 @@
+"""How long expanding a model will take, told before any work.
+
+What is done is counted from shapes: passes of a block, products for Hessians, columns solved,
+errors weighed. How fast this machine is at each is measured, on a few hundred tokens and a small
+solve: constants from elsewhere would be off by the ratio of two machines. Reading, tracing and
+saving the model are not counted.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as multiply
+
+from ..method.settings import Settings
+from ..method.solvers.sparsegpt import chunk_size, solve
+
+__all__ = ["Speed", "seconds"]
+
+TOKENS = 1024
+"""that speeds are measured with, at most"""
+OTHERS = 1.3
+"""time of a block over that of its linears: attention, norms, moving tensors"""
+PCA = 50
+"""products that finding a component takes for each value of the sample"""
+EPOCH = 4
+"""passes that an epoch of tuning is worth, backward included"""
+SOLVED = 256
+"""columns of what is solved to measure the solver"""
+COLD = 1.15
+"""time of work whose data is nowhere near over that of the same done again and again"""
+HELD_OUT = 256
+"""rows of an expert, at most, that a version is judged by"""
+
+
+class Speed:
+    """Of this machine, for blocks like `block`; measured once.
+
+    :param batch: tokens of a calibration batch
+    """
+
+    def __init__(self, block: nn.Module, batch: int, settings: Settings):
+        shapes: dict[tuple[torch.Size, torch.dtype], int] = {}
+        device = torch.device("cpu")
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                key = module.weight.shape, module.weight.dtype
+                shapes[key] = shapes.get(key, 0) + 1
+                device = module.weight.device
+        batch = max(1, min(batch, TOKENS))
+        one = routed = 0.0
+        for (shape, dtype), count in shapes.items():
+            x = _random(batch, shape[1], dtype, device)
+            weight = _random(shape[0], shape[1], dtype, device)
+            taken = _fastest(partial(multiply, x, weight))
+            one, routed = one + count * taken, routed + count * taken
+            if settings.num_experts > 1:  # each of them gets a few of a batch's tokens
+                own = x[: -(-batch // settings.num_experts)]
+                again = _fastest(partial(multiply, own, weight)) * batch / len(own)
+                routed += count * (again - taken)
+        self.token = OTHERS * one / batch
+        """seconds that a token takes in the block"""
+        self.routed = self.token + (routed - one) / batch
+        """seconds that it takes there with experts"""
+        width = min(1024, max((shape[1] for shape, _ in shapes), default=64))
+        rows = _random(1024, width, torch.float32, device)
+        self.product = _fastest(lambda: rows.t() @ rows) / (1024 * width**2)
+        """seconds of a multiplication and an addition in float32 products"""
+        few, many, columns = 64, 1024, min(SOLVED, width)
+        columns -= columns % max(1, settings.structure.m)
+        hessian = torch.eye(columns, device=device).unsqueeze(0)
+        solves = [
+            _fastest(
+                partial(
+                    solve,
+                    rows[:count, :columns].contiguous(),
+                    hessian,
+                    settings.sparsity,
+                    settings.structure,
+                    block_size=settings.block_size,
+                    grid=settings.grid,
+                )  # fmt: skip
+            )
+            for count in (few, many)
+        ]
+        self.weight = max(0.0, solves[1] - solves[0]) / (many - few) / columns
+        """seconds that the solver takes for a weight"""
+        self.column = max(0.0, solves[0] / columns - few * self.weight)
+        """seconds that the solver takes for a column, however few weights it has"""
+
+    def solved(self, rows: int, width: int, hessians: int = 1) -> float:
+        """Seconds to solve [rows, width] for one Hessian of so many that are solved together."""
+        # half of the columns lie before a column, on average
+        products = rows * width * max(0, width - SOLVED) / 2 + width**3 / 3
+        each = width * self.column / hessians + rows * width * self.weight
+        return products * self.product + each
+
+
+def seconds(
+    groups: Sequence[tuple[int, int]],
+    tokens: int,
+    settings: Settings,
+    speed: Speed,
+    others: Iterable[tuple[int, int]] = (),
+) -> float:
+    """Of expanding one block.
+
+    :param groups: output and input width of each input group, in calling order
+    :param tokens: of calibration, that count
+    :param others: the same of linears that are not expanded and come before the groups
+    """
+    experts, clusters = settings.num_experts, settings.clusters
+    # the pipeline's own: calibration (without routers also statistics) and propagation
+    total = tokens * (speed.routed + (speed.token if clusters == 1 else 0))
+    if clusters > 1:
+        sizes = [rows * width for rows, width in [*others, *groups]]
+        before = sum(rows * width for rows, width in others)
+        for rows, width in groups:
+            total += tokens * speed.routed * before / sum(sizes)
+            before += rows * width
+            samples = min(settings.samples, tokens)
+            total += PCA * samples * width * settings.dims(width) * speed.product
+    nodes, pairs = float(experts), 0.0
+    if settings.size_budget is not None:
+        nodes, pairs = 1.5 * experts, experts * (1 + 0.65 * math.log2(experts))
+    held_out = min(HELD_OUT, tokens / 16 / experts)
+    for rows, width in groups:
+        together = min(int(nodes), chunk_size(rows, width, settings.max_bytes))
+        total += 0.6 * tokens * width**2 * speed.product
+        total += nodes * speed.solved(rows, width, together)
+        total += nodes * rows * width * speed.weight  # to choose from, pack and put in place
+        total += pairs * rows * width * (0.6 * width + held_out) * speed.product
+    if settings.tune_epochs:
+        total += speed.token * tokens * (1 + EPOCH * settings.tune_epochs)
+    total += speed.token * tokens * EPOCH * settings.tune_model_epochs
+    return COLD * total
+
+
+def _random(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(rows, columns, device=device).to(dtype)
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    """Seconds of a call: the faster of two, after one that warms up."""
+    found = []
+    for _ in range(3):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found[1:])
