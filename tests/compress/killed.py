@@ -1,9 +1,10 @@
 """Kills compression runs at random moments: `python killed.py KILLS '{"model": ..., ...}'`.
 
 The second argument holds the arguments of `compress`. One process imports everything and forks a
-child for each run; the child is killed, and the next one resumes what it left. Prints how many were
-killed, how often they had finished blocks, and how many outputs were compared with that of a run
-that nothing stopped; exit code 1 as soon as one differs.
+child for each run; the child is killed, and the next one resumes what it left: KILLS times, or more
+until one had finished a block. Prints how many were killed, how often they had finished blocks, and
+how many outputs were compared with that of a run that nothing stopped; exit code 1 as soon as one
+differs.
 """
 
 import json
@@ -51,10 +52,11 @@ def main() -> int:
     if status:
         return 1
     arguments["resume"], killed, finished, compared, moments = True, 0, 0, 0, random.Random()
-    while killed < kills or not Path(out).exists():
+    while True:
         child, end = started(arguments), time.perf_counter() + moments.uniform(0, 1.2 * length)
         ended = 0
-        while not ended and (killed == kills or time.perf_counter() < end):
+        enough = killed >= kills and finished > 0
+        while not ended and (enough or time.perf_counter() < end):
             time.sleep(0.002)
             ended, status = os.waitpid(child, os.WNOHANG)
         if not ended:
@@ -70,7 +72,7 @@ def main() -> int:
                 return 1
             compared += 1
             shutil.rmtree(out)
-            if killed == kills:
+            if enough:
                 break
     print(killed, finished, compared)
     return 0

@@ -128,7 +128,7 @@ def test_killed_at_ten_random_moments(keys, call, dies, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     killed, finished, compared = map(int, done.stdout.split()[-3:])
-    assert killed == 10 and compared >= 1 and finished >= 1
+    assert killed >= 10 and compared >= 1 and finished >= 1
 
 
 @pytest.mark.slow
