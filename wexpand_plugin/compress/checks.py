@@ -1,17 +1,30 @@
 """What a recipe cannot be applied to, found before any calibration."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed
 from torch import nn
 
 from ..errors import WexpandError
 from ..format.rowpool import finite
 from ..hf.names import empty_model, missing_tensors, saved_names
+from ..method.settings import Settings
+from .calibration import counted_tokens
+from .expansion import parts
+from .rows import settings_for
 
-__all__ = ["refuse_distributed", "refuse_nonfinite", "refuse_unrolled"]
+__all__ = [
+    "count_tokens",
+    "refuse_distributed",
+    "refuse_misfit",
+    "refuse_nonfinite",
+    "refuse_unrolled",
+]
+
+TOKENS_PER_EXPERT = 64
 
 
 def refuse_distributed(modifier: str) -> None:
@@ -21,6 +34,61 @@ def refuse_distributed(modifier: str) -> None:
             raise WexpandError(
                 f"{modifier}: {size} processes (torchrun) are not supported; run it in one"
             )
+
+
+def refuse_misfit(
+    name: str, shape: torch.Size, dtype: torch.dtype, settings: Settings, *, budgeted: bool
+) -> None:
+    """A linear that the mask's structure does not divide, or whose base versions are too large.
+
+    :param shape: [out, in] of its weight
+    :param dtype: that it is stored in
+    :param budgeted: whether `size_budget` is to be met at the settings' own sparsity
+    """
+    structure, (out, width) = settings.structure, shape
+    if structure.m and width % structure.m:
+        raise WexpandError(
+            f"mask_structure: {structure} needs in_features that {structure.m} divides; "
+            f"{name} has {width}"
+        )
+    if settings.size_budget is None or not budgeted:
+        return
+    # row versions of a neuron are alike in size, so the base versions' size is known beforehand
+    own = settings_for(dtype, settings)
+    kept = torch.tensor([round(width * (1 - settings.sparsity))])
+    base = out * int(own.weighs.row(kept, width)) + own.fixed_bytes(out, width)
+    least, biased = base / own.weighs.dense(out, width), settings.biased
+    if settings.size_budget < least:
+        raise WexpandError(
+            f"size_budget: {settings.size_budget} is below {least:.3f}, the size of the base "
+            f"versions, row map{', router and cluster biases' if biased else ' and router'} "
+            f"of {name} alone (sparsity {settings.sparsity}, {parts(settings)}, {dtype}); "
+            f"raise the budget or the sparsity, or use fewer "
+            f"{'clusters' if biased else 'experts'}"
+        )
+
+
+def count_tokens(batches: Iterable[Any], settings: Settings) -> tuple[int, int]:
+    """How many tokens of the calibration batches count, and how many batches there are.
+
+    :raises WexpandError: they are too few for the experts or clusters
+    """
+    experts, clusters = settings.num_experts, settings.num_clusters
+    need = experts * TOKENS_PER_EXPERT if experts > 1 else 1
+    why = f"num_experts {experts}", f"{TOKENS_PER_EXPERT} per expert"
+    if clusters > need:
+        need, why = clusters, (f"num_clusters {clusters}", "1 per cluster")
+    found = number = 0
+    for batch in batches:
+        number += 1
+        counts = counted_tokens(batch)
+        found += 0 if counts is None else int(counts.sum())
+    if found < need:
+        raise WexpandError(
+            f"calibration: {found} tokens are too few for {why[0]}, which needs at least "
+            f"{need} ({why[1]}, better {'hundreds' if clusters else 'thousands'})"
+        )
+    return found, number
 
 
 def refuse_nonfinite(linears: Mapping[str, nn.Linear]) -> None:

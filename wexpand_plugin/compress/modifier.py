@@ -21,8 +21,14 @@ from ..method.prospects import Dial
 from ..method.settings import Settings
 from .attention import FusedAttention
 from .bypass import Bypass
-from .calibration import CalibrationBatches, about_rows, counted_tokens
-from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
+from .calibration import CalibrationBatches, about_rows
+from .checks import (
+    count_tokens,
+    refuse_distributed,
+    refuse_misfit,
+    refuse_nonfinite,
+    refuse_unrolled,
+)
 from .choosing import Choice, choose_settings, refuse_unreachable, use_settings
 from .estimate import expected, refuse_unreadable
 from .expansion import Block, Target, allocate_targets, expand_block, parts
@@ -32,14 +38,12 @@ from .passing import PassingStatistics
 from .precision import stored_dtype
 from .progress import Part
 from .replay import BlockReplay
-from .rows import settings_for
-from .targets import target_linears
+from .targets import find_targets
 from .tuning import DensePath
 from .whole import refuse_gaps, tune_whole
 
 __all__ = ["SparseExpansionModifier"]
 
-TOKENS_PER_EXPERT = 64
 
 
 class SparseExpansionModifier(Modifier):
@@ -199,18 +203,14 @@ class SparseExpansionModifier(Modifier):
             raise WexpandError("model: already expanded; compress the dense model instead")
         patterns = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         blocks = dict(match_named_modules(model, patterns))
-        for name, linear in target_linears(model, self.targets, self.ignore).items():
-            owner = next((b for b in blocks if name == b or name.startswith(f"{b}.")), None)
-            if owner is None:
-                logger.warning(f"{name} is in none of the blocks {patterns}: it stays dense")
-                continue
-            place = list(blocks).index(owner)
-            self._blocks[owner] = Block(owner, blocks[owner], place)
-            depth_weight = 1 - place / len(blocks)
-            self._targets[name] = Target(linear, owner, depth_weight)
-            self._check_linear(name, linear.weight.shape, stored_dtype(model, linear.weight))
-        if not self._targets:
-            raise WexpandError(f"targets: {self.targets} match linears outside the blocks only")
+        self._blocks, self._targets = find_targets(model, blocks, self.targets, self.ignore)
+        for name, target in self._targets.items():
+            assert target.linear is not None
+            weight = target.linear.weight
+            refuse_misfit(
+                name, weight.shape, stored_dtype(model, weight), self._settings,
+                budgeted=self._dial is None,
+            )  # fmt: skip
         linears = {n: t.linear for n, t in self._targets.items() if t.linear is not None}
         refuse_unrolled(model, linears)
         refuse_nonfinite(linears)
@@ -218,7 +218,7 @@ class SparseExpansionModifier(Modifier):
             refuse_unreachable(model, linears, self._dial)
         else:
             refuse_unreadable(model, linears, self._settings)
-        tokens, batches = self._check_tokens(state)
+        tokens, batches = count_tokens(state.data.calib or (), self._settings)
         self._part = Part.begin()
         if self._part.kept:
             data = {"data": about_rows(kwargs.get("calib_data"))}
@@ -231,48 +231,6 @@ class SparseExpansionModifier(Modifier):
         self._attention = FusedAttention(block.module for block in self._blocks.values())
         self._say(model, linears, tokens, batches)
         return True
-
-    def _check_linear(self, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
-        structure, (out, width) = self._settings.structure, shape
-        if structure.m and width % structure.m:
-            raise WexpandError(
-                f"mask_structure: {structure} needs in_features that {structure.m} divides; "
-                f"{name} has {width}"
-            )
-        if self.size_budget is None or self._dial is not None:
-            return
-        # row versions of a neuron are alike in size, so the base versions' size is known beforehand
-        weighs = settings_for(dtype, self._settings).weighs
-        kept = torch.tensor([round(width * (1 - self._settings.sparsity))])
-        fixed = settings_for(dtype, self._settings).fixed_bytes(out, width)
-        base = out * int(weighs.row(kept, width)) + fixed
-        least, biased = base / weighs.dense(out, width), self._settings.biased
-        if self.size_budget < least:
-            raise WexpandError(
-                f"size_budget: {self.size_budget} is below {least:.3f}, the size of the base "
-                f"versions, row map{', router and cluster biases' if biased else ' and router'} "
-                f"of {name} alone (sparsity {self.sparsity}, {parts(self._settings)}, {dtype}); "
-                f"raise the budget or the sparsity, or use fewer "
-                f"{'clusters' if biased else 'experts'}"
-            )
-
-    def _check_tokens(self, state: State) -> tuple[int, int]:
-        """How many there are, in how many batches."""
-        need = self.num_experts * TOKENS_PER_EXPERT if self.num_experts > 1 else 1
-        why = f"num_experts {self.num_experts}", f"{TOKENS_PER_EXPERT} per expert"
-        if self.num_clusters > need:
-            need, why = self.num_clusters, (f"num_clusters {self.num_clusters}", "1 per cluster")
-        found = batches = 0
-        for batch in state.data.calib or ():
-            batches += 1
-            counts = counted_tokens(batch)
-            found += 0 if counts is None else int(counts.sum())
-        if found < need:
-            raise WexpandError(
-                f"calibration: {found} tokens are too few for {why[0]}, which needs at least "
-                f"{need} ({why[1]}, better {'hundreds' if self.num_clusters else 'thousands'})"
-            )
-        return found, batches
 
     def _say(
         self, model: nn.Module, linears: dict[str, nn.Linear], tokens: int, batches: int

@@ -1,11 +1,15 @@
 """Which linears a recipe means."""
 
+from collections.abc import Mapping
+
 from compressed_tensors.utils import match_named_modules
+from loguru import logger
 from torch import nn
 
 from ..errors import WexpandError
+from .expansion import Block, Target
 
-__all__ = ["HEADS", "target_linears"]
+__all__ = ["HEADS", "find_targets", "target_linears"]
 
 HEADS = ("re:.*lm_head", "re:.*embed_out")
 """Language model heads: their neurons are the words of the vocabulary."""
@@ -39,3 +43,28 @@ def target_linears(
             f"{type(model).__name__}{example}"
         )
     return found
+
+
+def find_targets(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    targets: str | list[str],
+    ignore: str | list[str],
+) -> tuple[dict[str, Block], dict[str, Target]]:
+    """The blocks that hold targets, and the targets in them, by name; others stay dense.
+
+    :param blocks: all blocks of the model, in its order
+    :raises WexpandError: there are none
+    """
+    names, held, found = list(blocks), dict[str, Block](), dict[str, Target]()
+    for name, linear in target_linears(model, targets, ignore).items():
+        owner = next((b for b in names if name == b or name.startswith(f"{b}.")), None)
+        if owner is None:
+            logger.warning(f"{name} is in none of the blocks {names[:2]}...: it stays dense")
+            continue
+        place = names.index(owner)
+        held[owner] = Block(owner, blocks[owner], place)
+        found[name] = Target(linear, owner, depth_weight=1 - place / len(names))
+    if not found:
+        raise WexpandError(f"targets: {targets} match linears outside the blocks only")
+    return held, found
