@@ -24,8 +24,8 @@ Bits are stored bits per targeted weight, everything that a value needs included
 
 The weights of this SmolLM2 come from a Q4_1 file where there is no hub (see `get_model`): groups of
 32 columns that lie on 16 levels. Types with groups of 32 (Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL) find
-these levels again or nearly so, as does anything with a group of 64 on half of its columns at a
-time; that flatters llama.cpp's types, which use them, and nothing of ours looks for it.
+these levels again or nearly so; that flatters llama.cpp's types, which use them, and nothing of
+ours looks for it.
 """
 
 import json
