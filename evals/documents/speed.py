@@ -181,10 +181,10 @@ def compress_cost() -> str:
     """Time and memory of compressing."""
     found = results("compress")
     lines = [
-        [name, f"{row['wall_ratio']:.1f}x", f"{row['peak_ratio']:.1f}x"]
+        [name, f"{row['cpu_ratio']:.1f}x", f"{row['peak_ratio']:.1f}x"]
         for name, row in found["median"].items()
     ]
-    return table(["", "time", "peak memory"], lines)
+    return table(["", "CPU time", "peak memory"], lines)
 
 
 def load() -> str:
