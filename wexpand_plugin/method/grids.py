@@ -39,6 +39,11 @@ class Grid:
         """The largest integer."""
         return 2**self.bits - 1 if self.odd else 2 ** (self.bits - 1) - 1
 
+    @property
+    def pace(self) -> float:
+        """Steps of training over those of four bits and more, as numbers lie further apart."""
+        return 2.0 ** max(0, 4 - self.bits)
+
     def nearest(self, numbers: Tensor) -> Tensor:
         """The integers nearest to `numbers`."""
         if self.odd:

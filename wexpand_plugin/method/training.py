@@ -40,6 +40,7 @@ def train(
     error: Callable[[int], Tensor],
     tokens: Sequence[int],
     parameters: Sequence[Tensor],
+    paces: Sequence[float] | None = None,
     *,
     epochs: int,
     lr: float,
@@ -52,6 +53,7 @@ def train(
     :param error: of a batch, by its number: the sum over its tokens that count; with gradients
         where they are on
     :param tokens: how many count, of each batch
+    :param paces: of each parameter, times `lr`; None: 1
     :param epochs: passes over the batches that are not held out, at most
     :param lr: of Adam; falls linearly to 0
     :param seed: of the order of the batches
@@ -70,7 +72,10 @@ def train(
     usual = max(1, sum(tokens[number] for number in trained_on) / len(trained_on))
     size = max(1, min(round(STEP_TOKENS / usual), len(trained_on) // LEAST_STEPS))
     steps = -(-len(trained_on) // size)
-    adam = torch.optim.Adam(parameters, lr=lr)
+    rates = [lr * pace for pace in paces or [1.0] * len(parameters)]
+    adam = torch.optim.Adam(
+        [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
+    )
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda n: 1 - n / (epochs * steps + 1))
     before = lowest = measure()
     best, since, trained = _copy(parameters), 0, 0

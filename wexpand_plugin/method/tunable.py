@@ -57,6 +57,11 @@ class TunableLinear(nn.Module):
         if rows.scales is not None:
             self.stretch = nn.Parameter(torch.zeros(rows.scales.shape, device=keep.device))
 
+    @property
+    def pace(self) -> float:
+        """Of its training, times the learning rate."""
+        return 1.0 if self.grid is None else self.grid.pace
+
     def weight(self) -> Tensor:
         """The row versions as they would be stored, float32 [versions, in]."""
         if self.grid is None or self.scales is None or self.stretch is None:

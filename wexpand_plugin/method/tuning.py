@@ -54,7 +54,7 @@ def tune_block(
         target[..., 0].numel() if count is None else int(count.sum())
         for target, count in zip(targets, counts, strict=True)
     ]
-    return train(error, tokens, _parameters(linears), **how)
+    return train(error, tokens, *_parameters(linears), **how)
 
 
 def tune_model(
@@ -78,12 +78,14 @@ def tune_model(
         return _sum(lost.sum(dim=-1), counts[number])
 
     tokens = [int(count.sum()) for count in counts]
-    return train(error, tokens, _parameters(linears), what="Tuning the whole", **how)
+    return train(error, tokens, *_parameters(linears), what="Tuning the whole", **how)
 
 
 def _sum(errors: Tensor, counts: Tensor | None) -> Tensor:
     return errors.sum() if counts is None else errors[counts.to(errors.device)].sum()
 
 
-def _parameters(linears: Sequence[TunableLinear]) -> list[Tensor]:
-    return [p for linear in linears for p in linear.parameters()]
+def _parameters(linears: Sequence[TunableLinear]) -> tuple[list[Tensor], list[float]]:
+    """What is trained, and the pace of each."""
+    every = [(p, linear.pace) for linear in linears for p in linear.parameters()]
+    return [p for p, _ in every], [pace for _, pace in every]
