@@ -56,10 +56,10 @@ def test_int4_in_full_is_close_to_dense(tmp_path):
     assert change["int8"] < 0.05 and change["int4"] < 0.5 and change["int8"] < change["int4"] / 5
 
 
-@pytest.mark.parametrize("name", ["int4", "sparse_int4"])
+@pytest.mark.parametrize("name", ["int4", "int3", "sparse_int4"])
 def test_recipes_say_what_they_are_named_for(name):
     stage = yaml.safe_load(open(recipe(name)))
     ((_, modifiers),) = next(iter(stage.values())).items()
     modifier = SparseExpansionModifier(**modifiers["SparseExpansionModifier"])
-    assert modifier.values == "int4" and modifier.num_experts == 1
-    assert modifier.sparsity == (0.0 if name == "int4" else 0.5)
+    assert modifier.values == name.removeprefix("sparse_") and modifier.num_experts == 1
+    assert modifier.sparsity == (0.5 if name.startswith("sparse") else 0.0)
