@@ -81,15 +81,20 @@ def real_model_setting() -> str:
 
 
 def real_model_short() -> str:
-    """The one comparison that decides what to take."""
+    """The comparisons that decide what to take, one-shot, and what tuning gains."""
     points = real_model_points()
-    ours, theirs, half = (points[name] for name in ("int4", "GPTQ 4 bits", "50% int4"))
-    assert ours[0] and theirs[0] and half[0] and half[1]
+
+    def said(name: str) -> str:
+        bits, added = next(point for point in points[name] if point)
+        return f"{added:.3f} at {bits:.2f}"
+
+    tuned = [point for point in points["int3"][1:] if point]
+    after = f" Tuned, `int3` adds {min(p[1] for p in tuned):.3f}." if tuned else ""
     return paragraph(
-        f"At about four bits per weight `int4` adds {ours[0][1]:.3f} nats to the loss of "
-        f"SmolLM2-135M, llm-compressor's GPTQModifier {theirs[0][1]:.3f}. At {half[0][0]:.1f} "
-        f"bits, half zeros and half 4-bit values, it is {half[0][1]:.3f}, and {half[1][1]:.3f} "
-        "after tuning."
+        "Loss added to SmolLM2-135M's, in nats, at so many bits per weight, without tuning: "
+        f"`int4` {said('int4')}, llm-compressor's GPTQModifier {said('GPTQ 4 bits')}; `int3` "
+        f"{said('int3')}, GPTQModifier {said('GPTQ 3 bits')}; half zeros with 4-bit values "
+        f"{said('50% int4')}.{after}"
     )
 
 
