@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from compressed_tensors.offload import get_execution_device
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,7 +66,7 @@ def tune_whole(
     :param states: the dense model's hidden states after the last of `blocks`, for each batch
     :return: the new linears, by name, and what was gained
     """
-    device = next(model.parameters()).device
+    device = torch.device(get_execution_device(model.get_input_embeddings()))
     batches = [
         {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
         for batch in batches
