@@ -203,10 +203,12 @@ def tile(
         return Tile(32 if out_features > WIDE else 16, FEW_TOKENS, words, 4)
     if mean <= 32 or dtype == torch.float32:
         return Tile(32, 32, words, 4)
+    # no registers are left for longer steps by sums of a group beside those of all, nor by values
+    # that lie across two words
+    short = min(words, 4)
     if mean <= 64:
-        return Tile(64, 64, words, 8)
-    # sums of a group beside those of all leave no registers for longer steps
-    return Tile(64, 128, min(words, 4) if bits else words, 8)
+        return Tile(64, 64, short if bits == 3 else words, 8)
+    return Tile(64, 128, short if bits else words, 8)
 
 
 def run(
