@@ -80,7 +80,7 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
         ({"dataset": str(tmp_path / "short.txt")}, "do not fill one row of 32"),
         ({"dataset": str(tmp_path / "recipe.yaml")}, "ends in '.yaml'"),
         ({"text_column": "words"}, "has no column 'words', only text"),
-        ({"model": str(tmp_path / "nowhere")}, "model: "),
+        ({"model": str(tmp_path / "nowhere")}, "nowhere: is neither a directory nor the id of a"),
         ({"model": str(untold)}, "model: .*untold' has no tokenizer"),
         ({"dataset": str(tmp_path / "empty")}, "a directory that holds no saved data set"),
         ({"dataset": str(tmp_path / "strange.jsonl")}, "holds token id 96, outside the 96 of"),

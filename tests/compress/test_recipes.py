@@ -17,8 +17,9 @@ GOOD = HEAD + "      sparsity: 0.6\n      num_experts: 2\n      targets: ['re:.*
     [
         (
             HEAD + "      sparsty: 0.5\n",
-            r"SparseExpansionModifier\.sparsty: unknown key; .*sparsity",
+            r"SparseExpansionModifier\.sparsty: unknown key; did you mean sparsity\?",
         ),
+        (HEAD + "      zzz: 1\n", r"\.zzz: unknown key; SparseExpansionModifier has sparsity, "),
         (HEAD + "      sparsity: half\n", r"\.sparsity: 'half': should be a number, or auto"),
         (HEAD + "      sparsity: 2\n", "sparsity: 2.0 should be above 0"),
         (HEAD + "      num_experts: 4\n", r"\.sparsity: Field required"),

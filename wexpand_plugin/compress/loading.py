@@ -55,6 +55,7 @@ def load_inputs(
     from loguru import logger
     from transformers import AutoConfig, AutoTokenizer
 
+    source = resolve(model, weights=False)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # configs and tokenizers of transformers raise what they like
@@ -70,7 +71,6 @@ def load_inputs(
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         raise WexpandError(f"model: {model!r} has no tokenizer ({reason(error)})") from error
-    source = resolve(model, weights=False)
     longest = getattr(config, "max_position_embeddings", None) or max_seq_length
     length = min(max_seq_length, longest)
     rows = calibration_rows(

@@ -85,7 +85,7 @@ def check_recipe(path: str | Path) -> None:
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = f"unknown key; {error.title} has {_keys(error.title)}"
+            message = _unknown(str(first["loc"][-1]), error.title)
         elif key and first["type"] != "missing":
             message = f"{first['input']!r}: {message}"
         raise WexpandError(f"{path}: {error.title}{key and f'.{key}'}: {message}") from None
@@ -130,11 +130,13 @@ def _keys_below(path: Path, key: str, values: Any) -> list[tuple[Any, Any]]:
     return list((values or {}).items())
 
 
-def _keys(modifier: str) -> str:
+def _unknown(key: str, modifier: str) -> str:
+    """What to say of a key that the modifier does not have."""
     from llmcompressor.modifiers import Modifier
     from llmcompressor.modifiers.factory import ModifierFactory
 
     known = ModifierFactory._registered_registry.get(modifier)
-    if known is None:
-        return "other keys"
-    return ", ".join(key for key in known.model_fields if key not in Modifier.model_fields)
+    keys = [k for k in getattr(known, "model_fields", {}) if k not in Modifier.model_fields]
+    if close := difflib.get_close_matches(key, keys, 1):
+        return f"unknown key; did you mean {close[0]}?"
+    return f"unknown key; {modifier} has {', '.join(keys) or 'other keys'}"
