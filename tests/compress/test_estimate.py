@@ -79,3 +79,17 @@ def test_bytes_are_those_of_what_is_stored():
     pool = RowPool.pack(torch.randn(10, 64) * keep, keep=keep)
     assert found.stored == sum(pool.stored_bytes().values())
     assert "s, " in str(found) and "MiB of expanded linears" in str(found)
+
+
+def test_what_is_trained_takes_five_floats_a_weight():
+    model = nn.Module()
+    model.config = SimpleNamespace(dtype=torch.float32)
+    model.blocks = nn.ModuleList(nn.Linear(64, rows, bias=False) for rows in (4000, 6000))
+    blocks = {block: {f"blocks.{n}": block} for n, block in enumerate(model.blocks)}
+
+    def memory(**values) -> int:
+        settings = Settings(0.5, num_experts=1, max_bytes=1, **values)
+        return expected(model, blocks, 100, 1, settings, None).memory
+
+    assert memory() < memory(tune_epochs=1) == 20 * 64 * 6000
+    assert memory(tune_epochs=1, tune_model_epochs=1) == 20 * 64 * 10000

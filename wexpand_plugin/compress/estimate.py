@@ -17,6 +17,10 @@ from .rows import settings_for
 __all__ = ["Expected", "expected", "refuse_unreadable", "working_bytes"]
 
 
+TRAINED = 20
+"""bytes of a weight while it is trained: value, gradient, Adam's two means, and the best so far"""
+
+
 @dataclass(frozen=True)
 class Expected:
     """What expanding a model is expected to take and give."""
@@ -58,7 +62,9 @@ def expected(
     speed = Speed(next(iter(blocks)), tokens // max(1, batches), settings)
     # where blocks are replayed, only the first one's calibration runs (`bypass`)
     taken, stored = (0.0 if settings.clusters == 1 else tokens * speed.token), 0.0
+    trained = []
     for block, linears in blocks.items():
+        weights = 0.0
         shapes = [
             (sum(len(linear.weight) for linear in group), width)
             for (_, width), group in _groups(linears).items()
@@ -74,14 +80,21 @@ def expected(
         for linear in linears.values():
             own = settings_for(stored_dtype(model, linear.weight), settings)
             rows, width = linear.weight.shape
+            kept = torch.tensor([width - round(width * settings.sparsity)])
+            each, versions = int(own.weighs.row(kept, width)), float(settings.num_experts * rows)
             if size is not None:
                 stored += size * own.weighs.dense(rows, width)
+                versions = min(versions, max(rows, size * own.weighs.dense(rows, width) / each))
             else:
-                kept = torch.tensor([width - round(width * settings.sparsity)])
-                versions = settings.num_experts * rows * int(own.weighs.row(kept, width))
-                stored += versions + own.fixed_bytes(rows, width)
+                stored += versions * each + own.fixed_bytes(rows, width)
+            weights += versions * width
+        trained.append(weights)
+    tuned = sum(trained) if settings.tune_model_epochs else max(trained)
+    if not settings.tune_epochs and not settings.tune_model_epochs:
+        tuned = 0
     every = {name: linear for linears in blocks.values() for name, linear in linears.items()}
-    return Expected(taken, working_bytes(every, settings, tokens, on_disk), round(stored))
+    memory = max(working_bytes(every, settings, tokens, on_disk), round(TRAINED * tuned))
+    return Expected(taken, memory, round(stored))
 
 
 def working_bytes(

@@ -347,7 +347,6 @@ class SparseExpansionModifier(Modifier):
             raise WexpandError("calibration reached none of the targeted linears")
         if dense:
             logger.warning(f"no calibration token reached {', '.join(dense)}: they stay dense")
-        whole = self._settings.tune_model_epochs and self._tune_whole(state.model)
         about = made_by(self, state.model, self._batches)
         predicted = {n: t.loss for n, t in self._targets.items() if t.loss is not None}
         if predicted:
@@ -358,12 +357,13 @@ class SparseExpansionModifier(Modifier):
             }
         if self._choice is not None:
             about["dial"] = self._choice.about()
-        if whole:
-            about["tuned_model"] = whole
+        if self._settings.tune_model_epochs:
+            about["tuned_model"] = self._tune_whole(state.model)
         wrap_save_pretrained(state.model, about)
         return self._forget()
 
     def _tune_whole(self, model: nn.Module) -> list[float]:
+        """Train all that is kept; the divergence before and after."""
         routed = {n: t.routed for n, t in self._targets.items() if t.routed is not None}
         blocks = [block.module for block in self._blocks.values()]
         found, gained = tune_whole(
