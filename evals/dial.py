@@ -27,6 +27,8 @@ __all__ = ["added"]
 SIZES = (0.5, 0.3, 0.25, 0.2, 0.15, 0.12)
 FIXED = {
     "int8": {"values": "int8", "sparsity": 0.0},
+    "int6": {"values": "int6", "sparsity": 0.0},
+    "int5": {"values": "int5", "sparsity": 0.0},
     "int4": {"values": "int4", "sparsity": 0.0},
     "int3": {"values": "int3", "sparsity": 0.0},
     "int2": {"values": "int2", "sparsity": 0.0},

@@ -274,7 +274,7 @@ def main(
     kernel: Annotated[str, typer.Option(help="cpu, triton or reference")] = "cpu",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[list[Dtype] | None, typer.Option()] = None,
-    values: Annotated[list[str] | None, typer.Option(help="float int8 int4 int3 int2")] = None,
+    values: Annotated[list[str] | None, typer.Option(help="float int8 int6 int5 int4 ...")] = None,
     group: Annotated[int, typer.Option(help="columns that share a scale")] = GROUP,
     sparsity: Annotated[list[str] | None, typer.Option(help="0 0.5 0.7 0.8 0.9 2:4")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="qkv o gate_up down")] = None,

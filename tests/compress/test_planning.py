@@ -159,7 +159,7 @@ def test_hessians_in_turns_are_the_same(tmp_path, monkeypatch):
         (dict(size_budget=None), "size_budget: None should be above 0 and below 1 with sparsity"),
         (dict(size_budget=1.5), "size_budget: 1.5 should be above 0 and below 1 with sparsity"),
         (dict(budget_scope="layer"), "budget_scope: 'layer' should be model with sparsity auto"),
-        (dict(values="int5"), "values: 'int5' should be auto or one of int8, int4"),
+        (dict(values="int7"), "values: 'int7' should be auto or one of int8, int6"),
         (dict(value_group=12), "value_group: 12 should be a multiple of 8"),
         (dict(sparsity="much"), "should be a number, or auto"),
     ],

@@ -77,7 +77,7 @@ def rows(parts: dict[str, torch.Tensor], width: int, entry: dict) -> np.ndarray:
         keep = bits[:, :width].astype(bool)
     dense, start = np.zeros((count, width)), 0
     stored = parts["weight"]
-    bits = {"int4": 4, "int3": 3, "int2": 2}.get(codec)
+    bits = {"int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2}.get(codec)
     flat = stored.numpy() if bits else stored.double().numpy()
     for version in range(count):
         kept = int(keep[version].sum())

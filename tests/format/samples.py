@@ -36,7 +36,7 @@ __all__ = [
 NAME = "layers.0.up"
 CODECS = [codec(name) for name in FLOATS] + [
     codec("int8", 8), codec("int8", 128), codec("int4", 8), codec("int4", 16), codec("int3", 8),
-    codec("int2", 16),
+    codec("int2", 16), codec("int6", 8), codec("int5", 24),
 ]  # fmt: skip
 
 

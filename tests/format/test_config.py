@@ -90,7 +90,7 @@ LINEAR = f"groups.0.linears.{NAME}"
         ({"entry__versions": 2}, "versions 2 should be 3 to 6"),
         ({"entry__elements": 47}, "elements 47 should be 48 to 48"),
         ({"entry__dtype": "int4"}, f"{LINEAR}.dtype: 'int4': Input should be 'float32', "),
-        ({"entry__values": "int5"}, f"{LINEAR}.values: 'int5'"),
+        ({"entry__values": "int7"}, f"{LINEAR}.values: 'int7'"),
         ({"entry__values": "int4"}, "value_group 0 does not go with int4"),
         ({"entry__value_group": 8}, "value_group 8 does not go with float32"),
         ({"entry__values": "int8", "entry__value_group": 12}, "12 should be a multiple of 8"),

@@ -24,7 +24,7 @@ def rows_in_bytes(rows: list[list[int]], bits: int) -> bytes:
     return stored
 
 
-@pytest.mark.parametrize("name", ["int2", "int3", "int4", "int8"])
+@pytest.mark.parametrize("name", ["int2", "int3", "int4", "int5", "int6", "int8"])
 @given(masks(), st.data())
 @settings(deadline=None)
 def test_integers_in_bytes(name, keep, data):
@@ -137,7 +137,7 @@ def test_groups_are_whole_mask_bytes(group):
 
 
 def test_unknown_codecs():
-    with pytest.raises(WexpandError, match=re.escape("values: 'int5' is not one of float32, ")):
-        codec("int5")
+    with pytest.raises(WexpandError, match=re.escape("values: 'int7' is not one of float32, ")):
+        codec("int7")
     with pytest.raises(WexpandError, match="dtype torch.int8 should be float32, bfloat16 or float"):
         codec_of(torch.int8)

@@ -18,7 +18,7 @@ __all__ = [
     "random_pool",
 ]
 
-INTEGERS = [codec(name, group) for name in ("int8", "int4", "int3", "int2")
+INTEGERS = [codec(name, group) for name in ("int8", "int6", "int5", "int4", "int3", "int2")
             for group in (128, 64, 32, 8, 24, 320)]
 """codecs of integers, with groups of many steps of a kernel, of one and of a part of one"""
 

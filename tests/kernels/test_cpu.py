@@ -102,7 +102,7 @@ def test_integers_match_the_reference(code_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["int8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("name", ["int8", "int6", "int5", "int4", "int3", "int2"])
 def test_every_integer_is_read_as_it_is(code_path, dtype, name):
     """All q there are, one in a row if it is sparse, scales that are powers of two: no rounding
     but that of y."""
@@ -357,13 +357,15 @@ def test_missing_expert_and_wrong_dtype_are_refused():
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, *cases.INTEGERS[::6]], ids=str)
 @pytest.mark.parametrize("density", [0.3, 1.0])
 def test_layout_adds_less_than_five_percent(values, density):
-    """To the bytes on disk; sparse rows of 3 and 2 bits are held in 4."""
+    """To the bytes on disk, where values are held as they are: 6 and 5 bits in 8, sparse rows of 3
+    and 2 bits in 4."""
     pool, x, _ = random_case(8, 4, 400, 2048, density, 1, torch.float32, values=values)
     parts = pool.stored_bytes()
     packed = sum(parts.values())
     held = sum(tensor.nbytes for tensor in cpu.prepare(pool, x.dtype))
-    if pool.mask is not None and pool.codec.bits < 4:
-        packed += parts["values"] * (4 - pool.codec.bits) / pool.codec.bits
+    bits = pool.codec.bits
+    wide = 8 if bits in (6, 5) else 4 if bits in (3, 2) and pool.mask is not None else bits
+    packed += parts["values"] * (wide - bits) / bits
     assert 0.999 * packed <= held < 1.05 * packed
 
 

@@ -56,7 +56,8 @@ TODO = [("router_logits", "bf16", dict(BLOCK=1024), 4, 3),
         ("sort_tokens", "bf16", dict(BLOCK=1024), 4, 3)]
 # floats and int4 in groups of 128, with a mask and in full rows; int8; narrower groups
 CODECS = [(0, 0, {}), (0, 0, dict(mask=None)), (4, 128, {}), (4, 128, dict(mask=None)),
-          (8, 128, {}), (4, 32, {}), (3, 128, {}), (3, 128, dict(mask=None))]
+          (8, 128, {}), (4, 32, {}), (3, 128, {}), (3, 128, dict(mask=None)),
+          (6, 128, {}), (5, 128, dict(mask=None))]
 for bits, group, full in CODECS:
     codec = dict(BITS=bits, GROUP=group, SHARE=kernel.share(group)) | full
     if not bits:
@@ -104,5 +105,5 @@ def test_compiles_without_spills(tmp_path, capability, shared_kib):
     print(done.stdout)
     stack = [int(n) for n in re.findall(r"STACK:(\d+)", done.stdout)]
     shared = [int(n) for n in re.findall(r"shared (\d+)", done.stdout)]
-    assert stack == [0] * 45
-    assert len(shared) == 45 and max(shared) <= shared_kib * 1024
+    assert stack == [0] * 55
+    assert len(shared) == 55 and max(shared) <= shared_kib * 1024

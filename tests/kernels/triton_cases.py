@@ -110,7 +110,7 @@ def test_integers_of_wide_layers(density, values, tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["int8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("name", ["int8", "int6", "int5", "int4", "int3", "int2"])
 def test_every_integer_is_read_as_it_is(name, dtype):
     """All q there are, one in a row if it is sparse, scales that are powers of two: no rounding
     but that of y."""

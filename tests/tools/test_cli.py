@@ -332,7 +332,7 @@ def test_synth_command(tmp_path):
         ({}, dict(experts=4, clusters=3), "clusters: 3 should be 4 .experts. to 4096"),
         ({}, dict(clusters=4097), "clusters: 4097 should be 16 .experts. to 4096"),
         ({}, dict(dtype="int4"), "dtype: 'int4' is not one of"),
-        ({}, dict(values="int5"), "values: 'int5' is not one of"),
+        ({}, dict(values="int7"), "values: 'int7' is not one of"),
         ({}, dict(values="int4", value_group=12), "value_group: 12 should be a multiple of 8"),
         ({}, dict(targets="head"), "targets: 'head' is not one of mlp, all"),
         ({}, dict(budget=0.1), "budget: 0.1 is below 0.29"),

@@ -26,7 +26,7 @@ class Share:
     """What one linear gets."""
 
     values: str
-    """int8, int4, int3, int2, or auto: as they are"""
+    """int8, int6, int5, int4, int3, int2, or auto: as they are"""
     sparsity: float
     """fraction pruned; 0 with values auto: dense"""
     added_loss: float

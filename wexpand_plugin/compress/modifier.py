@@ -81,9 +81,9 @@ class SparseExpansionModifier(Modifier):
         values of each linear are chosen for the least loss in `size_budget` and `read_budget`
     :param mask_structure: "row" (every neuron keeps the same number of weights per column block),
         "unstructured" (one threshold per column block, as SparseGPTModifier's "0:0"), or "N:M"
-    :param values: how kept weights are stored: "auto" (in the model's dtype), "int8", "int4",
-        "int3" or "int2", rounded together with pruning; with integers `sparsity` may be 0. With
-        `sparsity: auto`, "auto" is any of them for each input group
+    :param values: how kept weights are stored: "auto" (in the model's dtype), "int8",
+        "int6", "int5", "int4", "int3" or "int2", rounded together with pruning; with integers
+        `sparsity` may be 0. With `sparsity: auto`, "auto" is any of them for each input group
     :param value_group: columns of a row that share a scale, with integers
     :param num_experts: experts per input group, at most 256; 1 is plain sparse
     :param num_clusters: clusters with a bias each, which makes up for what a cluster's mean input

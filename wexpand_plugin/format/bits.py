@@ -2,8 +2,8 @@
 of.
 
 Fields of b bits follow each other in a stream whose first bit is the lowest of its first byte: of
-4 bits two make a byte, of 2 bits four, of 3 bits eight make three bytes and some cross from one
-byte to the next.
+4 bits two make a byte, of 2 bits four, of 6 bits four make three bytes; of 3 bits eight make three
+bytes, of 5 bits five, and some cross from one byte to the next.
 """
 
 import math
@@ -71,7 +71,7 @@ def pack_fields(fields: Tensor, counts: Tensor, bits: int, align: int = 1) -> Te
     first = running(units)
     padded = torch.zeros(int(first[-1]) * unit, dtype=torch.uint8, device=fields.device)
     padded[ranges(first[:-1] * unit, first[:-1] * unit + counts)] = fields & (2**bits - 1)
-    words = sum(padded[n::unit].int() << bits * n for n in range(unit))
+    words = sum(padded[n::unit].long() << bits * n for n in range(unit))
     assert isinstance(words, Tensor)
     whole = torch.stack([(words >> 8 * n).to(torch.uint8) for n in range(size)], dim=1).flatten()
     used = (counts * bits + 7) // 8
@@ -89,7 +89,7 @@ def unpack_fields(packed: Tensor, counts: Tensor, bits: int) -> Tensor:
     whole = torch.zeros(int(first[-1]) * size, dtype=torch.uint8, device=packed.device)
     to = first[:-1] * size
     whole[ranges(to, to + (counts * bits + 7) // 8)] = packed
-    words = sum(whole[n::size].int() << 8 * n for n in range(size))
+    words = sum(whole[n::size].long() << 8 * n for n in range(size))
     assert isinstance(words, Tensor)
     every = [(words >> bits * n).to(torch.uint8) & (2**bits - 1) for n in range(unit)]
     from_ = first[:-1] * unit

@@ -81,7 +81,9 @@ class LinearEntry(BaseModel):
     """whether each cluster has a bias"""
     dtype: Literal["float32", "bfloat16", "float16"]
     """of the dense weight that this linear stands for"""
-    values: Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2"]
+    values: Literal[
+        "float32", "bfloat16", "float16", "int8", "int6", "int5", "int4", "int3", "int2"
+    ]  # fmt: skip
     """how kept weights are stored"""
     value_group: NonNegativeInt = 0
     """columns that share a scale; 0 for floats"""

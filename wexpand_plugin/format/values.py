@@ -8,6 +8,8 @@ a row version has for every group of columns (128 by default):
     bfloat16    16
     float16     16
     int8         8     -128 to 127               float16 [versions, ceil(in/group)]
+    int6         6      -32 to 31                likewise
+    int5         5      -16 to 15                likewise
     int4         4       -8 to 7                 likewise
     int3         3       -7, -5, -3, ..., 5, 7   likewise
     int2         2       -3, -1, 1, 3            likewise
@@ -22,9 +24,9 @@ of what -2 to 1 leave, and 0.92 with int3; with zeros in between 0.76 and 0.99 (
 
 What is stored is q, or (q - 1) / 2 where q is odd, in two's complement, as a stream of bits for
 each row version, see `bits`: two int4 share a byte, the earlier one in the low half; eight int3
-take three bytes. A row version begins at a byte; bits that are left over are 0. On disk no other
-order would be smaller or simpler; what a processor reads best differs between processors, so a
-kernel lays values out anew when it loads them.
+take three bytes, four int6 as well. A row version begins at a byte; bits that are left over are 0.
+On disk no other order would be smaller or simpler; what a processor reads best differs between
+processors, so a kernel lays values out anew when it loads them.
 """
 
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ from .bits import pack_fields, unpack_fields
 __all__ = ["CODECS", "FLOATS", "GROUP", "ValueCodec", "codec", "codec_of"]
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INTEGERS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+INTEGERS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
 CODECS = (*FLOATS, *INTEGERS)
 GROUP = 128
 """columns that share a scale, unless said otherwise"""

@@ -4,10 +4,11 @@ Its layout is one uint8 tensor, described in `cpu_pool.h`: the sizes, the row ma
 version begins, and the versions, each with its scales, mask and values side by side. That is the
 checkpoint, about 8 bytes more for a row version and 4 for a neuron, whatever fills full rows up to
 a multiple of 128 columns, and where int4 rows keep more in one half than in the other a byte for
-each two weights too many (1% of a layer of 2048 columns at 50%). Sparse rows in 3 and 2 bits
-are kept as int4, which holds the same integers: 4 bits instead of 3 or 2 for each weight kept, and
-no code of their own. At equal bytes full rows in few bits lose less than sparse ones (evals/LOG.md
-of 2026-11-27), and those are read as they are stored.
+each two weights too many (1% of a layer of 2048 columns at 50%). Some integers have no code of
+their own and are kept as wider ones, which hold the same numbers: 6 and 5 bits as int8, so that
+they take as much memory and time as these; sparse rows in 3 and 2 bits as int4. At equal bytes full
+rows in few bits lose less than sparse ones (evals/LOG.md of 2026-11-27), and those are read as they
+are stored.
 
 Values of a float codec must be of the dtype of x. Integers are multiplied as they are, with x as
 it is: what comes out differs from the reference by the rounding of float32 sums.
@@ -39,6 +40,10 @@ TYPES = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 VALUES = {
     "float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "int3": 5, "int2": 6
 }  # fmt: skip
+WIDER = {"int6": "int8", "int5": "int8"}
+"""values -> those that they are kept as"""
+WIDER_SPARSE = WIDER | {"int3": "int4", "int2": "int4"}
+"""the same where rows have a mask"""
 SIZES = 17  # numbers at the beginning of the layout, of which `prepare` writes the first seven
 STEP = 128  # columns: groups of scales divide it or are a multiple of it
 
@@ -108,8 +113,9 @@ def prepare(pool: RowPool, dtype: torch.dtype) -> list[Tensor]:
     """
     if reason := _narrow(pool.codec):
         raise WexpandError(f"row pool: {reason}")
-    if pool.mask is not None and pool.codec.odd:
-        pool = pool.recoded(codec("int4"))
+    wider = WIDER if pool.mask is None else WIDER_SPARSE
+    if pool.codec.name in wider:
+        pool = pool.recoded(codec(wider[pool.codec.name]))
     group, scale = pool.codec.group, pool.scale
     if scale is not None and group % STEP:
         narrow = math.gcd(group, STEP)

@@ -207,7 +207,7 @@ def tile(
     # that lie across two words
     short = min(words, 4)
     if mean <= 64:
-        return Tile(64, 64, short if bits == 3 else words, 8)
+        return Tile(64, 64, short if bits in (3, 5, 6) else words, 8)
     return Tile(64, 128, short if bits else words, 8)
 
 

@@ -121,8 +121,8 @@ def allocate_settings(
 
 
 def margins(groups: Sequence[Group], choice: Mapping[str, Candidate]) -> dict[str, Margins]:
-    """Of each linear of `choice`, among its candidates with the same kind of values or, where its
-    group has one linear, with any."""
+    """Of each linear of `choice`, among all its candidates, taken by itself: the linears of a group
+    have one kind of values, which may cost some of them less than others."""
     found = {}
     for group in groups:
         for name, own in group.items():
@@ -131,11 +131,10 @@ def margins(groups: Sequence[Group], choice: Mapping[str, Candidate]) -> dict[st
                 ((now.loss - c.loss) / (c.stored - now.stored), c.stored > now.stored)
                 for c in own
                 if c.stored != now.stored
-                and (len(group) == 1 or c.setting.values == now.setting.values)
             ]
             found[name] = Margins(
                 max([0.0] + [gain for gain, larger in steps if larger]),
-                min([INFINITE] + [gain for gain, larger in steps if not larger]),
+                max(0.0, min([INFINITE] + [gain for gain, larger in steps if not larger])),
             )
     return found
 

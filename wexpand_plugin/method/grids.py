@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["GRIDS", "Grid"]
 
-GRIDS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+GRIDS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
 """name in a recipe -> bits"""
 
 CLIPS = 12

@@ -27,10 +27,13 @@ DENSE = Setting("auto", 0.0)
 """a linear as it is"""
 
 # Fewer bits come before more zeros, down to two bits: at equal bytes full rows in b - 1 bits lose
-# less than sparse ones in b. Few zeros make nothing smaller, as they cost a bit for every weight.
+# less than sparse ones in b. Few zeros make nothing smaller, as they cost a bit for every weight;
+# and half zeros in 16, 8, 6 or 5 bits are as large as full rows of fewer that lose less by far.
 SPARSITIES = {
-    "auto": (0.0, 0.5),
-    "int8": (0.0, 0.5),
+    "auto": (0.0,),
+    "int8": (0.0,),
+    "int6": (0.0,),
+    "int5": (0.0,),
     "int4": (0.0, 0.3, 0.5),
     "int3": (0.0, 0.2, 0.5),
     "int2": (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9),
@@ -196,8 +199,8 @@ def _solved(
         stack = 1
         if base.structure.kind == "row":  # of which each row may have a sparsity of its own
             stack = next(
-                n for n in range(len(sparsities), 0, -1)
-                if n == 1 or chunk_size(n * rows, width, base.max_bytes) > 1
+                (n for n in range(len(sparsities), 1, -1)
+                 if chunk_size(n * rows, width, base.max_bytes) > 1), 1
             )  # fmt: skip
         for first in range(0, len(sparsities), stack):
             some = sparsities[first : first + stack]

@@ -38,7 +38,7 @@ def pack(
     out: Out,
     values: Annotated[
         str | None,
-        typer.Option(help="int8, int4, int3, int2: round what is kept. By default values stay."),
+        typer.Option(help="int8, int6, int5, int4, int3, int2: round what is kept; else not."),
     ] = None,
     value_group: Annotated[
         int, typer.Option(help="With --values: columns that share a scale.")
@@ -225,7 +225,7 @@ def synth(
     targets: Annotated[str, typer.Option(help="mlp or all: which linears.")] = "mlp",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     values: Annotated[
-        str | None, typer.Option(help="int8, int4, int3, int2; by default of the dtype.")
+        str | None, typer.Option(help="int8, int6, int5, int4, int3, int2; by default the dtype.")
     ] = None,
     value_group: Annotated[
         int, typer.Option(help="Columns of a row that share a scale, with int values.")
