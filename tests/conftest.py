@@ -64,3 +64,14 @@ def stories260k() -> Path:
 def short_texts() -> list[str]:
     """A few lines of code, enough for a handful of calibration tokens."""
     return [f"def function_{i}(x):\n    return x * {i} + {i % 7}\n" for i in range(64)]
+
+
+@pytest.fixture
+def said():
+    """What is logged, a line each."""
+    from loguru import logger
+
+    lines: list[str] = []
+    sink = logger.add(lines.append, level="INFO", format="{message}")
+    yield lines
+    logger.remove(sink)

@@ -79,6 +79,9 @@ def test_files(tmp_path):
         with pytest.raises(WexpandError, match=problem) as refused:
             load_text(str(tmp_path / name))
         assert "\n" not in str(refused.value)
+    for missing in (str(tmp_path / "nowhere"), "./nowhere", "nowhere.txt"):
+        with pytest.raises(WexpandError, match="nowhere.*: there is no such file"):
+            load_text(missing)
     (tmp_path / "good.jsonl").write_text(json.dumps({"messages": CHAT}))
     assert load_text(str(tmp_path / "good.jsonl"), column="messages")["messages"][0] == CHAT
     (tmp_path / "good.txt").write_text("one\n\ntext")

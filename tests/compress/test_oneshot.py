@@ -1,6 +1,7 @@
 """`compress`: what is refused before work starts, and one run from files to a directory."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,11 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
     (tmp_path / "strange.jsonl").write_text('{"input_ids": [5, 96]}\n{"input_ids": [96]}\n')
     (tmp_path / "empty").mkdir()
     untold = tiny("Llama", tmp_path / "untold")
+    damaged = shutil.copytree(inputs["model"], tmp_path / "damaged")
+    with open(damaged / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    other = tmp_path / "other"
+    transformers.T5Config().save_pretrained(other)
     for change, message in [
         ({"output": tmp_path / "full"}, "is not empty; name a directory that does not exist"),
         ({"recipe": tmp_path / "no.yaml"}, "recipe: .*no.yaml' is neither a file nor one of"),
@@ -82,6 +88,9 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
         ({"text_column": "words"}, "has no column 'words', only text"),
         ({"model": str(tmp_path / "nowhere")}, "nowhere: is neither a directory nor the id of a"),
         ({"model": str(untold)}, "model: .*untold' has no tokenizer"),
+        ({"model": str(damaged)}, "model.safetensors: not a complete safetensors file"),
+        ({"model": str(other)}, "other' is of type t5, of which transformers has no causal"),
+        ({"model": str(tmp_path / "full")}, "full: holds no config.json"),
         ({"dataset": str(tmp_path / "empty")}, "a directory that holds no saved data set"),
         ({"dataset": str(tmp_path / "strange.jsonl")}, "holds token id 96, outside the 96 of"),
         ({"dtype": "bf16"}, "dtype: 'bf16' is not one of auto, float32, bfloat16, float16"),
@@ -89,17 +98,6 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
         with pytest.raises(WexpandError, match=message):
             compress(**inputs | change)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial*"))
-
-
-@pytest.fixture
-def said():
-    """What is logged, a line each."""
-    from loguru import logger
-
-    lines: list[str] = []
-    sink = logger.add(lines.append, level="INFO", format="{message}")
-    yield lines
-    logger.remove(sink)
 
 
 def test_fewer_tokens_than_asked_for_are_said(inputs, said):

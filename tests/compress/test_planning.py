@@ -1,5 +1,7 @@
 """`sparsity: auto`: settings chosen linear by linear, within the budget, saved and read back."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -44,7 +46,7 @@ def planned(path, dial, **changes):
     ],
     ids=str,
 )  # fmt: skip
-def test_meets_the_budget_saves_and_reloads_equal(kind, budget, keys, tmp_path):
+def test_meets_the_budget_saves_and_reloads_equal(kind, budget, keys, tmp_path, said):
     path = tiny(kind, tmp_path / "dense")
     model = run(path, tmp_path / "out", size_budget=budget, **AUTO | keys)
     assert verify(tmp_path / "out") == []
@@ -61,7 +63,16 @@ def test_meets_the_budget_saves_and_reloads_equal(kind, budget, keys, tmp_path):
     # rows of 32 columns that are cut by one threshold for all may end anywhere in a byte
     least = 0.6 if keys.get("mask_structure") == "unstructured" else 0.75
     assert least * budget < (stored - biases) / dense <= budget
+    end = next(line for line in said if line.startswith(f"Compressed {len(routed)} linears to"))
+    assert any("zeros and bits chosen for" in line for line in said)
+    if left := len(targets) - len(routed):  # the budget counts what stays dense, and so does this
+        assert f"; {(stored - biases) / dense:.3f} together with {left} that stay dense" in end
     saved = ModelDir(tmp_path / "out").config
+    kinds = {str(entry.codec).partition(", ")[0] for entry in saved.linears.values()}
+    kept = re.search(r"kept values in (.*)\.", (tmp_path / "out" / "README.md").read_text())[1]
+    assert set(re.findall(r"(?:int|float)\d+", kept)) == kinds
+    scaled = any(entry.codec.scaled for entry in saved.linears.values())
+    assert kept.count(" groups of 16") == scaled
     predicted = saved.made_by["predicted_loss"]
     sizes, losses = zip(*saved.made_by["dial"]["curve"], strict=True)
     assert list(losses) == sorted(losses, reverse=True) and min(sizes) < budget

@@ -8,13 +8,16 @@ import torch
 import transformers
 from llmcompressor import oneshot
 from llmcompressor.core import create_session
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from test_modifier import calibration, logits, run, tiny
 from tiny import VOCAB, tokenizer
 
+from wexpand_plugin.compress.curve import curve
 from wexpand_plugin.compress.modifier import SparseExpansionModifier
 from wexpand_plugin.compress.packing import PackModifier
 from wexpand_plugin.compress.scoring import NeuronScoringModifier
+from wexpand_plugin.compress.targets import target_linears
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.hf.linear import RoutedLinear
 
@@ -25,9 +28,10 @@ MODIFIERS = [
 ]
 
 
-def apply(modifier, model, **arguments):
+def apply(modifiers, model, **arguments):
+    modifiers = modifiers if isinstance(modifiers, list) else [modifiers]
     return oneshot(
-        model=model, dataset=calibration(), recipe=[modifier.model_copy(deep=True)],
+        model=model, dataset=calibration(), recipe=[m.model_copy(deep=True) for m in modifiers],
         processor=tokenizer(), max_seq_length=64, num_calibration_samples=24, **arguments,
     )  # fmt: skip
 
@@ -87,6 +91,36 @@ def test_unrolled_experts_are_refused_with_what_to_ignore(modifier, tmp_path, no
         apply(modifier, str(moe("qwen3_moe", tmp_path)))
     assert str(refused.value).startswith("model.layers.0.mlp.experts.0.")
     assert r"ignore: ['re:.*\.experts\..*']" in str(refused.value)
+
+
+def test_a_plan_refuses_what_compressing_does(tmp_path):
+    tokenizer().save_pretrained(moe("qwen3_moe", tmp_path))
+    (tmp_path / "text.txt").write_text("t3 t4 t5 " * 20)
+    with pytest.raises(WexpandError, match=r"experts.0.* has no such linear but one module of all"):
+        curve(str(tmp_path), str(tmp_path / "text.txt"), samples=2, max_seq_length=8)
+
+
+def test_what_two_modifiers_mean_is_refused(tmp_path, no_calibration):
+    """Before a linear is quantised twice, or a second modifier finds nothing left to do."""
+    tiny("Llama", tmp_path)
+    scheme = QuantizationModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+    ours = SparseExpansionModifier(sparsity=0.5, num_experts=1, targets=["re:.*mlp.*"])
+    with pytest.raises(WexpandError, match="mlp.gate_proj: a quantization modifier and Sparse"):
+        apply([scheme, ours], str(tmp_path))
+    with pytest.raises(WexpandError, match="mlp.gate_proj: two SparseExpansionModifiers of"):
+        apply([ours, ours], str(tmp_path))
+
+
+def test_linears_that_torch_does_not_have(tmp_path):
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2)
+    with pytest.raises(WexpandError, match="c_attn: is a Conv1D of transformers, as all linears"):
+        target_linears(transformers.GPT2LMHeadModel(config), ["Linear"], ["re:.*lm_head"])
+
+
+def test_a_pattern_that_is_none():
+    for targets, ignore in ((["re:("], []), (["Linear"], ["re:("])):
+        with pytest.raises(WexpandError, match=r"'re:\(' should be a regular expression .*missing"):
+            target_linears(torch.nn.Sequential(torch.nn.Linear(2, 2)), targets, ignore)
 
 
 def test_the_rest_of_a_mixture_can_be_expanded(tmp_path):

@@ -279,6 +279,8 @@ def test_require_empty(tmp_path):
         require_empty(tmp_path)
     with pytest.raises(WexpandError, match="is a file; name a directory that does not exist"):
         require_empty(tmp_path / "file")
+    with pytest.raises(WexpandError, match="file: is a file; name"):
+        require_empty(tmp_path / "file" / "further" / "down")
 
 
 def test_copy_others(tmp_path):

@@ -1,5 +1,6 @@
 """Settings: impossible values are refused by the recipe key's name."""
 
+import math
 import re
 
 import pytest
@@ -29,6 +30,9 @@ from wexpand_plugin.method.settings import Settings
         (dict(budget_scope="planet"), 'budget_scope: \'planet\' should be "layer" or "model"'),
         (dict(num_experts=1, size_budget=1.0), "size_budget: 1.0 should be null"),
         (dict(size_budget=0.0), "size_budget: 0.0 should be above 0"),
+        (dict(size_budget=math.nan), "size_budget: nan should be above 0"),
+        (dict(tune_lr=math.nan), "tune_lr: nan should be above 0 and finite, or null"),
+        (dict(tune_model_lr=math.inf), "tune_model_lr: inf should be above 0 and finite"),
         (dict(dampening_frac=0.0), "dampening_frac"),
         (dict(shrinkage=-1.0), "shrinkage"),
     ],

@@ -355,8 +355,10 @@ def test_compress_refuses_before_work(pruned, tmp_path):
     assert "recipe.yaml: is empty" in sentence(run("compress", pruned, *options, code=1))
     text = sentence(run("compress", pruned, "-r", "unknown", *options[2:], code=1))
     assert "'unknown' is neither a file nor one of " in text and "sparse_expansion_budget" in text
-    for size, wrong in (((), "size: None should be"), (("--size", 1.5), "size: 1.5 should be")):
-        assert wrong in sentence(run("compress", pruned, *options[2:], *size, code=1))
+    no = run("compress", pruned, *options[2:], "--size", 1.5, code=1)
+    assert "size: 1.5 should be" in sentence(no)
+    no = run("compress", pruned, *options[2:], code=2)
+    assert "Missing --size, --read or --recipe" in no.stderr
     both = sentence(run("compress", pruned, *options, "--size", 0.2, code=1))
     assert "size: 0.2 is for compressing without a recipe" in both
     assert not (tmp_path / "out").exists()

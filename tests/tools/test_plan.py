@@ -27,7 +27,7 @@ def text(dense) -> tuple:
 
 
 def test_a_dozen_sizes_as_a_table_json_and_a_picture(dense, text, tmp_path):
-    picture = tmp_path / "curve.svg"
+    picture = tmp_path / "new" / "curve.svg"
     result = run("plan", dense / "dense", *text, "--json", "--plot", picture)
     found = json.loads(result.stdout)
     points = found["points"]

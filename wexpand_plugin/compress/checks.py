@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
 from torch import nn
 
 from ..errors import WexpandError
@@ -21,6 +23,7 @@ __all__ = [
     "refuse_distributed",
     "refuse_misfit",
     "refuse_nonfinite",
+    "refuse_shared",
     "refuse_unrolled",
 ]
 
@@ -34,6 +37,26 @@ def refuse_distributed(modifier: str) -> None:
             raise WexpandError(
                 f"{modifier}: {size} processes (torchrun) are not supported; run it in one"
             )
+
+
+def refuse_shared(modifier: Modifier, targets: Mapping[str, Any]) -> None:
+    """Linears that another modifier of the recipe quantises, or expands as well.
+
+    :param targets: by name, each with its `linear`
+    """
+    name = type(modifier).__name__
+    for target, found in targets.items():
+        if getattr(found.linear, "quantization_scheme", None) is not None:
+            raise WexpandError(
+                f"{target}: a quantization modifier and {name} both mean it; keep one of them "
+                "(values: int4 rounds to 4 bits), or let one ignore it"
+            )
+    for other in active_session().lifecycle.recipe.modifiers:
+        if other is not modifier and isinstance(other, type(modifier)):
+            if both := [t for t in targets if t in getattr(other, "_targets", {})]:
+                raise WexpandError(
+                    f"{both[0]}: two {name}s of the recipe mean it; let one of them ignore it"
+                )
 
 
 def refuse_misfit(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,10 @@ def curve(
         dataset_config=dataset_config, split=split, text_column=text_column, seed=seed,
     )  # fmt: skip
     dense, _ = load_dense(model, dtype)
+    with suppress(ImportError):  # llm-compressor 0.13
+        from llmcompressor.modeling.moe.linearize import linearize_moe
+
+        linearize_moe(dense)  # as oneshot does, so that what it refuses is refused here
     accelerator = torch.accelerator.current_accelerator()
     device = torch.device("cpu") if accelerator is None else accelerator
     dense.to(device)

@@ -34,6 +34,8 @@ def load_text(
             raise WexpandError(f"{path}: ends in {path.suffix!r}, not in {', '.join(FORMATS)}")
         if not path.stat().st_size:
             raise WexpandError(f"{path}: is empty")
+    elif not path.exists() and (path.suffix in FORMATS or dataset.startswith((".", "/", "~"))):
+        raise WexpandError(f"dataset: {dataset!r}: there is no such file")  # no id on the hub
     try:
         if path.is_dir() and (path / "dataset_info.json").exists():
             loaded = datasets.load_from_disk(str(path))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WexpandError, reason
+from ..format.model_dir import ModelDir
 from ..hf.hub import resolve
 from .data import calibration_rows, check_rows, load_text
 from .precision import compute_dtype, own_dtypes, set_dtypes
@@ -49,11 +50,12 @@ def load_inputs(
 
     Parameters as of `oneshot.compress`.
 
-    :raises WexpandError: a model that is none, is compressed already or has no tokenizer; text that
-        cannot be read or is too short; tokens that the model does not know
+    :raises WexpandError: a model that is none, is compressed already, is no causal language model
+        or has no tokenizer; text that cannot be read or is too short; tokens that the model does
+        not know
     """
     from loguru import logger
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(model, weights=False)
     try:
@@ -67,10 +69,17 @@ def load_inputs(
             f"model: {model!r} is already compressed (quant_method {method!r}); "
             "compress the dense model instead"
         )
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise WexpandError(
+            f"model: {model!r} is of type {config.model_type}, of which transformers has no causal "
+            "language model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         raise WexpandError(f"model: {model!r} has no tokenizer ({reason(error)})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of no files
+        raise WexpandError(f"model: {model!r} has no tokenizer files, tokenizer.json for one")
     longest = getattr(config, "max_position_embeddings", None) or max_seq_length
     length = min(max_seq_length, longest)
     rows = calibration_rows(
@@ -100,6 +109,8 @@ def load_dense(model: str, dtype: str) -> tuple[Any, dict[str, "torch.dtype"]]:
     try:
         dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
     except Exception as error:
+        if any(Path(model).glob("*.safetensors")):
+            list(ModelDir(model).headers)  # names a file that is damaged, as transformers does not
         raise WexpandError(f"model: {model!r} cannot be loaded ({reason(error)})") from error
     own, computing = own_dtypes(dense), compute_dtype(dtype, dense.dtype)
     if computing != dense.dtype:

@@ -19,6 +19,7 @@ from ..hf.saving import wrap_save_pretrained
 from ..method.masks import MaskStructure
 from ..method.prospects import Dial
 from ..method.settings import Settings
+from .announce import findings, say_beginning, say_end
 from .attention import FusedAttention
 from .bypass import Bypass
 from .calibration import CalibrationBatches, about_rows
@@ -27,11 +28,12 @@ from .checks import (
     refuse_distributed,
     refuse_misfit,
     refuse_nonfinite,
+    refuse_shared,
     refuse_unrolled,
 )
 from .choosing import Choice, choose_settings, refuse_unreachable, use_settings
-from .estimate import expected, refuse_unreadable
-from .expansion import Block, Target, allocate_targets, expand_block, parts
+from .estimate import refuse_unreadable
+from .expansion import Block, Target, allocate_targets, expand_block
 from .finished import finished_linears, restore_linears, wait_in
 from .made_by import crc_of_weights, made_by
 from .passing import PassingStatistics
@@ -43,7 +45,6 @@ from .tuning import DensePath
 from .whole import refuse_gaps, tune_whole
 
 __all__ = ["SparseExpansionModifier"]
-
 
 
 class SparseExpansionModifier(Modifier):
@@ -205,6 +206,7 @@ class SparseExpansionModifier(Modifier):
         patterns = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         blocks = dict(match_named_modules(model, patterns))
         self._blocks, self._targets = find_targets(model, blocks, self.targets, self.ignore)
+        refuse_shared(self, self._targets)
         for name, target in self._targets.items():
             assert target.linear is not None
             weight = target.linear.weight
@@ -230,37 +232,16 @@ class SparseExpansionModifier(Modifier):
             refuse_gaps(model, [block.place for block in self._blocks.values()])
             self._batches.keep = True
         self._attention = FusedAttention(block.module for block in self._blocks.values())
-        self._say(model, linears, tokens, batches)
-        return True
-
-    def _say(
-        self, model: nn.Module, linears: dict[str, nn.Linear], tokens: int, batches: int
-    ) -> None:
-        dense = sum(
-            weight.numel() * stored_dtype(model, weight).itemsize
-            for weight in (linear.weight for linear in linears.values())
-        )
-        size = "in full" if self.size_budget is None else f"in {self.size_budget} x their size"
-        blocks = {
-            block.module: {n: li for n, li in linears.items() if self._targets[n].block == name}
-            for name, block in self._blocks.items()
-        }
-        tried = 0
-        if self._dial is not None:
-            tried = sum(len(sparsities) for sparsities in self._dial.grid().values())
-        known = expected(
-            model, blocks, tokens, batches, self._settings, self.size_budget, tried,
+        say_beginning(
+            model, self._blocks, self._targets, self._settings, self._dial, tokens, batches,
             self._part.kept,
         )  # fmt: skip
-        logger.info(
-            f"Expanding {len(linears)} linears ({dense / 2**20:.1f} MiB dense) of "
-            f"{len(self._blocks)} blocks into {parts(self._settings)} at sparsity "
-            f"{self.sparsity} ({self.mask_structure}), stored {size}; {known}"
-        )
+        return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):
         """Choose settings where the recipe leaves them open; from now on record each block's
         arguments."""
+        refuse_shared(self, self._targets)  # now that all modifiers have found theirs
         self._attention.hook()
         if self._dial is not None:
             choice = self._part.read("plan")
@@ -330,13 +311,7 @@ class SparseExpansionModifier(Modifier):
         self._settle()
         if any(target.candidates for target in self._targets.values()):
             allocate_targets(state.model, self._targets, self._settings)
-        done = [t.routed for t in self._targets.values() if t.routed is not None]
-        stored, dense = sum(m.stored_bytes() for m in done), sum(m.dense_bytes() for m in done)
-        if done:
-            logger.info(
-                f"Expanded {len(done)} linears: {stored / 2**20:.1f} MiB, "
-                f"{stored / dense:.3f} of dense"
-            )
+        say_end(self._targets, self._choice)
 
     def on_finalize(self, state: State, **kwargs) -> bool:
         """From now on saving the model writes the packed checkpoint."""
@@ -348,15 +323,9 @@ class SparseExpansionModifier(Modifier):
         if dense:
             logger.warning(f"no calibration token reached {', '.join(dense)}: they stay dense")
         about = made_by(self, state.model, self._batches)
-        predicted = {n: t.loss for n, t in self._targets.items() if t.loss is not None}
-        if predicted:
-            about["predicted_loss"] = {name: float(f"{v:.3g}") for name, v in predicted.items()}
-        if self._settings.tune_epochs:
-            about["tuned"] = {
-                name: [float(f"{e:.3g}") for e in errors] for name, errors in self._tuned.items()
-            }
-        if self._choice is not None:
-            about["dial"] = self._choice.about()
+        about |= findings(
+            self._targets, self._tuned if self._settings.tune_epochs else None, self._choice
+        )
         if self._settings.tune_model_epochs:
             about["tuned_model"] = self._tune_whole(state.model)
         wrap_save_pretrained(state.model, about)

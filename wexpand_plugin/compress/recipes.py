@@ -38,13 +38,12 @@ def dial_recipe(size: float | None, read: float | None = None) -> str:
     """
     import yaml
 
+    if size is None and read is None:
+        raise WexpandError("size: is missing; give a size, what a token reads, or a recipe")
     for key, value in (("size", size), ("read", read)):
-        if (key == "size" and size is None and read is None) or (
-            value is not None and not 0 < value < 1
-        ):
+        if value is not None and not 0 < value < 1:
             raise WexpandError(
-                f"{key}: {value} should be above 0 and below 1, bytes over dense bytes; or give a "
-                "recipe"
+                f"{key}: {value} should be above 0 and below 1, bytes over dense bytes"
             )
     stages = yaml.safe_load(Path(recipe("dial")).read_text(encoding="utf8"))
     ((_, modifiers),) = stages["dial_stage"].items()
@@ -86,7 +85,9 @@ def check_recipe(path: str | Path) -> None:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = _unknown(str(first["loc"][-1]), error.title)
-        elif key and first["type"] != "missing":
+        elif first["type"] == "missing":
+            message = "is missing; the recipe should give it a value"
+        elif key:
             message = f"{first['input']!r}: {message}"
         raise WexpandError(f"{path}: {error.title}{key and f'.{key}'}: {message}") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -105,7 +106,8 @@ def check_recipe(path: str | Path) -> None:
 def _modifiers(path: Path, stages: Any) -> list[tuple[str, Any]]:
     """(name, arguments) of every modifier, by the names that llm-compressor looks for."""
     if not isinstance(stages, dict) or not stages:
-        raise WexpandError(f"{path}: is empty; a recipe maps NAME_stage to NAME_modifiers")
+        problem = f"holds a {type(stages).__name__}" if stages else "is empty"
+        raise WexpandError(f"{path}: {problem}; a recipe maps NAME_stage to NAME_modifiers")
     found = []
     for stage, groups in stages.items():
         if not str(stage).endswith("_stage"):

@@ -1,5 +1,6 @@
 """Which linears a recipe means."""
 
+import re
 from collections.abc import Mapping
 
 from compressed_tensors.utils import match_named_modules
@@ -24,9 +25,12 @@ def target_linears(
 
     :param targets: names, `re:` patterns or class names
     :param ignore: the same, for linears or modules that contain them, to leave out
-    :raises WexpandError: there are none
+    :raises WexpandError: there are none, or a pattern is no regular expression
     """
     targets, ignore = ([v] if isinstance(v, str) else v for v in (targets, ignore))
+    for key, patterns in (("targets", targets), ("ignore", ignore)):
+        for pattern in patterns:
+            _refuse_pattern(key, pattern)
     ignored = {name for name, _ in match_named_modules(model, ignore)}
     found: dict[str, nn.Linear] = {}
     for name, module in match_named_modules(model, targets, ignore, warn_on_fail=True):
@@ -36,6 +40,12 @@ def target_linears(
             if isinstance(child, nn.Linear) and not out:
                 found[full] = child
     if not found:
+        others = [n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"]
+        if others:
+            raise WexpandError(
+                f"{others[0]}: is a Conv1D of transformers, as all linears of the blocks of "
+                f"{type(model).__name__}, which is not supported; torch.nn.Linear is"
+            )
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         example = f"; it has {len(linears)}, for example {linears[0]}" if linears else ""
         raise WexpandError(
@@ -43,6 +53,15 @@ def target_linears(
             f"{type(model).__name__}{example}"
         )
     return found
+
+
+def _refuse_pattern(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    except re.error as error:
+        raise WexpandError(
+            f"{key}: {pattern!r} should be a regular expression after re: ({error})"
+        ) from None
 
 
 def find_targets(

@@ -29,8 +29,9 @@ def require_empty(output: str | Path) -> None:
     path = Path(output)
     if path.is_dir() and any(not _TEMPORARY.fullmatch(file.name) for file in path.iterdir()):
         raise WexpandError(f"{output}: is not empty; name a directory that does not exist")
-    if path.exists() and not path.is_dir():
-        raise WexpandError(f"{output}: is a file; name a directory that does not exist")
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise WexpandError(f"{place}: is a file; name a directory that does not exist")
 
 
 @contextmanager

@@ -201,8 +201,7 @@ def _sizes(model: ModelDir, entries: list[LinearEntry]) -> str:
 def _kinds(entries: list[LinearEntry]) -> str:
     kept = sum(entry.nnz for entry in entries)
     places = sum(entry.versions * entry.in_features for entry in entries)
-    values = sorted({str(entry.codec) for entry in entries})
-    said = [f"{1 - kept / places:.1%} zeros", f"kept values in {' and '.join(values)}"]
+    said = [f"{1 - kept / places:.1%} zeros", f"kept values in {_values(entries)}"]
     for word, most in (
         ("experts", max(entry.experts for entry in entries)),
         ("clusters with a bias each", max(e.clusters * e.cluster_bias for e in entries)),
@@ -210,6 +209,19 @@ def _kinds(entries: list[LinearEntry]) -> str:
         if most > 1:
             said.append(f"up to {most} {word} per linear")
     return f"{'; '.join(said)}."
+
+
+def _values(entries: list[LinearEntry]) -> str:
+    """The codecs: `bfloat16, and int3 and int4 in groups of 128`."""
+    grouped: dict[str, list[str]] = {}
+    for codec in sorted({str(entry.codec) for entry in entries}):
+        kind, _, groups = codec.partition(", ")
+        grouped.setdefault(f" in {groups}" if groups else "", []).append(kind)
+    listed = [
+        " and ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1]))) + groups
+        for groups, kinds in grouped.items()
+    ]
+    return ", and ".join(listed)
 
 
 def _about(made_by: Mapping[str, Any]) -> str:

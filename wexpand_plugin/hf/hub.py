@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import WexpandError, reason
+from ..format.model_dir import CONFIG
 
 __all__ = ["resolve"]
 
@@ -14,10 +15,12 @@ def resolve(model: str | Path, *, weights: bool = True) -> Path:
     """A local model directory: `model` itself, or the download of this id from the hub.
 
     :param weights: whether the download needs the model's weights
-    :raises WexpandError: neither a directory nor the id of a model that the hub gives
+    :raises WexpandError: neither a model directory nor the id of a model that the hub gives
     """
     path = Path(model)
     if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise WexpandError(f"{model}: holds no {CONFIG}, so it is not a model directory")
         return path
     if path.exists():
         raise WexpandError(f"{model}: is a file; a model is a directory or an id on the hub")

@@ -3,6 +3,7 @@
 `SparseExpansionModifier` explains the keys to users and takes its defaults from here.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -118,28 +119,29 @@ class Settings:
             self._refuse("budget_scope", '"layer" or "model"')
         if self.allocate_by not in ALLOCATE_BY:
             self._refuse("allocate_by", f"one of {', '.join(ALLOCATE_BY)}")
-        if self.dampening_frac <= 0:
-            self._refuse("dampening_frac", "above 0")
+        if not 0 < self.dampening_frac < math.inf:
+            self._refuse("dampening_frac", "above 0 and finite")
         if self.tune_epochs < 0:
             self._refuse("tune_epochs", "0 or above")
-        if self.tune_lr is not None and self.tune_lr <= 0:
-            self._refuse("tune_lr", "above 0, or null")
+        if self.tune_lr is not None and not 0 < self.tune_lr < math.inf:
+            self._refuse("tune_lr", "above 0 and finite, or null")
         if self.tune_model_epochs < 0:
             self._refuse("tune_model_epochs", "0 or above")
-        if self.tune_model_lr <= 0:
-            self._refuse("tune_model_lr", "above 0")
-        if self.shrinkage < 0:
-            self._refuse("shrinkage", "0 or above")
+        if not 0 < self.tune_model_lr < math.inf:
+            self._refuse("tune_model_lr", "above 0 and finite")
+        if not 0 <= self.shrinkage < math.inf:
+            self._refuse("shrinkage", "0 or above, and finite")
         if self.read_budget is not None:
             if self.num_experts == 1:
                 right = "null: with one expert a token reads all there is, at any sparsity but auto"
                 self._refuse("read_budget", right)
-            if self.read_budget <= 0:
+            if not self.read_budget > 0:
                 self._refuse("read_budget", "above 0, or null for no bound")
         if self.size_budget is not None:
             if self.num_experts == 1:
-                self._refuse("size_budget", "null: with one expert there is nothing to allocate")
-            if self.size_budget <= 0:
+                right = "null: one expert and this sparsity leave nothing to choose (auto does)"
+                self._refuse("size_budget", right)
+            if not self.size_budget > 0:
                 self._refuse("size_budget", "above 0, or null for full expansion")
             if self.tune_epochs and self.budget_scope == "model":
                 right = "layer with tune_epochs: a block is tuned before the model shares a budget"

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import WexpandError, reason
+
 __all__ = [
     "inspect",
     "lm_eval",
@@ -264,4 +266,7 @@ def lm_eval(context: typer.Context) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["lm-eval", *context.args]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:  # what lm-eval says of arguments, a task that is none for one
+        raise WexpandError(f"lm-eval: {reason(error)}") from error

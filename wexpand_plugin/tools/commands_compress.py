@@ -105,6 +105,8 @@ def compress(
     for key, flag in (("model", "MODEL"), ("dataset", "--dataset"), ("output", "--output")):
         if options[key] is None:
             ctx.fail(f"Missing {flag}.")
+    if all(options[key] is None for key in ("size", "read", "recipe")):
+        ctx.fail("Missing --size, --read or --recipe, which say how small.")
 
     from ..compress.oneshot import compress
 

@@ -91,4 +91,5 @@ def plot(curve: "Curve", file: Path) -> None:
         axes.set_xlabel("bits per weight (beside the points: --size)")
         axes.set_ylabel("predicted added loss, nats per token")
         axes.set_title(f"{Path(curve.model).name}, before tuning")
+        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file)
