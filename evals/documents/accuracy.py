@@ -86,15 +86,15 @@ def real_model_short() -> str:
 
     def said(name: str) -> str:
         bits, added = next(point for point in points[name] if point)
-        return f"{added:.3f} at {bits:.2f}"
+        return f"{added:.3f} at {bits:.2f} bits"
 
     tuned = [point for point in points["int3"][1:] if point]
     after = f" Tuned, `int3` adds {min(p[1] for p in tuned):.3f}." if tuned else ""
     return paragraph(
-        "Loss added to SmolLM2-135M's, in nats, at so many bits per weight, without tuning: "
-        f"`int4` {said('int4')}, llm-compressor's GPTQModifier {said('GPTQ 4 bits')}; `int3` "
-        f"{said('int3')}, GPTQModifier {said('GPTQ 3 bits')}; half zeros with 4-bit values "
-        f"{said('50% int4')}.{after}"
+        "What SmolLM2-135M loses, in nats per token more than the dense model, and at how many "
+        f"bits per weight: `int4` {said('int4')} (llm-compressor's GPTQModifier "
+        f"{said('GPTQ 4 bits')}); `int3` {said('int3')} (GPTQModifier {said('GPTQ 3 bits')}); half "
+        f"zeros with 4-bit values {said('50% int4')}. Nothing is tuned there.{after}"
     )
 
 

@@ -50,7 +50,7 @@ def serve_setting() -> str:
     return paragraph(
         f"vLLM as a whole on {machine(found['machine'])}: {found['layers']} blocks of TinyLlama's "
         f"shape (width {found['hidden']}) in {found['dtype']}, random weights. Tokens per second, "
-        f"and dense time over this one's (`{found['command']} --llama PYTHON`, "
+        f"and how many times the dense model's that is (`{found['command']} --llama PYTHON`, "
         "evals/results/serve_contenders.json)."
     )
 

@@ -176,7 +176,7 @@ def test_missing_libraries_are_asked_for_by_their_extra(root):
     extras = extras["optional-dependencies"]
     for library, extra in (("jinja2", "report"), ("datasets", "report"), ("lm_eval", "eval")):
         text = sentence_of(ModuleNotFoundError(name=library))
-        assert text == f"{library} is not installed; pip install 'wexpand-plugin[{extra}]'"
+        assert text.startswith(f"{library} is not installed; ") and f"'.[{extra}]'" in text
         assert any(library.replace("_", "-") in needed for needed in extras[extra])
 
 

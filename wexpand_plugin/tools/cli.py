@@ -40,7 +40,7 @@ def wexpand(
         bool, typer.Option("--debug", envvar="WEXPAND_DEBUG", help="Show tracebacks of errors.")
     ] = False,
 ) -> None:
-    """Sparse weights that are small on disk, in memory and per token.
+    """Language models with weights in few bits, sparse, or both, from llm-compressor to vLLM.
 
     \b
     A model that was pruned already, and is saved with its zeros:

@@ -54,5 +54,6 @@ def sentence(error: Exception) -> str | None:
         return f"safetensors: {reason(error)}"  # a full disk, for one
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
         extra = _EXTRAS[error.name]
-        return f"{error.name} is not installed; pip install 'wexpand-plugin[{extra}]'"
+        how = f"in a clone of wexpand-plugin: pip install -e '.[{extra}]'"
+        return f"{error.name} is not installed; {how}"
     return None

@@ -52,7 +52,7 @@ def compress(
     read: Annotated[
         float | None,
         typer.Option(
-            help="The same for what a token reads of them, so for speed; either or both."
+            help="The same for what a token reads of them; without experts that is all of --size."
         ),
     ] = None,
     recipe: Annotated[
@@ -89,12 +89,11 @@ def compress(
       wexpand compress Qwen/Qwen3-0.6B -d notes.txt -o OUT -r sparse_expansion_budget
       wexpand compress --resume OUT
 
-    With --size, zeros and bits of each linear are chosen for the least loss, then tuned (recipe
-    "dial"); `wexpand plan` shows what sizes are predicted to cost. The recipe
-    has one expert, of which a token reads all that is stored. A recipe says which linears, how
-    sparse, how many experts and how many bytes; an unknown name lists those of the package, whose
-    files explain their keys. More experts want more calibration tokens (samples x length): some
-    thousands for each.
+    With --size, zeros and bits of each linear are chosen for the least loss, and what is kept is
+    tuned (recipe "dial"); `wexpand plan` shows what sizes are predicted to cost. A recipe says
+    which linears, how sparse, how many experts and how many bytes. Those of the package are
+    listed in docs/cli.md, and their files explain each key. Each expert wants some thousands of
+    calibration tokens (samples x length).
 
     A run that was killed or ran out of disk goes on with --resume, to the same bytes as if nothing
     had happened. Until OUT is complete, finished blocks lie beside it in .OUT.unfinished.
@@ -139,7 +138,7 @@ def plan(
     dataset: Annotated[str, _DATASET],
     size: Annotated[
         list[float] | None,
-        typer.Option(help="A size to look at, bytes over dense bytes; may be given again."),
+        typer.Option(help="A size to look at, bytes over dense bytes; may be repeated."),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="A picture of the curve: .png, .svg or .pdf.")
@@ -155,9 +154,9 @@ def plan(
 ) -> None:
     """Predict what MODEL loses at a dozen sizes, before compressing it to one.
 
-    One backward pass says what errors of each linear cost, a trial of every choice of zeros and
-    bits says what errors there are. The loss is in nats per token, over the dense model's, before
-    tuning, and for one expert, of which a token reads all that is stored.
+    One backward pass says what errors of each linear cost, and trials say what errors each choice
+    of zeros and bits makes. The loss is in nats per token, added to the dense model's, and before
+    tuning, which lowers it.
 
     \b
     Example:
