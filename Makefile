@@ -3,6 +3,9 @@
 # make test-serve  the vLLM half of the suite; with VLLM=0.29.0, here or above, that version of
 #                  vLLM is used instead of the pinned one, in an environment of its own
 # make docs      writes every table of README.md and docs/ anew from evals/results
+# make evidence  the paper's claims on the embedded model and on SmolLM2; an hour. DATA=FOLDER
+#                  has the texts (evals/paper/texts.py), or they come from the hub; MODEL=DIR is
+#                  SmolLM2 or another model; QUICK=1: the embedded model alone, small, minutes
 # make sanitize    random cases of the CPU kernel under AddressSanitizer and UBSan (x86; minutes)
 # The others first make the environments they need; versions are pinned in .ci/pins.txt.
 
@@ -13,7 +16,7 @@ SERVE := $(VENVS)/serve$(if $(VLLM),-$(VLLM))
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 TEST_SERVE := $(TEST_ENV) $(SERVE)/bin/python -m pytest tests/serve
 
-.PHONY: help demo docs test test-serve sanitize lint env-compress env-serve clean
+.PHONY: help demo docs evidence test test-serve sanitize lint env-compress env-serve clean
 help:
 	@sed -n '/^#/!q; s/^# //p' Makefile
 	@echo "make lint, make env-compress, make env-serve, make clean (keeps the environments)"
@@ -28,6 +31,15 @@ demo: env-compress env-serve
 
 docs: env-compress
 	$(COMPRESS)/bin/python -m evals.documents
+
+EVIDENCE := $(COMPRESS)/bin/python -m evals.paper $(if $(DATA),--data $(DATA))
+evidence: env-compress
+ifdef QUICK
+	$(EVIDENCE) --quick
+else
+	$(EVIDENCE)
+	$(EVIDENCE) --model $(or $(MODEL),smollm2) --seeds 1 --tokens 8192
+endif
 
 lint: env-compress
 	$(COMPRESS)/bin/ruff check .

@@ -1,6 +1,6 @@
-"""Write every block of README.md and docs/*.md, and the plot."""
+"""Write every block of README.md and docs/*.md, and the plots."""
 
-from . import TABLES, picture
+from . import TABLES, evidence, picture
 from .fill import DOCUMENTS, ROOT, fill
 
 
@@ -15,6 +15,9 @@ def main() -> None:
     if picture.drawn() != picture.series():
         picture.draw()
         print(f"wrote {picture.FILE.relative_to(ROOT)}")
+    for name in evidence.measured():
+        if evidence.drawn(name) != evidence.digest(name):
+            print(f"wrote {evidence.draw(name).relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -277,20 +277,22 @@ def dial() -> str:
 
 
 def paper() -> str:
-    """The paper's claims on the pocket model."""
-    neurons, gains = results("entangled_neurons"), results("improvement")
+    """The paper's claims, in two sentences."""
+    neurons = results("evidence/pocket/entangled_neurons")["seeds"].values()
+    gains = results("evidence/pocket/improvement")["seeds"].values()
 
     def last(name: str) -> float:
-        return mean(seed[-1] for seed in neurons["loss"][name]) - neurons["dense_loss"]
+        return mean(seed["added"]["0.95"][name] for seed in neurons)
 
-    r2 = gains["summary"]["R2 wasserstein"]["mean"]
+    r2 = mean(row["R2"]["WD"] for seed in gains for row in seed["rows"])
     return paragraph(
-        f"That the {neurons['percent']:.0f}% of neurons with the highest Wasserstein distance bear "
-        f"sparsity worst holds on the pocket model: at {neurons['sparsity'][-1]:.0%} sparsity of "
-        f"these neurons alone the loss rises by {last('wasserstein'):.2f}, with random neurons "
-        f"instead by {last('random'):.2f} (`{neurons['command']}`). That they gain most from "
-        f"experts does not hold: the distance explains a share of {r2:.3f} of the variance of the "
-        f"gain (`{gains['command']}`)."
+        "That the 3% of neurons with the highest Wasserstein distance bear sparsity worst holds on "
+        "the pocket model: at 95% sparsity of these neurons alone the loss rises by "
+        f"{last('WD'):.2f}, with random neurons instead by {last('random'):.2f} (`python -m "
+        "evals.paper.entangled_neurons`). That they gain most from experts does not hold: the "
+        f"distance explains a share of {r2:.3f} of the variance of the gain (`python -m "
+        "evals.paper.improvement`). All hypotheses with their verdicts, on a real model too: "
+        "[evidence.md](evidence.md)."
     )
 
 

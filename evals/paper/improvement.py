@@ -1,60 +1,41 @@
-"""Claim (b), the paper's Fig. 7: what predicts a neuron's improvement under expansion?
+"""(c) What predicts a neuron's improvement under expansion? The paper's Fig. 7.
 
-    python -m evals.paper.improvement [--seeds 3] [--json FILE] [--plot FILE]
+    python -m evals.paper.improvement [--model DIR] [--seeds 3] [--quick]
 
 Every MLP linear of the dense model is pruned once by SparseGPT and once with 16 experts, at one
 sparsity; a neuron's relative improvement is RMSE(SparseGPT) / RMSE(experts) on held-out tokens.
-It is compared with the neuron's Wasserstein distance, excess kurtosis, base error and weight norm:
-R2 of a straight line through each, per linear, averaged over linears. The control splits the same
-tokens at random into clusters of the same sizes: whatever improves there is not due to the input.
+R2 of a straight line through each predictor, per linear. The control deals the same tokens at
+random into parts of the same sizes: what improves there is not due to the input.
 """
 
-import json
-import statistics
-from pathlib import Path
-from typing import Annotated
+from statistics import mean
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
-from evals.allocation import held_out_texts, training_texts
-from evals.paper.inputs import label, mlp_linears, record, write_plot
-from evals.perplexity import load_model, read_texts
-from evals.pocket import MODEL
-from wexpand_plugin.method.clusters import fit_router
-from wexpand_plugin.method.masks import MaskStructure
-from wexpand_plugin.method.neurons import neuron_scores
-from wexpand_plugin.method.solvers.sparsegpt import solve
+from .disentangling import shuffled
+from .frame import experiment
+from .pictures import COLOURS, per_model
+from .pruning import cluster_hessians, experts, hessian, routed_errors, stacked
+from .study import CLUSTERS, Study
+from .verdicts import Claim
 
-__all__ = ["improvement"]
+__all__ = ["CAPTION", "QUESTION", "claims", "draw", "measure"]
 
-ROW = MaskStructure.parse("row")
-
-
-def cluster_hessians(x: Tensor, labels: Tensor, experts: int, shrinkage: float = 0.03) -> Tensor:
-    """Mean of x x^T per cluster, small ones mixed with the mean over all tokens."""
-    total = x.t() @ x / len(x)
-    found = []
-    for expert in range(experts):
-        part = x[labels == expert]
-        share = shrinkage * x.shape[1] / (len(part) + shrinkage * x.shape[1])
-        found.append((1 - share) * part.t() @ part / max(1, len(part)) + share * total)
-    return torch.stack(found)
+QUESTION = "What predicts how much a neuron gains from experts?"
+CAPTION = (
+    "Above: RMSE of one mask over that of 16 experts on held-out tokens, at 80% sparsity, against "
+    "the neuron's Wasserstein distance; seed 0, some neurons of all linears. Below: R2 of "
+    "what predicts it (grey: for experts of random parts)."
+)
+SPARSITY = 0.8
+POINTS = 800
 
 
-def improvement(
-    weight: Tensor, x: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, sparsity: float
-) -> tuple[Tensor, Tensor]:
-    """(relative improvement, RMSE of SparseGPT) of each neuron on `test` tokens."""
-    experts = int(labels.max()) + 1
-    base = solve(weight, (x.t() @ x / len(x))[None], sparsity, ROW).weights[0]
-    own = solve(weight, cluster_hessians(x, labels, experts), sparsity, ROW).weights
-    base_error = (test @ (base - weight).t()).square().sum(dim=0)
-    own_error = torch.zeros_like(base_error)
-    for expert in range(experts):
-        own_error += (test[test_labels == expert] @ (own[expert] - weight).t()).square().sum(dim=0)
-    return (base_error / own_error).sqrt(), (base_error / len(test)).sqrt()
+def rmse(errors: Tensor) -> Tensor:
+    """Of each neuron: [tokens, rows] -> [rows]."""
+    return errors.square().mean(dim=0).sqrt()
 
 
 def r_squared(a: Tensor, b: Tensor) -> float:
@@ -62,83 +43,90 @@ def r_squared(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1] ** 2)
 
 
-def main(
-    json_file: Annotated[Path, typer.Option("--json")] = Path("evals/results/improvement.json"),
-    plot: Annotated[Path, typer.Option()] = Path("evals/results/improvement.png"),
-    model: Annotated[str, typer.Option()] = str(MODEL),
-    dataset: Annotated[str, typer.Option()] = "pocket",
-    sparsity: Annotated[float, typer.Option()] = 0.8,
-    experts: Annotated[int, typer.Option()] = 16,
-    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-) -> None:
-    """Relative improvement of neurons against what might predict it."""
-    from transformers import AutoTokenizer
-
-    tokenizer, network = AutoTokenizer.from_pretrained(model), load_model(model)
-    linears = mlp_linears(network)
-    held_out = held_out_texts(dataset)
-    texts = read_texts(held_out) if isinstance(held_out, str) else held_out
-    tests = record(network, tokenizer, texts, tokens // 2)
-    rows, points = [], {}
-    for seed in range(seeds):
-        inputs = record(network, tokenizer, training_texts(dataset, seed), tokens)
-        for name, linear in linears.items():
-            weight, x, test = linear.weight.detach(), inputs[name], tests[name]
-            router = fit_router(x[:8192], experts, restarts=2, seed=seed)
-            labels, test_labels = router.route(x), router.route(test)
-            mix = torch.Generator().manual_seed(seed)
-            chance = labels[torch.randperm(len(labels), generator=mix)]
-            test_chance = test_labels[torch.randperm(len(test_labels), generator=mix)]
-            gain, error = improvement(weight, x, labels, test, test_labels, sparsity)
-            control, _ = improvement(weight, x, chance, test, test_chance, sparsity)
-            scores = neuron_scores(x, weight, pairs=1000, seed=seed)
+def measure(study: Study, seed: int) -> dict[str, Any]:
+    """A row for each linear, and some neurons of all."""
+    rows, points = [], []
+    for recorded, test in zip(study.inputs(seed), study.held_out(seed), strict=True):
+        weight, router = stacked(recorded.group), study.router(seed, recorded)
+        labels, test_labels = router.route(recorded.x), router.route(test.x)
+        one = experts(weight, hessian(recorded.x)[None], SPARSITY)[0]
+        base = rmse(test.x @ (one - weight).t())
+        own = []
+        for cluster, test_cluster in (
+            (labels, test_labels),
+            (shuffled(labels, seed), shuffled(test_labels, seed)),
+        ):
+            pruned = experts(weight, cluster_hessians(recorded.x, cluster, CLUSTERS), SPARSITY)
+            own.append(base / rmse(routed_errors(weight, pruned, test.x, test_cluster)))
+        at = 0
+        for number, name in enumerate(recorded.group.names):
+            scores = study.scores(seed, recorded, number)
+            part = slice(at, at := at + len(scores.wd))
+            gain, control = own[0][part], own[1][part]
             predictors = {
-                "wasserstein": scores.wd, "kurtosis": scores.kurtosis, "base error": error,
-                "weight norm": weight.norm(dim=1),
+                "WD": scores.wd, "kurtosis": scores.kurtosis, "MD / MD_null": scores.md_ratio,
+                "variance": scores.std.square(), "error of one mask": base[part],
+                "weight norm": weight[part].norm(dim=1),
             }  # fmt: skip
-            row = {"seed": seed, "linear": name, "improvement": float(gain.median()),
-                   "control": float(control.median())}  # fmt: skip
-            row |= {f"R2 {k}": r_squared(v, gain) for k, v in predictors.items()}
-            row |= {f"R2 control {k}": r_squared(v, control) for k, v in predictors.items()}
-            rows.append(row)
-            if seed == 0:
-                points[name] = (scores.wd, gain, control)
-            print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v}"
-                            for k, v in row.items()), flush=True)  # fmt: skip
-    summary = {}
-    for key in [k for k in rows[0] if k not in ("seed", "linear")]:
-        per_seed = [statistics.mean(r[key] for r in rows if r["seed"] == s) for s in range(seeds)]
-        deviation = statistics.stdev(per_seed) if seeds > 1 else 0.0
-        summary[key] = {"mean": statistics.mean(per_seed), "stdev": deviation}
-        print(f"{key:28} {summary[key]['mean']:.3f} +- {deviation:.3f}")
-    json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(json.dumps({
-        "command": "python -m evals.paper.improvement", "model": label(model),
-        "dataset": Path(dataset).name, "sparsity": sparsity, "experts": experts,
-        "summary": summary, "rows": rows,
-    }, indent=1) + "\n")  # fmt: skip
-    draw(points, summary, label(model), plot)
+            rows.append({
+                "linear": name, "gain": float(gain.median()), "control": float(control.median()),
+                "R2": {k: r_squared(v, gain) for k, v in predictors.items()},
+                "R2 control": {k: r_squared(v, control) for k, v in predictors.items()},
+            })  # fmt: skip
+            points.append(torch.stack([scores.wd, gain.double(), control.double()]))
+    if seed:
+        return {"rows": rows}
+    every = torch.cat(points, dim=1)
+    some = torch.randperm(every.shape[1], generator=torch.Generator().manual_seed(0))[:POINTS]
+    return {"rows": rows, "points": every[:, some].T.tolist()}
 
 
-def draw(points: dict, summary: dict, model: str, path: Path) -> None:
-    """Improvement against Wasserstein distance, clusters and control, all linears."""
-    import matplotlib
+def claims(found: list[dict[str, Any]]) -> list[Claim]:
+    """Means over linears."""
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def r2(predictor: str) -> list[float]:
+        return [mean(row["R2"][predictor] for row in one["rows"]) for one in found]
 
-    figure, axes = plt.subplots(figsize=(6.5, 4))
-    wd, gain, control = (torch.cat([p[i].float() for p in points.values()]) for i in range(3))
-    axes.scatter(wd, control, s=3, alpha=0.4, color="#999999", label="random split of tokens")
-    axes.scatter(wd, gain, s=3, alpha=0.4, color="#0072b2", label="clusters of inputs")
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("Wasserstein distance of the neuron to N(0, 1)")
-    axes.set_ylabel("RMSE of SparseGPT / RMSE of 16 experts")
-    axes.set_title(f"{model}: R2 {summary['R2 wasserstein']['mean']:.2f} (mean over linears)")
-    axes.legend(frameon=False, markerscale=4)
-    write_plot(figure, path)
+    names = [name for name in found[0]["rows"][0]["R2"] if name != "WD"]
+    rivals = [max(values) for values in zip(*map(r2, names), strict=True)]
+    gains = [mean(row["gain"] for row in one["rows"]) for one in found]
+    control = [mean(row["control"] for row in one["rows"]) for one in found]
+    return [
+        Claim("Experts of clusters err less than one mask",
+              "RMSE of one mask over the experts', median neuron", gains, 1.05),
+        Claim("... than experts of random parts",
+              "the same over that of random parts",
+              [a / b for a, b in zip(gains, control, strict=True)], 1.05),
+        Claim("WD predicts a neuron's improvement", "R2 of a line (the paper's: 0.24)",
+              r2("WD"), 0.1),
+        Claim("... better than what is simpler",
+              f"its R2 less the best of {', '.join(names)}",
+              [a - b for a, b in zip(r2("WD"), rivals, strict=True)], 0.0),
+    ]  # fmt: skip
+
+
+def draw(found: dict[str, list[dict[str, Any]]], figure: Any) -> None:
+    """Above neurons, below R2 of each predictor."""
+    figure.set_figheight(4.8)
+    axes = figure.subplots(2, len(found), squeeze=False)
+    for (model, seeds), (above, below) in per_model(found, axes):
+        wd, gain, control = zip(*seeds[0]["points"], strict=True)
+        above.scatter(wd, control, s=3, alpha=0.4, color="#999999", label="random parts")
+        above.scatter(wd, gain, s=3, alpha=0.4, color=COLOURS[0], label="clusters")
+        above.axhline(1, color="black", linewidth=0.8)
+        above.set(title=model, xlabel="WD to N(0, 1)", ylabel="improvement")
+        above.legend(frameon=False, fontsize=6, markerscale=3)
+        names = list(seeds[0]["rows"][0]["R2"])
+        for shift, key, colour in ((-0.2, "R2", COLOURS[0]), (0.2, "R2 control", "#999999")):
+            runs = [[mean(row[key][n] for row in one["rows"]) for one in seeds] for n in names]
+            means = [mean(values) for values in runs]
+            ends = [[m - min(v) for m, v in zip(means, runs, strict=True)],
+                    [max(v) - m for m, v in zip(means, runs, strict=True)]]  # fmt: skip
+            places = [i + shift for i in range(len(names))]
+            below.bar(places, means, 0.4, yerr=ends, color=colour, error_kw={"linewidth": 0.8})
+        below.set_xticks(range(len(names)), [n.replace(" ", "\n", 1) for n in names], fontsize=5)
+        below.set_ylabel("R2 with improvement")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    experiment(__file__)

@@ -1,0 +1,120 @@
+"""The options that all experiments share, and the files that they fill.
+
+    --model DIR    the pocket model unless said otherwise; smollm2: SmolLM2-135M-Instruct, which is
+                   fetched unless runs/real_model has it
+    --data FOLDER  texts (see `texts`); what it lacks comes from the hub
+    --seeds N      how many times all is measured, with other text, clusters and chance
+    --tokens N     calibration tokens
+    --json FOLDER  where NAME.json goes; evals/results/evidence/MODEL
+    --quick        one seed and less of everything, to see that all runs; not into evals/results
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evals.pocket import MODEL
+
+from . import EXPERIMENTS, RESULTS
+from .inputs import label
+from .study import Study
+
+__all__ = ["experiment", "experiments", "run"]
+
+QUICK_TOKENS = 4096
+QUICK = Path("runs/evidence")
+
+Model = Annotated[str, typer.Option(help="A model's directory.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of texts.")]
+Seeds = Annotated[int, typer.Option(min=1)]
+Tokens = Annotated[int, typer.Option(help="Calibration tokens.")]
+Folder = Annotated[Path | None, typer.Option("--json", help="Folder for results.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Only to see that all runs.")]
+
+
+def run(name: str, study: Study, seed: int, folder: Path) -> None:
+    """Measure one experiment with one seed and add it to FOLDER/NAME.json, unless it is there."""
+    module = import_module(f"evals.paper.{name}")
+    file = folder / f"{name}.json"
+    content: dict[str, Any] = {"command": f"python -m evals.paper.{name}", **study.setting}
+    old = json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
+    seeds = old.pop("seeds", {}) if {k: old.get(k) for k in content} == content else {}
+    if str(seed) not in seeds:
+        begin = time.process_time()
+        found = module.measure(study, seed)
+        seeds[str(seed)] = {"cpu_seconds": round(time.process_time() - begin)} | found
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_short(content | {"seeds": seeds}))
+        file.write_text(text.replace('{"', '\n{"').strip() + "\n", encoding="utf8")
+    seconds = seeds[str(seed)].get("cpu_seconds")
+    print(f"{content['model']}, {name}, seed {seed}: {seconds} s of CPU time", flush=True)
+
+
+def print_claims(name: str, folder: Path) -> None:
+    """Print what the results of an experiment say."""
+    found = json.loads((folder / f"{name}.json").read_text(encoding="utf8"))["seeds"]
+    for claim in import_module(f"evals.paper.{name}").claims(list(found.values())):
+        print(f"{claim.verdict:22} {claim.found:16} {claim.hypothesis}: {claim.measure}")
+
+
+def _short(value: Any) -> Any:
+    """Numbers of four digits: what a figure can show."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _short(one) for key, one in value.items()}
+    return [_short(one) for one in value] if isinstance(value, list) else value
+
+
+def measured(
+    names: Sequence[str], model: str, data: Path | None, seeds: int, tokens: int,
+    folder: Path | None, quick: bool,
+) -> None:  # fmt: skip
+    """Run the experiments with each seed, then print what they say."""
+    if model == "smollm2":
+        from evals.real_model import get_model
+
+        model = str(get_model(Path("runs/real_model")))
+    folder = folder or (QUICK if quick else RESULTS) / label(model)
+    study = Study(model, data, min(tokens, QUICK_TOKENS) if quick else tokens, quick)
+    for seed in range(1 if quick else seeds):
+        for name in names:
+            run(name, study, seed, folder)
+    for name in names:
+        print_claims(name, folder)
+
+
+def experiments(
+    names: Annotated[list[str] | None, typer.Argument(help=", ".join(EXPERIMENTS))] = None,
+    model: Model = str(MODEL),
+    data: Data = None,
+    seeds: Seeds = 3,
+    tokens: Tokens = 16384,
+    folder: Folder = None,
+    quick: Quick = False,
+) -> None:
+    """Run all experiments, or some, on one model."""
+    if unknown := set(names or ()) - set(EXPERIMENTS):
+        raise SystemExit(f"{min(unknown)!r} is not one of {', '.join(EXPERIMENTS)}")
+    measured(names or EXPERIMENTS, model, data, seeds, tokens, folder, quick)
+
+
+def experiment(file: str) -> None:
+    """The command of one experiment, which is the module in `file`."""
+
+    def main(
+        model: Model = str(MODEL),
+        data: Data = None,
+        seeds: Seeds = 3,
+        tokens: Tokens = 16384,
+        folder: Folder = None,
+        quick: Quick = False,
+    ) -> None:
+        measured([Path(file).stem], model, data, seeds, tokens, folder, quick)
+
+    typer.run(main)
