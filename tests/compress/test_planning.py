@@ -16,6 +16,7 @@ from wexpand_plugin.format.model_dir import ModelDir
 from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.method.prospects import Dial
 from wexpand_plugin.tools.inspect import inspect
+from wexpand_plugin.tools.inspect_table import table
 from wexpand_plugin.tools.verify import verify
 
 SLOW = pytest.mark.slow
@@ -66,6 +67,7 @@ def test_meets_the_budget_saves_and_reloads_equal(kind, budget, keys, tmp_path, 
     end = next(line for line in said if line.startswith(f"Compressed {len(routed)} linears to"))
     assert any("zeros and bits chosen for" in line for line in said)
     if left := len(targets) - len(routed):  # the budget counts what stays dense, and so does this
+        assert f"\n{left} more stay dense, " in table(inspect(tmp_path / "out"))
         assert f"; {(stored - biases) / dense:.3f} together with {left} that stay dense" in end
     saved = ModelDir(tmp_path / "out").config
     kinds = {str(entry.codec).partition(", ")[0] for entry in saved.linears.values()}

@@ -37,6 +37,10 @@ def table(found: Inspection) -> str:
             f"one token reads {readable_bytes(found.bytes_per_token)} of them, "
             f"{found.bytes_per_token / dense:.2f} x dense",
         ]
+    chosen = found.made_by.get("dial", {}).get("linears", {})
+    if left := sorted(set(chosen) - {linear.name for linear in found.linears}):
+        some = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
+        lines.append(f"{len(left)} more stay dense, which the size asked for counts too: {some}")
     if losses := found.made_by.get("predicted_loss"):
         lines.append(
             f"predicted to add {sum(losses.values()):.3g} nats per token, before tuning; the most "

@@ -15,7 +15,7 @@ def table(curve: "Curve") -> str:
     """One line per size, and what the plan says of all."""
     lines = [f"{'--size':>7}  {'bits stored':>11}  {'bits read':>9}  {'added loss':>10}  linears"]
     lines += [
-        f"{point.size:7.4f}  {point.bits:11.2f}  {point.bits_read:9.2f}  {point.added_loss:10.4f}  "
+        f"{point.size:7.4f}  {point.bits:11.2f}  {point.bits_read:9.2f}  {_loss(point):>10}  "
         f"{_linears(point)}"
         for point in curve.points
     ]
@@ -32,6 +32,11 @@ def table(curve: "Curve") -> str:
             f"machine (the plan took {_minutes(curve.seconds)})",
         ]
     )
+
+
+def _loss(point: "Point") -> str:
+    """Predictions far above a model's own loss say no more than that nothing is left of it."""
+    return f"{point.added_loss:.4f}" if point.added_loss < 10 else "above 10"
 
 
 def _linears(point: "Point") -> str:
