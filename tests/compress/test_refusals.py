@@ -1,8 +1,5 @@
 """What cannot be compressed is refused before calibration, by name; a failure leaves nothing."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
@@ -12,6 +9,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from test_modifier import calibration, logits, run, tiny
 from tiny import VOCAB, tokenizer
+from two_ranks import together
 
 from wexpand_plugin.compress.curve import curve
 from wexpand_plugin.compress.modifier import SparseExpansionModifier
@@ -141,47 +139,13 @@ def test_a_mixture_that_the_host_saves_under_other_names_is_refused(tmp_path, no
         run(moe("mixtral", tmp_path), targets=["re:.*self_attn.*"])
 
 
-RANK = """
-import sys, torch, torch.distributed as dist
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]),
-                        world_size=2)
-from types import SimpleNamespace
-from wexpand_plugin import SparseExpansionModifier, NeuronScoringModifier, PackModifier
-state = SimpleNamespace(model=torch.nn.Linear(2, 2))
-for modifier in (SparseExpansionModifier(sparsity=0.5), NeuronScoringModifier(), PackModifier()):
-    try:
-        modifier.initialize(state)
-    except ValueError as error:
-        print(error)
-dist.barrier()
-"""
-
-
-@pytest.mark.slow
-def test_more_than_one_process(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / "meet"), str(rank)],
-            stdout=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for rank in ranks:
-        found, _ = rank.communicate(timeout=300)
-        lines = [line for line in found.splitlines() if "2 processes" in line]
-        assert [line.split(":")[0] for line in lines] == [type(m).__name__ for m in MODIFIERS]
-
-
-def test_more_than_one_process_is_refused(monkeypatch, tmp_path):
-    """As above, with torch.distributed that only says so."""
+def test_what_needs_all_rows_in_one_process(tmp_path):
     path = str(tiny("Llama", tmp_path))
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda *_: 2)
-    for modifier in MODIFIERS:
+    for modifier in MODIFIERS[1:]:
         state = type("State", (), {"model": model})
-        with pytest.raises(WexpandError, match="2 processes .* are not supported"):
-            modifier.model_copy(deep=True).initialize(state)
+        for found in together(lambda rank, m=modifier, s=state: m.initialize(s)):
+            assert str(found).startswith(f"{type(modifier).__name__}: 2 processes (torchrun) are")
 
 
 @pytest.mark.parametrize("modifier", MODIFIERS, ids=lambda m: type(m).__name__)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import WexpandError
+from ..method import ranks
 
 __all__ = ["MASKS", "CalibrationBatches", "about_rows", "counted_tokens", "run"]
 
@@ -100,12 +101,13 @@ class CalibrationBatches:
         return self.counts[number] if 0 <= number < len(self.counts) else None
 
     def about(self) -> dict[str, Any]:
-        """What tells one run's data from another's; the crc32 is of the ids that count, int64."""
-        return {
-            "batches": len(self.counts),
-            "tokens_counted": self.tokens,
-            "crc32": f"{self._crc:08x}",
-        }
+        """What tells one run's data from another's; the crc32 is of the ids that count, int64, and
+        with several ranks that of theirs, as text."""
+        batches, tokens, crcs = zip(
+            *ranks.gathered((len(self.counts), self.tokens, f"{self._crc:08x}")), strict=True
+        )
+        crc = crcs[0] if len(crcs) == 1 else f"{zlib.crc32(''.join(crcs).encode()):08x}"
+        return {"batches": sum(batches), "tokens_counted": sum(tokens), "crc32": crc}
 
     @classmethod
     def watch(cls, loader: DataLoader | None) -> "CalibrationBatches":

@@ -5,16 +5,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..errors import WexpandError
 from ..format.rowpool import finite
 from ..hf.names import empty_model, missing_tensors, saved_names
+from ..method import ranks
 from ..method.settings import Settings
-from .calibration import counted_tokens
+from .calibration import about_rows, counted_tokens
 from .expansion import parts
 from .rows import settings_for
 
@@ -24,6 +25,7 @@ __all__ = [
     "refuse_misfit",
     "refuse_nonfinite",
     "refuse_shared",
+    "refuse_same_rows",
     "refuse_unrolled",
 ]
 
@@ -31,11 +33,24 @@ TOKENS_PER_EXPERT = 64
 
 
 def refuse_distributed(modifier: str) -> None:
-    """Every process would see its own part of the data, and only one of them is saved."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if (size := torch.distributed.get_world_size()) > 1:
+    """What is not added up over processes would differ from one to the next."""
+    if (size := ranks.count()) > 1:
+        raise WexpandError(
+            f"{modifier}: {size} processes (torchrun) are not supported; run it in one"
+        )
+
+
+def refuse_same_rows(loader: DataLoader | None) -> None:
+    """Ranks that calibrate on the same rows would take them for as many more.
+
+    llm-compressor cuts one data set in shares by itself, but takes the first of them on each rank.
+    """
+    if ranks.count() > 1:
+        found = ranks.gathered(about_rows(loader)["crc32"])
+        if len(set(found)) < len(found):
             raise WexpandError(
-                f"{modifier}: {size} processes (torchrun) are not supported; run it in one"
+                f"calibration: some of {len(found)} processes have the same rows; give each its "
+                "own: dataset.shard(num_shards=world_size, index=rank)"
             )
 
 
@@ -92,9 +107,10 @@ def refuse_misfit(
 
 
 def count_tokens(batches: Iterable[Any], settings: Settings) -> tuple[int, int]:
-    """How many tokens of the calibration batches count, and how many batches there are.
+    """How many tokens of the calibration batches count, and how many batches there are: of this
+    rank, where there are several.
 
-    :raises WexpandError: they are too few for the experts or clusters
+    :raises WexpandError: those of all ranks are too few for the experts or clusters
     """
     experts, clusters = settings.num_experts, settings.num_clusters
     need = experts * TOKENS_PER_EXPERT if experts > 1 else 1
@@ -106,9 +122,10 @@ def count_tokens(batches: Iterable[Any], settings: Settings) -> tuple[int, int]:
         number += 1
         counts = counted_tokens(batch)
         found += 0 if counts is None else int(counts.sum())
-    if found < need:
+    every = sum(ranks.gathered(found))
+    if every < need:
         raise WexpandError(
-            f"calibration: {found} tokens are too few for {why[0]}, which needs at least "
+            f"calibration: {every} tokens are too few for {why[0]}, which needs at least "
             f"{need} ({why[1]}, better {'hundreds' if clusters else 'thousands'})"
         )
     return found, number

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as multiply
 
+from ..method import ranks
 from ..method.settings import Settings
 from ..method.solvers.sparsegpt import chunk_size, solve
 
@@ -109,7 +110,7 @@ def seconds(
     """Of expanding one block.
 
     :param groups: output and input width of each input group, in calling order
-    :param tokens: of calibration, that count
+    :param tokens: of calibration, that count; of one rank
     :param others: the same of linears that are not expanded and come before the groups
     """
     experts, clusters = settings.num_experts, settings.clusters
@@ -130,9 +131,10 @@ def seconds(
     for rows, width in groups:
         together = min(int(nodes), chunk_size(rows, width, settings.max_bytes))
         total += 0.6 * tokens * width**2 * speed.product
-        total += nodes * speed.solved(rows, width, together)
+        total += nodes * speed.solved(rows, width, together) / ranks.count()
         total += nodes * rows * width * speed.weight  # to choose from, pack and put in place
-        total += pairs * rows * width * (0.6 * width + held_out) * speed.product
+        weighed = pairs * rows * width * (0.6 * width + held_out)
+        total += weighed * speed.product / ranks.count()
     if settings.tune_epochs:
         total += speed.token * tokens * (1 + EPOCH * settings.tune_epochs)
     total += speed.token * tokens * EPOCH * settings.tune_model_epochs

@@ -18,7 +18,7 @@ from ..errors import WexpandError
 from ..hf.linear import RoutedLinear
 from ..method.candidates import Candidates, allocate_model
 from ..method.group import GroupResult, expand_group
-from ..method.inputs import InputGroup
+from ..method.inputs import InputGroup, agreed
 from ..method.settings import Settings
 from ..method.statistics import GroupStatistics
 from ..method.training import TuneResult
@@ -83,9 +83,9 @@ def expand_block(
     """
     if passing is None:
         linears = {n: t.linear for n, t in targets.items() if t.linear is not None}
-        groups = replay.groups(linears)
+        groups = agreed(replay.groups(linears))
     else:
-        groups = passing.groups()
+        groups = agreed(passing.groups())
     solved: list[_Solved] = []
     for whole in tqdm(groups, "Expanding", leave=False):
         statistics = passing.take(whole) if passing else None

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import WexpandError
 from ..hf.linear import RoutedLinear
 from ..hf.saving import wrap_save_pretrained
+from ..method import ranks
 from ..method.masks import MaskStructure
 from ..method.prospects import Dial
 from ..method.settings import Settings
@@ -25,9 +26,9 @@ from .bypass import Bypass
 from .calibration import CalibrationBatches, about_rows
 from .checks import (
     count_tokens,
-    refuse_distributed,
     refuse_misfit,
     refuse_nonfinite,
+    refuse_same_rows,
     refuse_shared,
     refuse_unrolled,
 )
@@ -199,7 +200,6 @@ class SparseExpansionModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Find the targeted linears and refuse what cannot work, before any calibration."""
-        refuse_distributed(type(self).__name__)
         model = state.model
         if any(isinstance(module, RoutedLinear) for module in model.modules()):
             raise WexpandError("model: already expanded; compress the dense model instead")
@@ -221,6 +221,7 @@ class SparseExpansionModifier(Modifier):
             refuse_unreachable(model, linears, self._dial)
         else:
             refuse_unreadable(model, linears, self._settings)
+        refuse_same_rows(kwargs.get("calib_data"))
         tokens, batches = count_tokens(state.data.calib or (), self._settings)
         self._part = Part.begin()
         if self._part.kept:
@@ -248,7 +249,8 @@ class SparseExpansionModifier(Modifier):
             if choice is None:
                 linears = {n: t.linear for n, t in self._targets.items() if t.linear is not None}
                 loader = state.data.calib or ()
-                choice = choose_settings(state.model, linears, loader, self._dial)
+                with ranks.together():
+                    choice = choose_settings(state.model, linears, loader, self._dial)
                 self._part.write("plan", choice)
             self._choice = choice
             use_settings(self._targets, choice, self._dial)
@@ -276,7 +278,7 @@ class SparseExpansionModifier(Modifier):
         if modules is not None:
             ready = [n for n in ready if any(m is self._blocks[n].module for m in modules)]
         for name in ready:
-            with torch.no_grad(), calibration_forward_context(state.model):
+            with ranks.together(), torch.no_grad(), calibration_forward_context(state.model):
                 self._finish(state.model, self._blocks[name], self._replays.pop(name))
             self._bypass.expanded(self._blocks[name].module, len(ready))
 
@@ -327,8 +329,9 @@ class SparseExpansionModifier(Modifier):
             self._targets, self._tuned if self._settings.tune_epochs else None, self._choice
         )
         if self._settings.tune_model_epochs:
-            about["tuned_model"] = self._tune_whole(state.model)
-        wrap_save_pretrained(state.model, about)
+            with ranks.together():
+                about["tuned_model"] = self._tune_whole(state.model)
+        wrap_save_pretrained(state.model, about, writes=ranks.rank() == 0)
         return self._forget()
 
     def _tune_whole(self, model: nn.Module) -> list[float]:

@@ -5,14 +5,18 @@ first. Calibration text is joined and cut into rows of equal length, so that no 
 statistics. Everything is written beside the output directory and moved there when it is complete;
 blocks that are finished are kept there meanwhile, so that a run that ends early can go on
 (`progress`).
+
+Under torchrun each process takes its share of the rows (`method.ranks`), and the first one writes.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..errors import WexpandError
 from ..format.directories import partial_directory, require_empty
 from ..format.model_dir import CHECKSUMS, ModelDir
 from ..format.writer import copy_others
+from ..method import ranks
 from .loading import DTYPES, load_dense, load_inputs
 from .precision import set_dtypes
 from .progress import resumable
@@ -23,6 +27,7 @@ from .saved import check_saved
 __all__ = ["compress"]
 
 
+@ranks.together()
 def compress(
     model: str,
     recipe: str | Path | None,
@@ -59,7 +64,7 @@ def compress(
         block, to the same bytes; everything else must be as it was. Begins one where there is none
     :return: the output directory
 
-    Runs no code that the model brings.
+    Runs no code that the model brings. Every process of a torchrun calls it alike.
     """
     import torch
     import yaml
@@ -69,6 +74,10 @@ def compress(
 
     if dtype not in DTYPES:
         raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    ranks.start()
+    several, first = ranks.count(), ranks.rank() == 0
+    if resume and several > 1:
+        raise WexpandError(f"resume: True is for one process, and torchrun started {several}")
     if resume and (Path(output) / CHECKSUMS).is_file():
         raise WexpandError(f"{output}: is complete; there is nothing to resume")
     require_empty(output)
@@ -94,25 +103,32 @@ def compress(
         model, dataset, samples=samples, max_seq_length=max_seq_length,
         dataset_config=dataset_config, split=split, text_column=text_column, seed=seed,
     )  # fmt: skip
+    rows = inputs.rows
+    if several > 1:
+        if len(rows) < several:
+            raise WexpandError(f"samples: {len(rows)} rows cannot be shared by {several} processes")
+        rows = rows.shard(num_shards=several, index=ranks.rank())
     torch.manual_seed(seed)
     # a session of its own: a run that fails leaves nothing for the next one to clear up
     with (
-        resumable(output, resume=resume, options=options),
+        nullcontext() if several > 1 else resumable(output, resume=resume, options=options),
         create_session(),
-        partial_directory(output) as partial,
+        partial_directory(output) if first else nullcontext(Path(output)) as partial,
     ):
         dense, own = load_dense(model, dtype)
         oneshot(
-            model=dense, tokenizer=inputs.tokenizer, dataset=inputs.rows, recipe=recipe,
-            num_calibration_samples=len(inputs.rows), max_seq_length=inputs.length,
+            model=dense, tokenizer=inputs.tokenizer, dataset=rows, recipe=recipe,
+            num_calibration_samples=len(rows), max_seq_length=inputs.length,
             batch_size=batch_size, data_collator="padding",
         )  # fmt: skip
         set_dtypes(dense, own)
         dense.save_pretrained(str(partial))
-        if left_out := copy_others(inputs.source, partial):
-            for file in left_out:  # llm-compressor copies what lies beside config.json
-                (partial / file).unlink(missing_ok=True)
-            logger.warning(f"not copied, as loading them runs code: {', '.join(left_out)}")
-        if ModelDir(partial).ours:
-            check_saved(dense, partial, inputs.rows[0]["input_ids"])
+        if first:
+            if left_out := copy_others(inputs.source, partial):
+                for file in left_out:  # llm-compressor copies what lies beside config.json
+                    (partial / file).unlink(missing_ok=True)
+                logger.warning(f"not copied, as loading them runs code: {', '.join(left_out)}")
+            if ModelDir(partial).ours:
+                check_saved(dense, partial, inputs.rows[0]["input_ids"])
+    ranks.gathered(None)  # the others end when all is in its place
     return Path(output)

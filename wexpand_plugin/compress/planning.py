@@ -21,9 +21,11 @@ from tqdm import tqdm
 from ..errors import WexpandError
 from ..format.sizes import StoredBytes
 from ..format.values import codec, codec_of
+from ..method import ranks
 from ..method.dial import Candidate, Setting, allocate_settings, least_read, smallest
-from ..method.inputs import InputGroup, find_groups, record_inputs, token_rows
+from ..method.inputs import InputGroup, agreed, find_groups, record_inputs, token_rows
 from ..method.prospects import Dial, Weighs, prospects
+from ..method.sensitivity import Sensitivity
 from ..method.statistics import GroupStatistics
 from .calibration import counted_tokens, run
 from .precision import stored_dtype
@@ -105,9 +107,9 @@ def weighing(model: Any, linear: nn.Linear, dial: Dial) -> Weighs:
 def plan_batches(
     loader: Iterable[Mapping[str, Tensor]], linears: Mapping[str, nn.Linear], device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """As many batches of a data loader as a plan needs, on `device`."""
+    """As many batches of a data loader as a plan needs of each rank, on `device`."""
     widest = max(linear.weight.shape[1] for linear in linears.values())
-    need, found = max(PLAN_TOKENS, PLAN_TOKENS_PER_COLUMN * widest), []
+    need, found = max(PLAN_TOKENS, PLAN_TOKENS_PER_COLUMN * widest) // ranks.count(), []
     for batch in loader:
         counts = counted_tokens(batch)
         need -= 0 if counts is None else int(counts.sum())
@@ -145,28 +147,24 @@ def _plan(
     begin = time.perf_counter()
     sensitivity = output_sensitivity(model, linears, batches, dial.base.seed)
     counts = [counted_tokens(batch) for batch in batches]
-    tokens = sum(int(count.sum()) for count in counts if count is not None)
-    found = []
+    tokens = sum(
+        ranks.gathered(sum(int(count.sum()) for count in counts if count is not None))
+    )
+    found: list[dict[str, list[Candidate]]] = []
     with torch.no_grad():
         forwards = [partial(run, model, batch) for batch in batches]
-        groups = find_groups(linears, forwards)
+        groups = agreed(find_groups(linears, forwards))
         start = time.perf_counter()
         forwards[0]()
         running = time.perf_counter() - start
         bar = tqdm(total=len(groups), desc="Planning", leave=False)
         for some in _chunks(groups):
             known = _hessians(some, forwards, counts, dial)
-            for group, (hessian, other) in zip(some, known, strict=True):
-                weights = [linear.weight.detach() for linear in group.linears]
-                try:
-                    candidates = prospects(
-                        weights, hessian, other, [sensitivity[name] for name in group.names],
-                        dial, weighing(model, group.linears[0], dial),
-                    )  # fmt: skip
-                except WexpandError as error:
-                    raise WexpandError(f"{group.label}: {error}") from None
-                found.append(dict(zip(group.names, candidates, strict=True)))
-                bar.update()
+            own = []
+            for group, hessians in ranks.own(list(zip(some, known, strict=True))):
+                own.append(_candidates(model, group, *hessians, sensitivity, dial))
+                bar.update(ranks.count())
+            found += ranks.interleaved(ranks.gathered(own))
         bar.close()
     missed = linears.keys() - {name for group in groups for name in group.names}
     if missed:
@@ -185,6 +183,26 @@ def _plan(
         found, dense, sum(weight.numel() for weight in sizes.values()), tokens, running / first,
         time.perf_counter() - begin,
     )  # fmt: skip
+
+
+def _candidates(
+    model: Any,
+    group: InputGroup,
+    hessian: Tensor,
+    other: Tensor,
+    sensitivity: Mapping[str, Sensitivity],
+    dial: Dial,
+) -> dict[str, list[Candidate]]:
+    """Those of each linear of a group; parameters as of `prospects`."""
+    weights = [linear.weight.detach() for linear in group.linears]
+    try:
+        found = prospects(
+            weights, hessian, other, [sensitivity[name] for name in group.names], dial,
+            weighing(model, group.linears[0], dial),
+        )  # fmt: skip
+    except WexpandError as error:
+        raise WexpandError(f"{group.label}: {error}") from None
+    return dict(zip(group.names, found, strict=True))
 
 
 def _chunks(groups: Sequence[InputGroup]) -> Iterator[list[InputGroup]]:
@@ -222,8 +240,9 @@ def _hessians(
     found = []
     for linear in firsts:
         solved, other = parts[linear]
-        solved.flush()
-        other.flush()
+        for part in parts[linear]:
+            part.flush()
+            part.join()
         measured = other if int(other.tokens.sum()) else solved
         found.append((solved.total(), measured.total()))
     return found

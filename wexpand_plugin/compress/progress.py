@@ -29,6 +29,7 @@ from loguru import logger
 
 from ..errors import WexpandError
 from ..format.directories import made_parents, sync, working_path
+from ..method import ranks
 from .records import find_records, read_record, write_record
 
 __all__ = ["Part", "Progress", "options_of", "resumable", "unfinished"]
@@ -68,6 +69,11 @@ def resumable(
     :raises WexpandError: another process is at work on `output`; an unfinished run is there and
         `resume` is not set, or is another run
     """
+    if ranks.count() > 1:
+        raise WexpandError(
+            f"resume: {ranks.count()} processes (torchrun) keep no finished blocks of {output}; "
+            "run it in one, or without"
+        )
     folder = unfinished(output)
     with made_parents(folder.parent), _locked(folder, output):
         progress = Progress(folder, output)

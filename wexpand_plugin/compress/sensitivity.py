@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import WexpandError
+from ..method import ranks
 from ..method.sensitivity import Sensitivity, sampled_loss
 from ..method.statistics import RowSample
 from .calibration import counted_tokens, run
@@ -61,7 +62,11 @@ def output_sensitivity(
                 raise WexpandError("model: its predictions on the calibration text are not finite")
             tokens += logits[..., 0].numel() if counts is None else int(counts.sum())
             sampled_loss(logits, counts, generator).backward()
+    tokens = sum(ranks.gathered(tokens))
+    ranks.total(*squares.values())
     for name, summed in squares.items():
+        gradients[name].join()
+        inputs[name].join()
         if not bool(torch.isfinite(summed).all()):
             raise WexpandError(f"{name}: the loss has gradients that are not finite there")
         summed /= max(1, tokens)

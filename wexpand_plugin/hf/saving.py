@@ -29,15 +29,19 @@ from .names import check_fit, module_tensor_names
 __all__ = ["wrap_save_pretrained"]
 
 
-def wrap_save_pretrained(model: Any, made_by: Mapping[str, Any]) -> None:
+def wrap_save_pretrained(
+    model: Any, made_by: Mapping[str, Any], *, writes: bool = True
+) -> None:
     """Make `model.save_pretrained` write checkpoints of ours.
 
     Wrap again after another library has wrapped it: the outermost call must be ours. A second call
     only replaces `made_by`. A model without a RoutedLinear saves as before.
 
     :param made_by: versions and settings for config.json; anything JSON can hold
+    :param writes: whether this process does; where several have one model, all of them call it, as
+        llm-compressor's own takes all of them, and the first writes
     """
-    model._wexpand_made_by = dict(made_by)
+    model._wexpand_made_by, model._wexpand_writes = dict(made_by), writes
     inner = model.save_pretrained
     function = getattr(inner, "__func__", inner)
     # compared with itself, as wrappers copy the attributes of what they wrap
@@ -60,6 +64,8 @@ def wrap_save_pretrained(model: Any, made_by: Mapping[str, Any]) -> None:
         if not kwargs.get("is_main_process", True):
             return save(self, save_directory, *args, **kwargs)
         _restore_tensors(self)
+        if not self._wexpand_writes:
+            return save(self, save_directory, *args, **kwargs)
         with partial_directory(save_directory) as partial:
             result = save(self, str(partial), *args, **kwargs)
             names = ModelDir(partial, partial.glob("*.safetensors")).headers

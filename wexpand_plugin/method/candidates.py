@@ -8,15 +8,19 @@ bytes. Small clusters are helped by shrinkage: an expert's Hessian is mixed with
     (1 - a) H_c + a H      with a = shrinkage * in / (n_c + shrinkage * in)
 
 so that a cluster with many times `in` tokens is left alone and an empty one gets the base version.
+Several ranks solve different nodes, or, where there is one expert, different rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from ..errors import WexpandError
+from . import ranks
 from .allocation import (
     Allocation,
     AllocationProblem,
@@ -95,14 +99,24 @@ def full_expansion(
     linears = [len(w) for w in weights]
     total = statistics.total()
     weight = torch.cat(weights)
-    if statistics.experts == 1:
-        solved = _solve(weight, total.unsqueeze(0), linears, settings)
-        return [solved[:, part] for part in _parts(linears)]
-    found, tokens = [], statistics.of_experts(statistics.solved_tokens)
-    for some in _chunks(statistics.experts, weight, settings):
+    tokens = statistics.of_experts(statistics.solved_tokens)
+
+    def of_rows(part: slice) -> tuple[Tensor | None, ...]:
+        found = _solve(weight[part], total.unsqueeze(0), _within(part, linears), settings)
+        return found.weights, found.scales
+
+    def of_experts(some: slice) -> tuple[Tensor | None, ...]:
         hessians = _shrunk(statistics.sums[some], tokens[some], total, settings.shrinkage)
-        found.append(_solve(weight, hessians, linears, settings))
-    solved = SolvedRows.join(found)
+        found = _solve(weight, hessians, linears, settings)
+        return found.weights, found.scales
+
+    if statistics.experts == 1:
+        works = [partial(of_rows, part) for part in _apart(linears, settings)]
+    else:
+        chunks = _chunks(statistics.experts, weight, settings)
+        works = [partial(of_experts, some) for some in chunks]
+    found = [SolvedRows(*part) for part in ranks.spread(works, weight.device)]
+    solved = SolvedRows.join(found, dim=int(statistics.experts == 1))
     return [solved[:, part] for part in _parts(linears)]
 
 
@@ -125,7 +139,8 @@ def propose(
     weight = torch.cat(weights)
     if settings.share_versions:
         tokens = statistics.of_experts(statistics.solved_tokens)
-        tree = merge_tree(statistics.expert_means(), tokens).thinned(tokens)
+        means = statistics.expert_means()
+        tree = ranks.of_first(partial(_thinned_tree, means, tokens))
     else:
         tree = flat_tree(statistics.experts)
     solved, errors, allowed = _solve_tree(weight, linears, tree, statistics, settings)
@@ -176,6 +191,10 @@ def allocate_model(
     return allocate(problems, budget, read)
 
 
+def _thinned_tree(means: Tensor, tokens: Tensor) -> MergeTree:
+    return merge_tree(means, tokens).thinned(tokens)
+
+
 def _shrunk(sums: Tensor, tokens: Tensor, total: Tensor, shrinkage: float) -> Tensor:
     """Sums of x x^T [n, in, in] over `tokens` [n] rows each -> Hessians, mixed with `total`."""
     tokens = tokens.to(sums).view(-1, 1, 1)
@@ -185,8 +204,10 @@ def _shrunk(sums: Tensor, tokens: Tensor, total: Tensor, shrinkage: float) -> Te
 
 
 def _chunks(count: int, weight: Tensor, settings: Settings) -> Iterator[slice]:
-    """As many of `count` Hessians at a time as the solver can take in `max_bytes`."""
+    """As many of `count` Hessians at a time as the solver can take in `max_bytes`, and at least a
+    few for each rank."""
     size = chunk_size(weight.shape[0], weight.shape[1], settings.max_bytes)
+    size = min(size, -(-count // ranks.count()))
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
 
@@ -197,6 +218,24 @@ def _parts(linears: list[int]) -> Iterator[slice]:
     for rows in linears:
         yield slice(first, first + rows)
         first += rows
+
+
+def _apart(linears: list[int], settings: Settings) -> list[slice]:
+    """The rows of stacked linears in parts that are solved apart: one for each rank, if possible.
+
+    Without thresholds that rows of a linear share, any rows can be.
+    """
+    ends, parts = list(accumulate(linears)), ranks.count()
+    cuts = [ends[-1] * (n + 1) // parts for n in range(parts)]
+    if settings.structure.kind == "unstructured":
+        cuts = [min((abs(end - cut), end) for end in ends)[1] for cut in cuts]
+    return [slice(*both) for both in pairwise(sorted({0, *cuts}))]
+
+
+def _within(part: slice, linears: list[int]) -> list[int]:
+    """How many rows of each of several stacked linears lie in `part` of them, if any."""
+    rows = (min(own.stop, part.stop) - max(own.start, part.start) for own in _parts(linears))
+    return [count for count in rows if count > 0]
 
 
 def _solve(weight: Tensor, hessians: Tensor, linears: list[int], settings: Settings) -> SolvedRows:
@@ -219,30 +258,36 @@ def _solve_tree(
     device = statistics.sums.device
     total, tokens = statistics.total(), statistics.of_experts(statistics.solved_tokens)
     members = tree.members.to(device)
-    solved = []
-    errors = torch.zeros(tree.nodes, tree.experts, rows, device=device)
     rows_of = _held_out_rows(statistics)
-    held_out = torch.zeros_like(errors)
-    for some in _chunks(tree.nodes, weight, settings):
+
+    def of_nodes(some: slice) -> tuple[Tensor | None, ...]:
         below = members[some].float()
         sums = torch.einsum("ne,eij->nij", below, statistics.sums)
         hessians = _shrunk(sums, below.cpu() @ tokens.float(), total, settings.shrinkage)
         del sums
         if some.stop == tree.nodes:
             hessians[-1] = total
-        solved.append(_solve(weight, hessians, linears, settings))
-        changes = solved[-1].weights.float() - weight.float()
+        solved = _solve(weight, hessians, linears, settings)
+        changes = solved.weights.float() - weight.float()
+        errors = torch.zeros(len(changes), tree.experts, rows, device=device)
+        held_out = torch.zeros_like(errors)
         for expert in range(tree.experts):
             below_here = tree.members[some, expert].nonzero().flatten()
             for place in below_here.tolist():
-                change, node = changes[place], some.start + place
-                errors[node, expert] = _quadratic(change, statistics.sums[expert])
-                held_out[node, expert] = (rows_of[expert] @ change.t()).square().sum(dim=0)
+                change = changes[place]
+                errors[place, expert] = _quadratic(change, statistics.sums[expert])
+                held_out[place, expert] = (rows_of[expert] @ change.t()).square().sum(dim=0)
+        return errors, held_out, solved.weights, solved.scales
+
+    works = [partial(of_nodes, some) for some in _chunks(tree.nodes, weight, settings)]
+    found = ranks.spread(works, device)
+    errors, held_out = (torch.cat([part[n] for part in found]) for n in range(2))
+    solved = SolvedRows.join([SolvedRows(*part[2:]) for part in found])
     # a node's version is worth granting only if it helps on the rows that it was not solved for
     gain = torch.einsum("ne,ner->nr", members.float(), held_out[-1].unsqueeze(0) - held_out)
     allowed = gain > 0
     allowed[-1] = True
-    return SolvedRows.join(solved), errors, allowed
+    return solved, errors, allowed
 
 
 def _quadratic(rows: Tensor, symmetric: Tensor) -> Tensor:
@@ -258,12 +303,17 @@ def _quadratic(rows: Tensor, symmetric: Tensor) -> Tensor:
 
 def _energies(weight: Tensor, statistics: GroupStatistics) -> Tensor:
     """Sum of the squared outputs of each row, in parts that add up [parts, rows]."""
-    energies = torch.stack([_quadratic(weight, sums) for sums in statistics.sums])
+    works = [partial(_energy, weight, sums) for sums in statistics.sums]
+    energies = torch.stack([found for (found,) in ranks.spread(works, weight.device)])
     if statistics.within:
         outputs = statistics.mean_inputs() @ weight.t()
         tokens = statistics.solved_tokens.to(outputs).unsqueeze(1)
         energies = torch.cat([energies, (outputs.square() * tokens).sum(dim=0, keepdim=True)])
     return energies
+
+
+def _energy(weight: Tensor, sums: Tensor) -> tuple[Tensor]:
+    return (_quadratic(weight, sums),)
 
 
 def _held_out_rows(statistics: GroupStatistics) -> list[Tensor]:

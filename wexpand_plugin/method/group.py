@@ -6,11 +6,13 @@ runs whatever gives the inputs of the group's linears, as often as asked.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from . import ranks
 from .allocation import allocate
 from .biases import BiasProblem
 from .candidates import Candidates, full_expansion, propose
@@ -84,13 +86,8 @@ def expand_group(
     seen: dict[int, list[Tensor]] = {}
     if settings.clusters > 1:
         sample, seen = _sample(batches, settings)
-        router = fit_router(
-            sample, settings.clusters, dims=settings.dims(width),
-            restarts=settings.router_restarts, seed=settings.seed,
-            key="num_clusters" if settings.biased else "num_experts",
-        ).to(device)  # fmt: skip
-        if settings.num_experts < settings.clusters:
-            cluster_expert = _experts(sample, router, settings.num_experts)
+        router, cluster_expert = ranks.of_first(partial(_fit, sample, settings, width, device))
+        router = router.to(device)
     if statistics is None:
         statistics = GroupStatistics(
             width, router, cluster_expert=cluster_expert, within=settings.biased,
@@ -104,6 +101,7 @@ def expand_group(
         for rows in batches(others):
             statistics.add(rows)
         statistics.flush()
+    statistics.join()
 
     linears = []
     if settings.size_budget is None:
@@ -123,6 +121,19 @@ def expand_group(
     if cluster_expert is not None:
         cluster_expert = None if settings.num_experts == 1 else cluster_expert.to(device)
     return GroupResult(router, statistics.tokens, linears, cluster_expert)
+
+
+def _fit(
+    sample: Tensor, settings: Settings, width: int, device: torch.device
+) -> tuple[Router, Tensor | None]:
+    """The router, in main memory, and which expert each cluster uses."""
+    router = fit_router(
+        sample, settings.clusters, dims=settings.dims(width), restarts=settings.router_restarts,
+        seed=settings.seed, key="num_clusters" if settings.biased else "num_experts",
+    )  # fmt: skip
+    if settings.num_experts == settings.clusters:
+        return router, None
+    return router, _experts(sample, router.to(device), settings.num_experts)
 
 
 def _experts(rows: Tensor, router: Router, num_experts: int) -> Tensor:
@@ -168,8 +179,9 @@ def _sample(batches: Batches, settings: Settings) -> tuple[Tensor, dict[int, lis
             for rows in seen[number]:
                 sample.add(rows)
                 found += len(rows)
-        if found >= settings.samples:
+        if found * ranks.count() >= settings.samples:
             break
+    sample.join()
     return sample.rows, seen
 
 

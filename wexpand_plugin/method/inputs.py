@@ -14,8 +14,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import WexpandError
+from . import ranks
 
-__all__ = ["InputGroup", "Readers", "find_groups", "record_inputs", "same_tensor", "token_rows"]
+__all__ = [
+    "InputGroup",
+    "Readers",
+    "agreed",
+    "find_groups",
+    "record_inputs",
+    "same_tensor",
+    "token_rows",
+]
 
 Forward = Callable[[], object]
 
@@ -101,6 +110,21 @@ def find_groups(linears: Mapping[str, nn.Linear], forwards: Iterable[Forward]) -
             forward()
         found |= fresh
     return [InputGroup(tuple(names[m] for m in g), tuple(g)) for g in found.values()]
+
+
+def agreed(groups: list[InputGroup]) -> list[InputGroup]:
+    """`groups`, which all ranks have found: they are solved together.
+
+    :raises WexpandError: some ranks have found others
+    """
+    first, *others = ranks.gathered({name for group in groups for name in group.names})
+    for other in others:
+        if apart := first ^ other:
+            raise WexpandError(
+                f"{min(apart)}: is reached by the calibration tokens of some processes only; use "
+                "more tokens, or leave it out with ignore"
+            )
+    return groups
 
 
 def record_inputs(

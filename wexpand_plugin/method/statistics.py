@@ -13,12 +13,15 @@ Where row versions will be granted by gain, a sixteenth of each batch is held ou
 experts' Hessians, and a sample of it kept: a version is granted only if it also helps on rows it
 was not solved for. Base versions see all rows. With cluster biases, held-out rows only decide how
 far these are shrunk.
+
+Each of several ranks (`ranks`) sees its own batches; at the end all that they know is added up.
 """
 
 import torch
 from torch import Tensor
 
 from ..errors import WexpandError
+from . import ranks
 from .biases import ClusterMeans
 from .clusters import Router
 
@@ -47,7 +50,7 @@ class RowSample:
 
     def __init__(self, size: int, seed: int):
         self.size = size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed + ranks.rank())
         self._rows: list[Tensor] = []
         self._keys = torch.empty(0, dtype=torch.float64)
         self._lowest_key = -1.0
@@ -67,6 +70,11 @@ class RowSample:
             rows = torch.cat(self._rows)
             self._rows, self._keys = [rows[kept.to(rows.device)]], self._keys[kept]
             self._lowest_key = float(self._keys.min())
+
+    def join(self) -> None:
+        """From now on a sample of what all ranks have seen."""
+        rows = self.rows
+        self._keys, self._rows = ranks.joined(self._keys), [ranks.joined(rows)]
 
     @property
     def rows(self) -> Tensor:
@@ -199,6 +207,28 @@ class GroupStatistics:
         # a sum of rows is finite only if all of them are
         if not bool(torch.isfinite(self._means).all() & self._held_out_sums.isfinite().all()):
             raise WexpandError("the calibration inputs hold NaN or infinite values")
+
+    def join(self) -> None:
+        """Add up what all ranks have seen; once, after the last `flush`."""
+        if ranks.count() == 1:
+            return
+        own = self.solved_tokens.clone()
+        ranks.total(self.tokens, self.solved_tokens)
+        if self.within:
+            # as in `_centred`: of each cluster, what lies between the ranks' means
+            share = (own / self.solved_tokens.clamp(min=1)).to(self._means).unsqueeze(1)
+            apart, self._means = self._means, self._means * share
+            ranks.total(self._means)
+            apart = (apart - self._means) * own.to(self._means).sqrt().unsqueeze(1)
+            for expert in range(self.experts):
+                self._add_products(expert, apart[self.cluster_expert.to(apart.device) == expert])
+        else:
+            ranks.total(self._means)
+        ranks.total(self.sums, self._held_out_sums)
+        if self.held_out_sum is not None:
+            ranks.total(self.held_out_sum)
+        self.held_out.join()
+        self.sample.join()
 
     def _add_products(self, expert: int, rows: Tensor) -> None:
         for part in strips(rows.shape[1]):

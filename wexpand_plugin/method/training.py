@@ -2,6 +2,9 @@
 
 The steps are the same whatever is trained and towards what; `tuning` says both. What did best on
 the held-out batches is kept, be it what was there before.
+
+Several ranks (`ranks`) train together, each on its own batches: a step is made of some of each, and
+gradients and held-out errors are added up, so that parameters stay the same on all of them.
 """
 
 import math
@@ -11,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from . import ranks
 
 __all__ = ["TuneResult", "train"]
 
@@ -52,7 +57,7 @@ def train(
 
     :param error: of a batch, by its number: the sum over its tokens that count; with gradients
         where they are on
-    :param tokens: how many count, of each batch
+    :param tokens: how many count, of each batch of this rank
     :param paces: of each parameter, times `lr`; None: 1
     :param epochs: passes over the batches that are not held out, at most
     :param lr: of Adam; falls linearly to 0
@@ -60,36 +65,43 @@ def train(
     :param what: name of the progress bar
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(tokens), generator=generator).tolist()
+    counts = ranks.gathered(list(tokens))
+    order = _shuffled([range(len(own)) for own in counts], generator)
     held_out = order[: max(1, len(order) // HELD_OUT)] if len(order) > 1 else order
     trained_on = order[len(held_out) :] or order
-    seen = max(1, sum(tokens[number] for number in held_out))
+    seen = max(1, sum(counts[rank][number] for rank, number in held_out))
 
     def measure() -> float:
         with torch.no_grad():
-            return sum(float(error(number)) for number in held_out) / seen
+            found = sum(float(error(number)) for number in _own(held_out))
+        summed = torch.tensor(found, dtype=torch.float64)
+        ranks.total(summed)
+        return float(summed) / seen
 
-    usual = max(1, sum(tokens[number] for number in trained_on) / len(trained_on))
+    usual = max(1, sum(counts[rank][number] for rank, number in trained_on) / len(trained_on))
     size = max(1, min(round(STEP_TOKENS / usual), len(trained_on) // LEAST_STEPS))
+    size += -size % len(counts)
     steps = -(-len(trained_on) // size)
     rates = [lr * pace for pace in paces or [1.0] * len(parameters)]
     adam = torch.optim.Adam(
         [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
     )
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda n: 1 - n / (epochs * steps + 1))
+    parts = [[number for rank, number in trained_on if rank == r] for r in range(len(counts))]
     before = lowest = measure()
     best, since, trained = _copy(parameters), 0, 0
     diverged = not math.isfinite(before)
     with tqdm(total=epochs * steps, desc=what, leave=False, disable=quiet) as bar:
         for _ in range(0 if diverged else epochs):
             trained += 1
-            shuffled = torch.randperm(len(trained_on), generator=generator).tolist()
+            shuffled = _shuffled(parts, generator)
             for first in range(0, len(trained_on), size):
                 some = shuffled[first : first + size]
                 adam.zero_grad()
                 with torch.enable_grad():
-                    for place in some:
-                        (error(trained_on[place]) / (usual * len(some))).backward()
+                    for number in _own(some):
+                        (error(number) / (usual * len(some))).backward()
+                _add_gradients(parameters)
                 adam.step()
                 decay.step()
                 bar.update()
@@ -106,6 +118,31 @@ def train(
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)
     return TuneResult(before, lowest, trained, diverged)
+
+
+def _shuffled(
+    parts: Sequence[Sequence[int]], generator: torch.Generator
+) -> list[tuple[int, int]]:
+    """(rank, number) of the batches of each rank, in random order, the ranks by turns."""
+    return ranks.interleaved(
+        [
+            [(rank, own[place]) for place in torch.randperm(len(own), generator=generator).tolist()]
+            for rank, own in enumerate(parts)
+        ]
+    )
+
+
+def _own(batches: Sequence[tuple[int, int]]) -> list[int]:
+    return [number for rank, number in batches if rank == ranks.rank()]
+
+
+def _add_gradients(parameters: Sequence[Tensor]) -> None:
+    if ranks.count() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:  # no batch of this rank is in the step
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.total(*(parameter.grad for parameter in parameters if parameter.grad is not None))
 
 
 def _copy(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -34,11 +34,14 @@ class SolvedRows:
         )
 
     @classmethod
-    def join(cls, parts: Sequence["SolvedRows"]) -> "SolvedRows":
-        """Along the first dimension."""
+    def join(cls, parts: Sequence["SolvedRows"], dim: int = 0) -> "SolvedRows":
+        """Along a dimension, by default the first."""
+        if len(parts) == 1:
+            return parts[0]
         scales = [part.scales for part in parts if part.scales is not None]
         return cls(
-            torch.cat([part.weights for part in parts]), torch.cat(scales) if scales else None
+            torch.cat([part.weights for part in parts], dim),
+            torch.cat(scales, dim) if scales else None,
         )
 
 

@@ -108,9 +108,10 @@ def compress(
         ctx.fail("Missing --size, --read or --recipe, which say how small.")
 
     from ..compress.oneshot import compress
+    from ..method import ranks
 
     compress(**options, resume=resume is not None)
-    if not quiet:
+    if not quiet and ranks.rank() == 0:
         from ..format.model_dir import ModelDir
 
         output = options["output"]
