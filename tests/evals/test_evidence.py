@@ -155,6 +155,6 @@ def test_all_experiments_run(tmp_path, monkeypatch):
         assert evidence.drawn(name) is None
         evidence.draw(name)
         assert evidence.drawn(name) == evidence.digest(name)
-    said = evidence.evidence_verdicts()
+    said = " ".join(evidence.evidence_verdicts().split())
     assert all(f"`python -m evals.paper.{name}`" in said for name in EXPERIMENTS)
     assert "**holds***" in said
