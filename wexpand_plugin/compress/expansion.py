@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import WexpandError
+from ..format.clusters import ClusterBias
+from ..format.rowpool import RowPool
+from ..format.values import ValueCodec
 from ..hf.linear import RoutedLinear
+from ..method import ranks
+from ..method.allocation import Allocation
 from ..method.candidates import Candidates, allocate_model
 from ..method.group import GroupResult, expand_group
 from ..method.inputs import InputGroup, agreed
@@ -188,14 +193,17 @@ def _replace_groups(model: nn.Module, solved: list[_Solved], targets: Mapping[st
             if found.candidates is None:
                 target.routed.materialise()
                 continue
-            target.candidates = partial(_itself, found.candidates)
+            # the first of several ranks chooses
+            candidates = found.candidates if ranks.rank() == 0 else None
+            target.candidates = partial(_itself, candidates)
             shift = packed_biases(found.calibrating)
             target.routed.materialise(
                 found.calibrating.dense(), None if shift is None else shift.decoded()
             )
 
 
-def _itself(candidates: Candidates) -> Candidates:
+def _itself(candidates: Candidates | None) -> Candidates:
+    assert candidates is not None
     return candidates
 
 
@@ -218,24 +226,39 @@ def allocate_targets(model: nn.Module, targets: Mapping[str, Target], settings: 
         budget += own.version_bytes(out_features, in_features)
         read += own.read_bytes(out_features, in_features, target.routed.group not in routers)
         routers.add(target.routed.group)
-    allocations = allocate_model(
-        # one after another: they may be too many to be in memory together
-        (candidates() for _, candidates in waiting.values()),
-        [target.depth_weight for target, _ in waiting.values()],
-        budget,
-        read,
-    )
+
+    def choose() -> list[Allocation]:
+        return allocate_model(
+            # one after another: they may be too many to be in memory together
+            (candidates() for _, candidates in waiting.values()),
+            [target.depth_weight for target, _ in waiting.values()],
+            budget,
+            read,
+        )
+
+    uses = [found.use for found in ranks.of_first(choose)]
     errors: dict[str, list[str]] = {}
-    for (name, (target, candidates)), allocation in zip(waiting.items(), allocations, strict=True):
+    for (name, (target, candidates)), use in zip(waiting.items(), uses, strict=True):
         assert target.routed is not None
-        old, stored = target.routed, candidates().select(allocation.use)
-        pool = packed(stored, codec_for(old.dtype, target.settings or settings))
+        old, device = target.routed, target.routed.weight.device
+        how = codec_for(old.dtype, target.settings or settings)
+        pool, biases, error = ranks.of_first(partial(_chosen, candidates, use, how))
         new = replace_linear(
-            model, name, old, pool, old.router, group=old.group, tokens=old.tokens,
-            cluster_bias=packed_biases(stored),
+            model, name, old, pool.to(device), old.router, group=old.group, tokens=old.tokens,
+            cluster_bias=None if biases is None else biases.to(device),
         )  # fmt: skip
         target.routed, target.candidates = new, None
         share = new.stored_bytes() / new.dense_bytes()
-        errors.setdefault(target.label, []).append(f"{stored.error:.3f} ({share:.2f} of dense)")
+        errors.setdefault(target.label, []).append(f"{error:.3f} ({share:.2f} of dense)")
     for label, found in errors.items():
         logger.info(f"{label}: stored with relative error {', '.join(found)}")
+
+
+def _chosen(
+    candidates: Callable[[], Candidates], use: Tensor, how: ValueCodec
+) -> tuple[RowPool, ClusterBias | None, float]:
+    """What stores the versions in `use` (`Allocation.use`), in main memory, and its error."""
+    stored = candidates().select(use)
+    biases = packed_biases(stored)
+    pool = packed(stored, how).to("cpu")
+    return pool, None if biases is None else biases.to("cpu"), stored.error

@@ -3,6 +3,7 @@
 Nothing here runs code that a model brings.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import WexpandError, reason
 from ..format.model_dir import ModelDir
 from ..hf.hub import resolve
+from ..method import ranks
 from .data import calibration_rows, check_rows, load_text
 from .precision import compute_dtype, own_dtypes, set_dtypes
 
@@ -101,13 +103,23 @@ def load_inputs(
 def load_dense(model: str, dtype: str) -> tuple[Any, dict[str, "torch.dtype"]]:
     """The model, in the dtype to compute in, and the dtypes that its parameters are saved in.
 
+    Several ranks have it in memory once, read by the first.
+
     :param dtype: one of DTYPES; see `precision.compute_dtype`
     """
+    from compressed_tensors.offload import load_offloaded_model
     from loguru import logger
     from transformers import AutoModelForCausalLM
 
     try:
-        dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
+        with load_offloaded_model() if ranks.count() > 1 else nullcontext():
+            # where to is not left to transformers, which would count on all memory at once
+            where: dict[str, Any] = {}
+            if ranks.count() > 1:
+                where = {"device_map": "cpu", "max_memory": None}
+            dense = AutoModelForCausalLM.from_pretrained(
+                model, dtype="auto", trust_remote_code=False, **where
+            )
     except Exception as error:
         if any(Path(model).glob("*.safetensors")):
             list(ModelDir(model).headers)  # names a file that is damaged, as transformers does not

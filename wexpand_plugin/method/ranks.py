@@ -144,8 +144,10 @@ def of_first(make: Callable[[], T]) -> T:
     if count() == 1:
         return make()
     with together():
-        made: Any = make() if rank() == 0 else None
-    return gathered(made)[0]
+        made: list[Any] = [make() if rank() == 0 else None]
+    _all_well()
+    dist.broadcast_object_list(made, 0, group=_host(dist.group.WORLD))
+    return made[0]
 
 
 def total(*tensors: Tensor) -> None:
