@@ -11,6 +11,7 @@ from test_modifier import calibration, logits, run, tiny
 from tiny import VOCAB, tokenizer
 from two_ranks import together
 
+from wexpand_plugin.compress.announce import warn_unserved
 from wexpand_plugin.compress.curve import curve
 from wexpand_plugin.compress.modifier import SparseExpansionModifier
 from wexpand_plugin.compress.packing import PackModifier
@@ -113,6 +114,15 @@ def test_linears_that_torch_does_not_have(tmp_path):
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2)
     with pytest.raises(WexpandError, match="c_attn: is a Conv1D of transformers, as all linears"):
         target_linears(transformers.GPT2LMHeadModel(config), ["Linear"], ["re:.*lm_head"])
+
+
+@pytest.mark.parametrize("kind", ["Bloom", "Falcon", "GPTNeoX"])
+def test_what_vllm_will_not_load_is_said(kind, said):
+    config = getattr(transformers, f"{kind}Config")(hidden_size=16, num_attention_heads=2)
+    config.num_hidden_layers, config.vocab_size = 1, VOCAB
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    warn_unserved(model, target_linears(model, ["Linear"], ["re:.*lm_head", "re:.*embed_out"]))
+    assert len(said) == (kind != "GPTNeoX") and all("query_key_value: vLLM does" in s for s in said)
 
 
 def test_a_pattern_that_is_none():

@@ -1,6 +1,6 @@
 """What a run says before it works, and what it says and records of what came out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loguru import logger
@@ -13,7 +13,10 @@ from .estimate import expected
 from .expansion import Block, Target, parts
 from .precision import stored_dtype
 
-__all__ = ["findings", "say_beginning", "say_end"]
+__all__ = ["findings", "say_beginning", "say_end", "warn_unserved"]
+
+UNSERVED = {"bloom", "falcon"}
+"""model types whose fused qkv vLLM rearranges by rows while it loads, which packed rows forbid"""
 
 
 def say_beginning(
@@ -33,6 +36,7 @@ def say_beginning(
     :param on_disk: see `estimate.working_bytes`
     """
     linears = {name: t.linear for name, t in targets.items() if t.linear is not None}
+    warn_unserved(model, linears)
     dense = sum(
         weight.numel() * stored_dtype(model, weight).itemsize
         for weight in (linear.weight for linear in linears.values())
@@ -63,6 +67,17 @@ def _how(settings: Settings, dial: Dial | None) -> str:
         budget = settings.size_budget
         size = "every expert in full" if budget is None else f"in {budget} of their bytes"
     return ", ".join(filter(None, (parts(settings), zeros, values, size)))
+
+
+def warn_unserved(model: nn.Module, linears: Iterable[str]) -> None:
+    """Linears that can be compressed and reloaded, and that vLLM will refuse to load."""
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    fused = [name for name in linears if name.endswith("query_key_value")]
+    if fused and kind in UNSERVED:
+        logger.warning(
+            f"{fused[0]}: vLLM does not load a {kind} model whose fused qkv is compressed; to "
+            "serve it, use a recipe with ignore: ['re:.*query_key_value']"
+        )
 
 
 def say_end(targets: Mapping[str, Target], choice: Choice | None) -> None:
