@@ -14,7 +14,7 @@ __all__ = ["together"]
 
 
 def together(work: Callable[[int], Any], ranks: int = 2) -> list[Any]:
-    """What `work(rank)` gives in each of so many processes; an error is given back, too.
+    """What `work(rank)` gives in each of so many processes: an error, too; None if killed.
 
     They are forked, so that they need not import anything again.
     """
@@ -28,7 +28,8 @@ def together(work: Callable[[int], Any], ranks: int = 2) -> list[Any]:
             process.start()
         for process in processes:
             process.join()
-        return [torch.load(Path(folder) / str(r), weights_only=False) for r in range(ranks)]
+        files = [Path(folder) / str(rank) for rank in range(ranks)]
+        return [torch.load(f, weights_only=False) if f.exists() else None for f in files]
 
 
 def _one(work: Callable[[int], Any], folder: Path, rank: int, ranks: int) -> None:

@@ -1,5 +1,7 @@
 """Two processes find together what one finds alone."""
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -109,6 +111,18 @@ def test_an_error_on_one_rank_ends_all():
     assert isinstance(one, WexpandError) and isinstance(other, WexpandError)
     assert str(other) == "the calibration inputs hold NaN or infinite values"
     assert str(one) == f"rank 1: {other}"
+
+
+def test_a_rank_that_is_killed_ends_all():
+    def work(rank: int) -> None:
+        ranks.gathered(rank)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ranks.gathered(rank)
+
+    one, other = together(work)
+    assert other is None
+    assert isinstance(one, WexpandError) and str(one) == "another rank has ended; it says why"
 
 
 def test_what_ranks_hand_round():

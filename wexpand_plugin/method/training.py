@@ -80,7 +80,7 @@ def train(
 
     usual = max(1, sum(counts[rank][number] for rank, number in trained_on) / len(trained_on))
     size = max(1, min(round(STEP_TOKENS / usual), len(trained_on) // LEAST_STEPS))
-    size += -size % len(counts)
+    size = max(size, len(counts))  # no rank idles
     steps = -(-len(trained_on) // size)
     rates = [lr * pace for pace in paces or [1.0] * len(parameters)]
     adam = torch.optim.Adam(
