@@ -9,8 +9,9 @@ import json
 import re
 from pathlib import Path
 
-from .accuracy import HOW, Point, real_model_points
+from .accuracy import Point, real_model_points
 from .fill import ROOT
+from .results import results
 
 __all__ = ["FILE", "draw", "drawn", "series"]
 
@@ -19,30 +20,49 @@ FILE: Path = ROOT / "docs" / "accuracy.svg"
 Series = dict[str, dict[str, Point]]
 """line of the plot -> label -> point"""
 
-_COLOURS = {
-    "GPTQModifier": "#888888",
-    "int3": "#8a4fb0",
-    "int4": "#1f6fb4",
-    "int8": "#2a9d5c",
-    "bfloat16": "#c96a1b",
+_LINES = {
+    "ours, the dial, tuned": ("#0072b2", "o-"),
+    "ours, the dial": ("#56b4e9", "o--"),
+    "ours, zeros with bfloat16 values": ("#c96a1b", "v:"),
+    "GPTQModifier": ("#555555", "s-"),
+    "AWQModifier": ("#cc79a7", "^-"),
+    "SparseGPTModifier": ("#8a929c", "x"),
+    "llama.cpp": ("#009e73", "d"),
 }
-_STYLES = {"": "o-", "tuned": "o--", "tuned as a whole": "s:"}
+"""line of the plot -> colour and style"""
+_ROWS = (
+    (r"ours ([\d.]+) tuned", "ours, the dial, tuned"),
+    (r"ours ([\d.]+)", "ours, the dial"),
+    (r"GPTQ (\d)", "GPTQModifier"),
+    (r"AWQ (\d)", "AWQModifier"),
+    (r"SparseGPT (.*)", "SparseGPTModifier"),
+    (r"llama\.cpp (.*)", "llama.cpp"),
+)
+"""rows of evals.size_curve, without their part -> line; the group is the point's label"""
+_MOST = 9.5
+"""bits per weight, of what is drawn"""
 
 
 def series() -> Series:
-    """The points, by how kept values are stored and whether they were tuned."""
+    """The points of SmolLM2's MLP linears: those of evals.size_curve, and zeros alone."""
     found: Series = {}
+    curve = results("size_curve")["rows"]
+    for name, row in curve.items():
+        part, _, what = name.partition(": ")
+        for pattern, line in _ROWS:
+            if part == "mlp" and (match := re.fullmatch(pattern, what)):
+                added = row["loss"] - curve["dense"]["loss"]
+                point = (round(row["bits_stored"], 2), round(added, 3))
+                found.setdefault(line, {})[match[1]] = point
+                break
     for name, points in real_model_points().items():
-        first, *rest = name.split()
-        if "groups" in rest or first == "2:4":  # beside other points, at the same bits
-            continue
-        kind = "GPTQModifier" if first == "GPTQ" else (rest or [first])[-1]
-        label = f"{rest[0]} bits" if first == "GPTQ" else (first if rest else "no zeros")
-        for point, how in zip(points, HOW, strict=True):
-            if point is not None:
-                line = found.setdefault(kind + "," * bool(how) + how, {})
-                line[label] = (round(point[0], 2), round(point[1], 3))
-    return dict(sorted(found.items()))
+        if name.endswith("% bfloat16") and points[0]:
+            own = found.setdefault("ours, zeros with bfloat16 values", {})
+            own[name.split()[0]] = (round(points[0][0], 2), round(points[0][1], 3))
+    return {
+        line: {label: p for label, p in found[line].items() if p[0] <= _MOST}
+        for line in _LINES if line in found
+    }  # fmt: skip
 
 
 def drawn() -> Series | None:
@@ -64,20 +84,17 @@ def draw() -> None:
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "wexpand", "font.size": 9}
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.2, 3.8))
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.2))
     for name, points in series().items():
-        kind, _, tuned = (part.strip() for part in name.partition(","))
-        ours = kind != "GPTQModifier"
+        colour, style = _LINES[name]
         xs, ys = zip(*sorted(points.values()), strict=True)
-        axes.plot(
-            xs, ys, _STYLES[tuned], color=_COLOURS.get(kind, "black"),
-            label=f"ours, {kind} values{', ' * bool(tuned)}{tuned}" if ours else name,
-            markerfacecolor="white" if tuned else None, linewidth=1, markersize=5,
-        )  # fmt: skip
+        axes.plot(xs, ys, style, color=colour, label=name, linewidth=1, markersize=5)
         for label, point in points.items():
+            if name.startswith("ours, the dial"):  # as many bits as its place says
+                continue
             axes.annotate(
-                label, point, textcoords="offset points", fontsize=7,
-                xytext=(5, 4 if ours and not tuned else -10), color=_COLOURS.get(kind, "black"),
+                f"{label} bits" if label.isdigit() else label, point, fontsize=7, color=colour,
+                textcoords="offset points", xytext=(5, 4),
             )  # fmt: skip
     axes.set_yscale("symlog", linthresh=0.1, linscale=0.6)
     axes.set_yticks([0, 0.05, 0.1, 0.3, 1, 3], ["0", "0.05", "0.1", "0.3", "1", "3"])

@@ -40,7 +40,13 @@ def test_rows_that_are_still_to_come(monkeypatch):
         "| 2:4, int4 values | 3.12 | | 0.400 | 0.350 |",
     ]
     assert accuracy.real_model_others().splitlines()[-1] == "| 30% zeros, int4 values | 0.125 |"
-    assert set(picture.series()) == {"GPTQModifier", "int3", "int4"}
+    curve = {"dense": rows["dense"], "mlp: ours 3.25 tuned": {"loss": 3.2, "bits_stored": 3.2},
+             "all: GPTQ 3": {"loss": 3.5, "bits_stored": 3.25},
+             "mlp: llama.cpp Q8_0": {"loss": 3.0, "bits_stored": 8.5}}  # fmt: skip
+    monkeypatch.setattr(picture, "results", lambda name: {"rows": curve})
+    assert picture.series() == {
+        "ours, the dial, tuned": {"3.25": (3.2, 0.2)}, "llama.cpp": {"Q8_0": (8.5, 0.0)}
+    }  # fmt: skip
     del rows["dense"]["others"]
     assert "nothing has been measured yet" in accuracy.real_model_others()
 
