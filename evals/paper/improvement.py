@@ -92,7 +92,7 @@ def claims(found: list[dict[str, Any]]) -> list[Claim]:
     gains = [mean(row["gain"] for row in one["rows"]) for one in found]
     control = [mean(row["control"] for row in one["rows"]) for one in found]
     return [
-        Claim("Experts of clusters err less than one mask",
+        Claim("Experts err less than one mask",
               "RMSE of one mask over the experts', median neuron", gains, 1.05),
         Claim("... than experts of random parts",
               "the same over that of random parts",
