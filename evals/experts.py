@@ -1,17 +1,21 @@
 """Do experts and clusters add anything, once all is tuned? At equal bytes, on the pocket model.
 
-    python -m evals.experts [--sparsity 0.8] [--seeds 1] [--random] [--json FILE]
+    python -m evals.experts [--sparsity 0.8] [--seeds 1] [--epochs 4] [--variant NAME ...]
+        [--random] [--json FILE]
 
 Each way to spend bytes on top of one mask (biases for 16, 64 or 256 clusters, 16 experts in the
-dense size, both) is run end to end by its recipe, tuned; beside each stand two plain masks, tuned
-alike, that are as much denser as makes the bytes equal: those stored, and those that a token reads.
-MLP linears; the texts and the held-out loss of `evals.recipe`. `--random` sends tokens to clusters
-whose centres are inputs drawn at random instead of k-means'. Rows that the file has are not run
-again.
+dense size, both) is run end to end by its recipe, tuned; beside each stand plain masks, tuned
+alike, that are as much denser as makes the bytes equal, those stored and those that a token reads,
+and the first mask with a low-rank correction (`evals.corrected`) of as many bytes. MLP linears; the
+texts and the held-out loss of `evals.recipe`. `--random` sends tokens to clusters whose centres are
+inputs drawn at random instead of k-means'. Equal masks are run once, and rows that the file has
+are not run again; seeds come one after another.
 """
 
+import itertools
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -19,6 +23,7 @@ from unittest.mock import patch
 import torch
 import typer
 
+from evals import corrected
 from evals.pocket import MODEL
 from evals.recipe import measure
 from wexpand_plugin.method import clusters
@@ -34,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "16 experts, 64 cluster biases": {"num_experts": 16, "num_clusters": 64, **BUDGET},
 }
 MASK_BITS, VALUE_BITS = 1, 16
+SHAPE = (768, 256)
+"""out and in of the pocket model's MLP linears, or in and out"""
 
 
 def recipe(epochs: int, **keys: Any) -> dict[str, Any]:
@@ -56,48 +63,66 @@ def random_centres(points: Any, number: int, restarts: int, seed: int) -> torch.
 
 def main(
     json_file: Annotated[Path, typer.Option("--json")] = Path("evals/results/experts.json"),
-    sparsity: Annotated[float, typer.Option()] = 0.8,
+    sparsity: Annotated[float, typer.Option(help="Of all but the denser masks.")] = 0.8,
     seeds: Annotated[int, typer.Option(min=1)] = 1,
-    epochs: Annotated[int, typer.Option(help="Of tuning.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Of tuning.")] = 4,
     names: Annotated[list[str] | None, typer.Option("--variant")] = None,
-    random: Annotated[bool, typer.Option(help="Random centres instead of k-means'.")] = False,
+    random: Annotated[bool, typer.Option(help="Random centres, too.")] = False,
 ) -> None:
-    """One table: each variant, and one mask of as many bytes stored, and read."""
+    """Each variant, and what else as many bytes stored, and read, can be spent on."""
     rows: list[dict[str, Any]] = []
     if json_file.exists():
         rows = json.loads(json_file.read_text())["rows"]
 
-    def run(name: str, seed: int, **keys: Any) -> dict[str, Any]:
-        about = {"name": name, "seed": seed, "sparsity": sparsity, "epochs": epochs}
-        for row in rows:
-            if about.items() <= row.items():
-                return row
-        found = measure(str(MODEL), recipe(epochs, seed=seed, **keys), "pocket", seed)
-        rows.append(about | found)
+    def row(about: dict[str, Any], found: Callable[[], dict[str, float]]) -> dict[str, Any]:
+        about |= {"epochs": epochs}
+        for done in rows:
+            if about.items() <= done.items():
+                return done
+        rows.append(about | found())
         content = {"command": "python -m evals.experts", "rows": rows}
         json_file.write_text(json.dumps(content, indent=1) + "\n")
         print(json.dumps(rows[-1]), flush=True)
         return rows[-1]
 
+    def run(name: str, seed: int, sparsity: float, **keys: Any) -> dict[str, Any]:
+        asked = recipe(epochs, seed=seed, sparsity=sparsity, **keys)
+        about = {"name": name, "seed": seed, "sparsity": sparsity}
+        return row(about, lambda: measure(str(MODEL), asked, "pocket", seed))
+
+    def low_rank(seed: int, share: float, mask: float) -> None:
+        weight = SHAPE[0] * SHAPE[1]
+        rank = int((share - mask) * weight / sum(SHAPE))
+        size = mask + rank * sum(SHAPE) / weight
+
+        def found() -> dict[str, float]:
+            loss = corrected.measure(sparsity, seed, epochs, rank)
+            return {"loss": loss, "stored": size, "read": size}
+
+        row({"name": f"low rank, {rank}", "seed": seed, "sparsity": sparsity}, found)
+
     for seed in range(seeds):
-        run("one mask", seed, sparsity=sparsity, num_experts=1)
+        plain = run("one mask", seed, sparsity, num_experts=1)
         for name in names or VARIANTS:
+            found = run(name, seed, sparsity, **VARIANTS[name])
+            for what in ("read", "stored"):
+                if found[what] < 1 - 1 / 256:  # else it is the dense model that is as large
+                    own = round(sparsity_of(found[what]), 3)
+                    run("one mask", seed, own, num_experts=1)
+                    low_rank(seed, found[what], plain["stored"])
             if random:
                 with patch.object(clusters, "_k_means", random_centres):
-                    run(f"{name}, random", seed, sparsity=sparsity, **VARIANTS[name])
-                continue
-            found = run(name, seed, sparsity=sparsity, **VARIANTS[name])
-            for what in ("stored", "read"):
-                own = sparsity_of(found[what])
-                if own > 0:
-                    run(f"one mask, {what} as {name}", seed, sparsity=own, num_experts=1)
-    for name in dict.fromkeys(row["name"] for row in rows):
-        own = [row for row in rows if row["name"] == name]
-        losses = [row["loss"] for row in own]
-        deviation = f" +- {statistics.stdev(losses):.3f}" if len(own) > 1 else ""
+                    run(f"{name}, random", seed, sparsity, **VARIANTS[name])
+    for name, group in itertools.groupby(
+        sorted(rows, key=lambda row: (row["name"], row["sparsity"])),
+        key=lambda row: f"{row['name']}, {row['sparsity']:.1%} zeros",
+    ):
+        alike = list(group)
+        losses = [row["loss"] for row in alike]
+        deviation = f" +- {statistics.stdev(losses):.3f}" if len(alike) > 1 else ""
         print(
-            f"{name:46} {statistics.mean(losses):.3f}{deviation}, stored {own[0]['stored']:.3f}, "
-            f"read {own[0]['read']:.3f}"
+            f"{name:46} {statistics.mean(losses):.3f}{deviation}, stored {alike[0]['stored']:.3f}, "
+            f"read {alike[0]['read']:.3f}"
         )
 
 

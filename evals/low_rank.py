@@ -20,6 +20,7 @@ import typer
 from torch import Tensor
 
 from evals.allocation import training_texts
+from evals.corrected import factors
 from evals.experts import MASK_BITS, VALUE_BITS, sparsity_of
 from evals.paper.inputs import input_groups, record
 from evals.paper.pruning import ROW, hessian
@@ -42,13 +43,9 @@ def rank_of(share: float, shape: torch.Size) -> int:
 
 def correction(error: Tensor, second_moment: Tensor, rank: int) -> Tensor:
     """The matrix of this rank that is nearest to `error` [out, in] for inputs with this second
-    moment [in, in]: least mean ||(error - found) x||^2; by an SVD of error H^(1/2)."""
-    values, vectors = torch.linalg.eigh(second_moment.double())
-    values = values.clamp(min=float(values[-1]) * 1e-9)
-    root = vectors * values.sqrt()
-    u, s, v = torch.linalg.svd(error.double() @ root, full_matrices=False)
-    low = (u[:, :rank] * s[:rank]) @ v[:rank]
-    return (low @ (vectors / values.sqrt()).t()).to(error.dtype)
+    moment [in, in], see `factors`."""
+    left, right = factors(error, second_moment, rank)
+    return (left @ right).to(error.dtype)
 
 
 def main(
