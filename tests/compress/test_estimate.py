@@ -19,7 +19,7 @@ LINEARS = {
 TOKENS = 1000
 # of 1000 tokens: three times 20 columns, and twice 8 hidden states
 DOWN = 5 * 400 * 4 + 3 * TOKENS * 20 * 4 + 2 * TOKENS * 8 * 4
-DOWN += 4 * 20 * (8 + 5 * 20)  # one Hessian at a time
+DOWN += 4 * 20 * (8 + 3 * 20)  # one Hessian at a time
 BYTES = 4 * (80 + 80 + 160)
 
 

@@ -198,7 +198,7 @@ def test_with_a_model_budget_nothing_is_stored_yet():
         full = linear.calibrating.rows.weights
         assert len(full) == 3 * len(weight), "calibrates on full expansion"
         nodes = everything.candidates.problem.tree.nodes
-        assert len(everything.candidates.rows.weights) == nodes * len(weight)
+        assert everything.candidates.place.shape == (nodes, len(weight))
         # in closed form on the rows that were not held out
         for versions in (linear.calibrating, linear.candidates.base()):
             expected = true_error(weight, versions.dense(), rows, labels)

@@ -77,7 +77,7 @@ def test_experts_may_be_solved_in_chunks():
     pieces = torch.cat([solve(weight, part, 0.6, structure) for part in hessian.split(2)])
     torch.testing.assert_close(whole, pieces, atol=1e-6, rtol=0)
     assert chunk_size(40, 96, 1) == 1
-    assert chunk_size(40, 96, 3 * 4 * 96 * (40 + 5 * 96)) == 3
+    assert chunk_size(40, 96, 3 * 4 * 96 * (40 + 3 * 96)) == 3
 
 
 def test_pruned_weights_are_positive_zeros():

@@ -11,12 +11,30 @@ be run again before the pipeline reaches the next one. Later blocks then hand on
 given, but for their first batch, which shows what they return and whether another block follows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llmcompressor.core import active_session
 from torch import Tensor, nn
 
-__all__ = ["Bypass"]
+__all__ = ["Bypass", "Instead"]
+
+
+class Instead:
+    """Another forward in the place of a module's, until `end`.
+
+    :param make: the other forward, from the module's own
+    """
+
+    def __init__(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]):
+        self._module, self._set = module, module.__dict__.get("forward")
+        module.forward = make(module.forward)
+
+    def end(self) -> None:
+        """The module's own again."""
+        del self._module.forward
+        if self._set is not None:
+            self._module.forward = self._set
 
 
 class Bypass:
@@ -26,7 +44,7 @@ class Bypass:
         self._sure = self._never = False
         self._handles: list[Any] = []
         self._block: nn.Module | None = None
-        self._forward: Any = None
+        self._instead: Instead | None = None
 
     def expanded(self, block: nn.Module, together: int) -> None:
         """What the pipeline calibrated last was `together` blocks, of which `block` is now done."""
@@ -49,17 +67,15 @@ class Bypass:
     def _shown(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self._remove()
         if _alike(output, _hidden(args, kwargs)):
-            self._block, self._forward = block, block.__dict__.get("forward")
-            block.forward = lambda *args, **kwargs: _hidden(args, kwargs)
+            self._block = block
+            self._instead = Instead(block, lambda _: lambda *args, **kwargs: _hidden(args, kwargs))
 
     def end(self) -> None:
         """From now on blocks run."""
         self._remove()
-        if self._block is not None:
-            del self._block.forward
-            if self._forward is not None:
-                self._block.forward = self._forward
-        self._block = self._forward = None
+        if self._instead is not None:
+            self._instead.end()
+        self._block = self._instead = None
 
     def _remove(self) -> None:
         while self._handles:

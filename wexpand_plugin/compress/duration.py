@@ -18,6 +18,7 @@ from torch.nn.functional import linear as multiply
 
 from ..method.settings import Settings
 from ..method.solvers.sparsegpt import chunk_size, solve
+from .together import TOGETHER
 
 __all__ = ["Speed", "seconds"]
 
@@ -65,7 +66,8 @@ class Speed:
                 key = module.weight.shape, module.weight.dtype
                 shapes[key] = shapes.get(key, 0) + 1
                 device = module.weight.device
-        batch = max(1, min(batch, TOKENS))
+        # with routers short batches are run together
+        batch = TOGETHER if settings.clusters > 1 else max(1, min(batch, TOKENS))
         one = routed = 0.0
         for (shape, dtype), count in shapes.items():
             x = _random(batch, shape[1], dtype, device)
@@ -116,6 +118,7 @@ def seconds(
     speed: Speed,
     others: Iterable[tuple[int, int]] = (),
     ranks: int = 1,
+    parts: Sequence[str] = (),
 ) -> float:
     """Of expanding one block.
 
@@ -123,15 +126,19 @@ def seconds(
     :param tokens: of calibration, that count; of one rank
     :param others: the same of linears that are not expanded and come before the groups
     :param ranks: processes that share what is solved, experts or, with one, its rows
+    :param parts: in which part of the block each group is; earlier ones run no more (`remembered`)
     """
     experts, clusters = settings.num_experts, settings.clusters
     # the pipeline's own: calibration (without routers also statistics) and propagation
-    total = tokens * (speed.routed + (speed.token if clusters == 1 else 0))
+    total = 2.0 * tokens * speed.token
     if clusters > 1:
+        total = tokens * speed.routed
         sizes = [rows * width for rows, width in [*others, *groups]]
         before = sum(rows * width for rows, width in others)
-        for rows, width in groups:
+        for place, (rows, width) in enumerate(groups):
             total += tokens * speed.routed * before / sum(sizes)
+            if not place or (parts and parts[place] != parts[place - 1]):
+                before = 0
             before += rows * width
             samples = min(settings.samples, tokens)
             total += PCA * samples * width * settings.dims(width) * speed.product
@@ -160,14 +167,17 @@ def _random(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 
 
 def _fastest(call: Callable[[], object]) -> float:
-    """Seconds of a call: the faster of two, after one that warms up."""
+    """Seconds of a call: the faster of two, after one that warms up. With one thread its CPU time,
+    which says the same, and nothing of what else the machine does."""
+    cuda = torch.cuda.is_available()
+    clock = time.perf_counter if cuda or torch.get_num_threads() > 1 else time.process_time
     found = []
     for _ in range(3):
-        if torch.cuda.is_available():
+        if cuda:
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         call()
-        if torch.cuda.is_available():
+        if cuda:
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
+        found.append(clock() - start)
     return min(found[1:])

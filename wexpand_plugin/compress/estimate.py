@@ -66,9 +66,10 @@ def expected(
     trained = []
     for block, linears in blocks.items():
         weights = 0.0
+        groups = _groups(linears)
         shapes = [
             (sum(len(linear.weight) for linear in group), width)
-            for (_, width), group in _groups(linears).items()
+            for (_, width), group in groups.items()
         ]
         targeted = {id(linear) for linear in linears.values()}
         others = [
@@ -76,7 +77,8 @@ def expected(
             for linear in block.modules()
             if isinstance(linear, nn.Linear) and id(linear) not in targeted
         ]
-        taken += seconds(shapes, tokens, settings, speed, others, ranks.count())
+        parts = [parent for parent, _ in groups]
+        taken += seconds(shapes, tokens, settings, speed, others, ranks.count(), parts)
         taken += sum(tried * speed.solved(rows, width) for rows, width in shapes)
         for linear in linears.values():
             own = settings_for(stored_dtype(model, linear.weight), settings)

@@ -89,6 +89,7 @@ def expand_block(
     if passing is None:
         linears = {n: t.linear for n, t in targets.items() if t.linear is not None}
         groups = agreed(replay.groups(linears))
+        replay.remember(settings.max_bytes)
     else:
         groups = agreed(passing.groups())
     solved: list[_Solved] = []
@@ -103,6 +104,7 @@ def expand_block(
     routed = {name: t.routed for name, t in targets.items() if t.routed is not None}
     if not settings.tune_epochs or not routed:
         return None
+    replay.end()
     tuned, gained = tune(block.name, model, routed, replay, outputs, settings)
     for name, linear in tuned.items():
         targets[name].routed = linear

@@ -172,6 +172,7 @@ class SparseExpansionModifier(Modifier):
     _path: DensePath = PrivateAttr(default_factory=DensePath)
     _attention: FusedAttention = PrivateAttr(default_factory=FusedAttention)
     _bypass: Bypass = PrivateAttr(default_factory=Bypass)
+    _running: list[BlockReplay] = PrivateAttr(default_factory=list)
     _part: Part = PrivateAttr(default_factory=Part)
     _tuned: dict[str, list[float]] = PrivateAttr(default_factory=dict)
 
@@ -256,7 +257,7 @@ class SparseExpansionModifier(Modifier):
             use_settings(self._targets, choice, self._dial)
         for name, block in self._blocks.items():
             counts = self._batches.current
-            passing = self._settings.clusters == 1 and not self._settings.biased
+            passing = self._one_pass()
             self._replays[name] = BlockReplay(
                 block.module, self.register_hook, counts, None if passing else self._bypass
             )
@@ -273,13 +274,22 @@ class SparseExpansionModifier(Modifier):
     def on_sequential_epoch_end(self, state: State, event: Event, modules=None, **kwargs):
         """Expand the linears of the blocks that have just been calibrated."""
         self._bypass.end()
+        self._end_propagation()
         self._settle()
         ready = [n for n, replay in self._replays.items() if len(replay)]
         if modules is not None:
             ready = [n for n in ready if any(m is self._blocks[n].module for m in modules)]
         for name in ready:
             with ranks.together(), torch.no_grad(), calibration_forward_context(state.model):
-                self._finish(state.model, self._blocks[name], self._replays.pop(name))
+                replay, passing = self._replays.pop(name), self._one_pass()
+                self._running.append(replay)
+                if not passing:
+                    replay.run_together()
+                self._finish(state.model, self._blocks[name], replay)
+            if len(ready) == 1 and not passing:
+                replay.propagate()
+            else:
+                replay.end()
             self._bypass.expanded(self._blocks[name].module, len(ready))
 
     def _finish(self, model: nn.Module, block: Block, replay: BlockReplay) -> None:
@@ -310,6 +320,7 @@ class SparseExpansionModifier(Modifier):
         """Drop hooks; settle what the whole model competes for."""
         self.remove_hooks()
         self._attention.remove()
+        self._end_propagation()
         self._settle()
         if any(target.candidates for target in self._targets.values()):
             allocate_targets(state.model, self._targets, self._settings)
@@ -348,11 +359,20 @@ class SparseExpansionModifier(Modifier):
     def _forget(self) -> bool:
         self.remove_hooks()
         self._bypass.end()
+        self._end_propagation()
         self._attention.remove()
         self._batches.release()
         self._targets, self._blocks, self._replays, self._passing = {}, {}, {}, {}
         self._path = DensePath()
         return True
+
+    def _one_pass(self) -> bool:
+        """Whether the pipeline's own run of a block is enough, without replays."""
+        return self._settings.clusters == 1 and not self._settings.biased
+
+    def _end_propagation(self) -> None:
+        while self._running:
+            self._running.pop().end()
 
     def _settle(self) -> None:
         """Blocks that have been propagated compute with what they store."""

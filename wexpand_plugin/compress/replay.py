@@ -4,9 +4,13 @@ llm-compressor's sequential pipeline runs every block once for calibration and o
 During the first run only the block's own arguments are kept. At its end the block is run again as
 often as needed: an earlier linear of the block may have been replaced by then, so a later one is
 seen with the inputs it will have in use. A replay stops as soon as the wanted linear is reached.
+
+Short batches are replayed several at a time (`together`), and so is the pipeline's propagation: the
+block is run ahead for the batches that are about to come.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,8 +19,10 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import Tensor, nn
 
-from ..method.inputs import InputGroup, find_groups, record_inputs, token_rows
-from .bypass import Bypass
+from ..method.inputs import InputGroup, Reached, find_groups, record_inputs, token_rows
+from .bypass import Bypass, Instead
+from .remembered import Remembered
+from .together import TOGETHER, Apart, Arguments, give_the_same, hidden_states, joined
 
 __all__ = ["BlockReplay", "ReplayedInputs"]
 
@@ -39,6 +45,10 @@ class BlockReplay:
         self.block, self._counts_now, self._bypass = block, counts, bypass
         self.counts: list[Tensor | None] = []
         self.cache = IntermediatesCache(None, torch.device("cpu"))
+        self._together = 1
+        self._running: list[int] = []
+        self._ordered = False
+        self._instead: list[Instead | Remembered] = []
         register_hook(block, self._record, "forward_pre", with_kwargs=True)
 
     def _record(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -50,40 +60,148 @@ class BlockReplay:
     def __len__(self) -> int:
         return len(self.cache)
 
-    def _run(self, number: int) -> None:
-        with torch.no_grad():
-            self.output(number)
+    def _arguments(self, number: int) -> Arguments:
+        inputs = self.cache.fetch(number)
+        return Arguments(tuple(inputs["args"]), dict(inputs["kwargs"]))
+
+    def run_together(self) -> None:
+        """From now on short batches are run several at a time, if that changes nothing."""
+        if len(self) < 2:
+            return
+        one, other = self._arguments(0), self._arguments(1)
+        together = TOGETHER // max(1, hidden_states(one)[..., 0].numel())
+        if together > 1:
+            self._together = together if give_the_same(self._call, one, other) else 1
+
+    def _call(self, arguments: Arguments, numbers: Sequence[int] = ()) -> Any:
+        """:param numbers: of the batches, if their inputs are those that were recorded"""
+        with HooksMixin.disable_hooks(), self._run(numbers):
+            return self.block(*arguments.args, **arguments.kwargs)
+
+    @contextmanager
+    def _run(self, numbers: Sequence[int]) -> Iterator[None]:
+        parts = [own for own in self._instead if isinstance(own, Remembered)]
+        self._running = list(numbers)
+        try:
+            yield
+        except Reached:
+            for part in parts:
+                part.keep()
+            raise
+        finally:
+            self._running = []
+            for part in parts:
+                part.drop()
+
+    def remember(self, max_bytes: int) -> None:
+        """Until `end`, parts of the block that are done do not run again.
+
+        :param max_bytes: of the outputs of a part that may be kept
+        """
+        for part in self.block.children() if self._ordered else ():
+            if any(parameter.dim() > 1 for parameter in part.parameters()):
+                self._instead.append(Remembered(part, self._runs_now, len(self), max_bytes))
+
+    def _runs_now(self) -> list[int]:
+        return self._running
+
+    def end(self) -> None:
+        """The block and its parts run as they are."""
+        while self._instead:
+            self._instead.pop().end()
+
+    def _runs(self, numbers: Iterable[int]) -> Iterator[tuple[list[int], Arguments]]:
+        """The batches with these numbers, in this order, as they are run: some at a time."""
+        waiting = list(numbers)
+        while waiting:
+            some, waiting = waiting[: self._together], waiting[self._together :]
+            batches = [self._arguments(number) for number in some]
+            try:
+                yield some, joined(batches)
+            except Apart:
+                yield from zip(([number] for number in some), batches, strict=True)
 
     def output(self, number: int, hidden: Tensor | None = None) -> Tensor:
         """The hidden states that the block gives for a batch; with gradients where they are on.
 
         :param hidden: hidden states to read, instead of those that were recorded
         """
-        inputs = self.cache.fetch(number)
-        args, kwargs = list(inputs["args"]), dict(inputs["kwargs"])
+        arguments = self._arguments(number)
+        args, kwargs = list(arguments.args), dict(arguments.kwargs)
         if hidden is not None and args:
             args[0] = hidden.to(args[0])
         elif hidden is not None:
             kwargs["hidden_states"] = hidden.to(kwargs["hidden_states"])
-        with HooksMixin.disable_hooks():
-            found = self.block(*args, **kwargs)
+        found = self._call(Arguments(tuple(args), kwargs))
         return found[0] if isinstance(found, tuple) else found
 
     def groups(self, linears: Mapping[str, nn.Linear]) -> list[InputGroup]:
         """The input groups among `linears` (name -> module of this block), in calling order."""
-        return find_groups(linears, (partial(self._run, number) for number in range(len(self))))
+        took = 0
 
-    def inputs(
-        self, linears: Sequence[nn.Module], numbers: Iterable[int] | None = None
-    ) -> Iterator[dict[nn.Module, Tensor]]:
-        """The input rows [tokens, in] that reach each of `linears` in each of the given batches.
+        def runs() -> Iterator[Callable[[], object]]:
+            nonlocal took
+            for took in range(len(self)):
+                yield partial(self.output, took)
 
-        A linear that a batch does not reach is missing from that batch's dict.
+        with torch.no_grad():
+            found = find_groups(linears, runs())
+        # if it takes more, their order need not be the order in which one batch calls them
+        self._ordered = took == 0
+        return found
+
+    @torch.no_grad()
+    def inputs(self, linear: nn.Module, numbers: Iterable[int] | None = None) -> Iterator[Tensor]:
+        """The input rows [tokens, in] that reach `linear` in each of the given batches, none if
+        one does not reach it."""
+        some: list[list[int]] = []
+
+        def forwards() -> Iterator[Callable[[], object]]:
+            for own, arguments in self._runs(range(len(self)) if numbers is None else numbers):
+                some.append(own)
+                yield partial(self._call, arguments, own)
+
+        for seen in record_inputs([linear], forwards()):
+            own, x = some.pop(0), seen.get(linear)
+            if x is None:
+                yield from (torch.empty(0) for _ in own)
+                continue
+            # of linears that do not see all tokens, parts of what they see in some batches
+            parts = x.reshape(-1, x.shape[-1]).tensor_split(len(own))
+            for number, part in zip(own, parts, strict=True):
+                yield token_rows(part, self.counts[number])
+
+    def propagate(self) -> None:
+        """The pipeline is about to run the block on what was recorded, batch by batch: until `end`
+        it is given what batches give that are run together. Other inputs run as they are.
+
+        In whole and in order, so that a run that is resumed here gives the same, to the last bit.
         """
-        numbers = list(range(len(self)) if numbers is None else numbers)
-        found = record_inputs(linears, (partial(self._run, number) for number in numbers))
-        for number, seen in zip(numbers, found, strict=True):
-            yield {module: token_rows(x, self.counts[number]) for module, x in seen.items()}
+        self.end()
+        self._instead.append(Instead(self.block, self._ahead))
+
+    def _ahead(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        known: list[tuple[Tensor, Any]] = []
+        runs = self._runs(range(len(self)))
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not known and (some := next(runs, None)) is not None:
+                numbers, arguments = some
+                found = forward(*arguments.args, **arguments.kwargs)
+                if len(numbers) == 1:
+                    known.append((hidden_states(arguments), found))
+                else:
+                    both = hidden_states(arguments), found
+                    parts = (states.tensor_split(len(numbers)) for states in both)
+                    known.extend(zip(*parts, strict=True))
+                for number in numbers:  # the pipeline, too, lets go of what it has run
+                    self.cache.delete(number)
+            hidden = hidden_states(Arguments(args, kwargs))
+            if known and torch.equal(hidden, known[0][0]):
+                return known.pop(0)[1]
+            return forward(*args, **kwargs)
+
+        return run
 
 
 class ReplayedInputs:
@@ -96,5 +214,4 @@ class ReplayedInputs:
         return len(self.replay)
 
     def __call__(self, numbers: Iterable[int] | None = None) -> Iterator[Tensor]:
-        for seen in self.replay.inputs([self.linear], numbers):
-            yield from seen.values()
+        return self.replay.inputs(self.linear, numbers)

@@ -44,6 +44,7 @@ class Candidates:
     """The versions that one linear could store, and what each would do."""
 
     rows: Rows
+    """of all linears of the input group, until there is a shortlist"""
     place: Tensor
     """int64 [nodes, out]: where in `rows` a node's version of a neuron is; -1: nowhere"""
     errors: Tensor
@@ -148,10 +149,13 @@ def propose(
     share = statistics.of_experts(statistics.tokens).double().cpu()
     share /= share.sum().clamp(min=1)
     known = statistics.cluster_means().to("cpu") if statistics.within else None
+    # all linears' rows in one place, as those of each alone would be there twice
+    rows_solved = solved.apply(lambda tensor: tensor.flatten(0, 1))
+    places = torch.arange(tree.nodes * len(weight)).view(tree.nodes, -1)
     for own, bias, part in zip(weights, biases, _parts(linears), strict=True):
-        versions, error = solved[:, part], errors[..., part]
-        place = torch.arange(tree.nodes * len(own)).view(-1, len(own))
-        cost = settings.weighs.row((versions.weights != 0).sum(dim=2), weight.shape[1])
+        error = errors[..., part]
+        kept = (solved.weights[:, part] != 0).sum(dim=2)
+        cost = settings.weighs.row(kept, weight.shape[1])
         values = neuron_values(settings.allocate_by, rows, own, bias, settings.seed)
         problem = AllocationProblem(
             tree,
@@ -160,10 +164,10 @@ def propose(
             cost.cpu(),
             share,
         )
-        energy = float(energies[:, part].sum())
+        energy = float(energies[part].sum())
         yield Candidates(
-            versions.apply(lambda tensor: tensor.flatten(0, 1)),
-            place,
+            rows_solved,
+            places[:, part],
             error.cpu(),
             energy,
             problem,
@@ -268,14 +272,16 @@ def _solve_tree(
         if some.stop == tree.nodes:
             hessians[-1] = total
         solved = _solve(weight, hessians, linears, settings)
-        changes = solved.weights.float() - weight.float()
-        errors = torch.zeros(len(changes), tree.experts, rows, device=device)
+        del hessians
+        errors = torch.zeros(len(below), tree.experts, rows, device=device)
         held_out = torch.zeros_like(errors)
         for expert in range(tree.experts):
             below_here = tree.members[some, expert].nonzero().flatten()
+            if len(below_here):
+                folded = _folded(statistics.sums[expert])
             for place in below_here.tolist():
-                change = changes[place]
-                errors[place, expert] = _quadratic(change, statistics.sums[expert])
+                change = solved.weights[place].float() - weight.float()
+                errors[place, expert] = _quadratic(change, folded)
                 held_out[place, expert] = (rows_of[expert] @ change.t()).square().sum(dim=0)
         return errors, held_out, solved.weights, solved.scales
 
@@ -290,30 +296,32 @@ def _solve_tree(
     return solved, errors, allowed
 
 
-def _quadratic(rows: Tensor, symmetric: Tensor) -> Tensor:
-    """r^T S r for every row, S symmetric: [rows, in], [in, in] -> [rows]."""
+def _folded(symmetric: Tensor) -> Tensor:
+    """`symmetric` [in, in] with twice its values above the `strips`' own blocks, which stand for
+    those below; what is below is not to be read."""
+    folded = symmetric.clone()
+    for part in strips(len(symmetric)):
+        folded[: part.start, part] *= 2
+    return folded
+
+
+def _quadratic(rows: Tensor, folded: Tensor) -> Tensor:
+    """r^T S r for every row, S as `_folded` makes it: [rows, in], [in, in] -> [rows]."""
     total = rows.new_zeros(len(rows))
     for part in strips(rows.shape[1]):
-        # what lies above the diagonal stands for what lies below it
-        product = rows[:, : part.start] @ (2 * symmetric[: part.start, part])
-        product += rows[:, part] @ symmetric[part, part]
+        product = rows[:, : part.stop] @ folded[: part.stop, part]
         total += torch.linalg.vecdot(product, rows[:, part])
     return total.clamp_(min=0)
 
 
 def _energies(weight: Tensor, statistics: GroupStatistics) -> Tensor:
-    """Sum of the squared outputs of each row, in parts that add up [parts, rows]."""
-    works = [partial(_energy, weight, sums) for sums in statistics.sums]
-    energies = torch.stack([found for (found,) in ranks.spread(works, weight.device)])
+    """Sum of the squared outputs of each row [rows]."""
+    energies = _quadratic(weight, _folded(statistics.sums.sum(dim=0)))
     if statistics.within:
         outputs = statistics.mean_inputs() @ weight.t()
         tokens = statistics.solved_tokens.to(outputs).unsqueeze(1)
-        energies = torch.cat([energies, (outputs.square() * tokens).sum(dim=0, keepdim=True)])
+        energies += (outputs.square() * tokens).sum(dim=0)
     return energies
-
-
-def _energy(weight: Tensor, sums: Tensor) -> tuple[Tensor]:
-    return (_quadratic(weight, sums),)
 
 
 def _held_out_rows(statistics: GroupStatistics) -> list[Tensor]:

@@ -37,7 +37,8 @@ class Batches(Protocol):
         ...
 
     def __call__(self, numbers: Iterable[int] | None = None, /) -> Iterator[Tensor]:
-        """Input rows [tokens, in] of the batches with these numbers, in this order; None: all."""
+        """Input rows [tokens, in] of each of the batches with these numbers, in this order; None:
+        all. A batch may have none."""
         ...
 
 
@@ -83,7 +84,7 @@ def expand_group(
     """
     width, device = weights[0].shape[1], weights[0].device
     router, cluster_expert, sample = None, None, torch.empty(0, width)
-    seen: dict[int, list[Tensor]] = {}
+    seen: dict[int, Tensor] = {}
     if settings.clusters > 1:
         sample, seen = _sample(batches, settings)
         router, cluster_expert = ranks.of_first(partial(_fit, sample, settings, width, device))
@@ -96,8 +97,7 @@ def expand_group(
         )  # fmt: skip
         others = [number for number in range(len(batches)) if number not in seen]
         while seen:
-            for rows in seen.pop(next(iter(seen))):
-                statistics.add(rows)
+            statistics.add(seen.pop(next(iter(seen))))
         for rows in batches(others):
             statistics.add(rows)
         statistics.flush()
@@ -166,19 +166,19 @@ def _within_budget(candidates: Candidates, width: int, settings: Settings) -> Li
     return LinearResult(calibrating, None, candidates)
 
 
-def _sample(batches: Batches, settings: Settings) -> tuple[Tensor, dict[int, list[Tensor]]]:
+def _sample(batches: Batches, settings: Settings) -> tuple[Tensor, dict[int, Tensor]]:
     """About `settings.samples` rows, from batches spread over the calibration set, and all rows of
     each batch that was read for them."""
-    sample, seen = RowSample(settings.samples, settings.seed), dict[int, list[Tensor]]()
+    sample, seen = RowSample(settings.samples, settings.seed), dict[int, Tensor]()
     found = 0
     # every stride-th batch, then the ones after them, until there are rows enough to choose from
     stride = max(1, len(batches) // 8)
     for offset in range(stride):
-        for number in range(offset, len(batches), stride):
-            seen[number] = list(batches([number]))
-            for rows in seen[number]:
-                sample.add(rows)
-                found += len(rows)
+        numbers = range(offset, len(batches), stride)
+        for number, rows in zip(numbers, batches(numbers), strict=True):
+            seen[number] = rows
+            sample.add(rows)
+            found += len(rows)
         if found * ranks.count() >= settings.samples:
             break
     sample.join()

@@ -18,6 +18,7 @@ from . import ranks
 
 __all__ = [
     "InputGroup",
+    "Reached",
     "Readers",
     "agreed",
     "find_groups",
@@ -45,8 +46,8 @@ class InputGroup:
         return f"{parents.pop()}: {' + '.join(n.rpartition('.')[2] for n in self.names)}"
 
 
-class _Reached(Exception):
-    """Ends a forward early."""
+class Reached(Exception):
+    """Ends a forward early: what it was run for has been seen."""
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
@@ -140,14 +141,14 @@ def record_inputs(
     def take(module: nn.Module, args: tuple) -> None:
         seen[module] = args[0].detach()
         if len(seen) == len(modules):
-            raise _Reached
+            raise Reached
 
     for forward in forwards:
         # hooked only while a forward runs: whoever asks for inputs may run the model in between
         with _hooks(modules, take):
             try:
                 forward()
-            except _Reached:
+            except Reached:
                 pass
         yield dict(seen)
         seen.clear()

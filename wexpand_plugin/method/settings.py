@@ -72,7 +72,7 @@ class Settings:
     router_samples: int = 8192
     router_restarts: int = 3
     seed: int = 0
-    max_bytes: int = 256 << 20
+    max_bytes: int = 128 << 20
     """working memory of the solver beside Hessians and results"""
 
     # no recipe keys

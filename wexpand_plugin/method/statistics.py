@@ -147,6 +147,8 @@ class GroupStatistics:
 
     def add(self, rows: Tensor) -> None:
         """Take in one batch of inputs [tokens, in]."""
+        if not len(rows):
+            return
         rows = rows.detach().to(self._sums)
         self.sample.add(rows)
         if self.hold_out:

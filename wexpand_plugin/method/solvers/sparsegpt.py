@@ -7,7 +7,7 @@ rows do not see each other. So
 
 - linears that read the same tensor share H, hence U, and are solved as one tall weight [rows, in];
 - experts differ in H alone: they form a batch [experts, in, rows];
-- columns are cut into blocks (128: where masks are chosen) and sub-blocks (32: where updates are
+- columns are cut into blocks (128: where masks are chosen) and sub-blocks (16: where updates are
   rank-1); everything to the right of a sub-block in its block is updated by one matrix product.
 
 Between blocks the same updates need no inverse. With H = T^T T, T lower triangular, and e = w - q
@@ -35,7 +35,7 @@ from ..versions import SolvedRows
 
 __all__ = ["chunk_bytes", "chunk_size", "error_factor", "solve"]
 
-SUB_BLOCK = 32
+SUB_BLOCK = 16
 DAMPING_TRIES = 6
 
 
@@ -52,27 +52,29 @@ def error_factor(hessians: Tensor, dampening: float) -> Tensor:
             "Hessian: the calibration inputs hold NaN or infinite values, or some whose squares "
             "overflow"
         )
-    hessians = hessians.flip(1, 2)
-    diagonal = hessians.diagonal(dim1=1, dim2=2)
+    factors = torch.empty_like(hessians)
+    for hessian, factor in zip(hessians, factors, strict=True):
+        factor.copy_(_reversed_cholesky(hessian.flip(0, 1), dampening).flip(0, 1).mT)
+    return factors
+
+
+def _reversed_cholesky(hessian: Tensor, dampening: float) -> Tensor:
+    """L of H + damping = L L^T; H is overwritten."""
+    diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
-    mean = diagonal.mean(dim=1, keepdim=True)
-    damping = dampening
+    mean, damping = diagonal.mean(), dampening
     diagonal += damping * mean
     for _ in range(DAMPING_TRIES):
-        factor, info = torch.linalg.cholesky_ex(hessians)
-        failed = info != 0
-        if not bool(failed.any()):
-            break
+        factor, info = torch.linalg.cholesky_ex(hessian)
+        if not int(info):
+            return factor
         grown = max(damping * 10, 1e-6)
-        diagonal[failed] += (grown - damping) * mean[failed]
+        diagonal += (grown - damping) * mean
         damping = grown
-    else:
-        raise WexpandError(
-            f"dampening_frac: {dampening} and up to {damping:g} leave the Hessian of "
-            "the calibration inputs singular; use more calibration tokens or a larger value"
-        )
-    del hessians, diagonal  # as large as the result
-    return factor.flip(1, 2).mT
+    raise WexpandError(
+        f"dampening_frac: {dampening} and up to {damping:g} leave the Hessian of "
+        "the calibration inputs singular; use more calibration tokens or a larger value"
+    )
 
 
 def solve(
@@ -119,9 +121,9 @@ def solve(
 
 
 def chunk_bytes(rows: int, width: int) -> int:
-    """Working memory of `solve` for each Hessian: a weight [rows, width], and the Hessian and four
-    more of its size, in float32."""
-    return 4 * width * (rows + 5 * width)
+    """Working memory of `solve` for each Hessian, in float32: a weight [rows, width], the Hessian,
+    its factor, and what one is mixed from or a block of columns takes, about as much again."""
+    return 4 * width * (rows + 3 * width)
 
 
 def chunk_size(rows: int, width: int, max_bytes: int) -> int:
