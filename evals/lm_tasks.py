@@ -124,12 +124,12 @@ def score(model: Path, tasks: Path, out: Path, dtype: str, serve_env: Path) -> d
 def write_dense(model: Path, out: Path, dtype: str) -> Path:
     """A quantised model's weights as transformers computes with them, as a dense model in `out`."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
-    from evals.perplexity import load_model
-
-    network = load_model(model).to(getattr(torch, dtype))
-    network.config.__dict__.pop("quantization_config", None)
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype),
+        quantization_config=CompressedTensorsConfig(run_compressed=False),
+    )  # fmt: skip
     plain = type(network)(network.config).to(getattr(torch, dtype))
     # scales and zero points go; the weights are what they and the integers made
     state = network.state_dict()
