@@ -34,42 +34,45 @@ def low_rank() -> str:
 
 
 def spending() -> str:
-    """What experts and cluster biases add, and one mask of as many bytes, all tuned alike."""
+    """Experts, cluster biases, low rank and fewer zeros, all tuned alike, by bytes stored."""
     found = results("experts")
     dense = results("low_rank")["dense_loss"]
-    losses: dict[str, list[float]] = {}
-    sizes: dict[str, tuple[float, float]] = {}
+    rows: dict[str, list[dict[str, float]]] = {}
     for row in found["rows"]:
-        losses.setdefault(row["name"], []).append(row["loss"] - dense)
-        sizes.setdefault(row["name"], (row["stored"], row["read"]))
-
-    def said(name: str) -> str:
-        own = losses.get(name, [])
-        return spread(own) if len(own) > 1 else "".join(f"{loss:.3f}" for loss in own)
-
+        name = row["name"].replace(", random", ", centres at random")
+        if name == "one mask":
+            name = f"**one mask, {row['sparsity']:.1%} zeros**"
+        rows.setdefault(name, []).append(row)
     lines = []
-    for name in losses:
-        if name.startswith("one mask, ") or name.endswith(", random"):
-            continue
-        stored, read = sizes[name]
-        lines.append([
-            name, f"{stored:.2f}", f"{read:.2f}", said(name), said(f"{name}, random"),
-            said(f"one mask, stored as {name}"), said(f"one mask, read as {name}"),
-        ])  # fmt: skip
-    head = ["", "stored, of dense", "read", "loss added", "random centres",
-            "mask of the bytes stored", "mask of the bytes read"]  # fmt: skip
-    return table(head, lines)
+    for name, own in sorted(rows.items(), key=lambda item: (item[1][0]["stored"], item[0])):
+        losses = [row["loss"] - dense for row in own]
+        said = spread(losses) if len(own) > 1 else f"{losses[0]:.3f}"
+        lines.append([name, f"{own[0]['stored']:.2f}", f"{own[0]['read']:.3f}", said])
+    setting = (
+        f"Pocket model, MLP linears, {found['rows'][0]['epochs']} epochs of tuning each, over the "
+        f"dense loss of {dense:.3f}; mean and deviation of seeds where there are several "
+        f"(`{found['command']}`, evals/results/experts.json):"
+    )
+    head = ["", "stored, of dense", "read", "loss added"]
+    return f"{paragraph(setting)}\n\n{table(head, lines)}"
 
 
 def scores() -> str:
     """lm-eval's accuracies."""
     found = results("lm_tasks")
+    items = found["rows"]["dense"]["piqa"]["items"]
+    setting = (
+        f"Accuracy and standard error on {items} items of each task, {TASKS['blimp']} on "
+        f"{found['rows']['dense']['blimp']['items']}, without examples, by lm-eval through vLLM "
+        f"(`{found['command']}`, evals/results/lm_tasks.json). SmolLM2-135M-Instruct, MLP linears, "
+        "as above:"
+    )
     lines = []
     for name, row in found["rows"].items():
         every = [row[task]["acc"] for task in TASKS]
         cells = [f"{row[t]['acc']:.3f} +- {row[t]['acc_stderr']:.3f}" for t in TASKS]
         lines.append([name, *cells, f"{mean(every):.3f}"])
-    return table(["", *TASKS.values(), "mean"], lines)
+    return f"{paragraph(setting)}\n\n{table(['', *TASKS.values(), 'mean'], lines)}"
 
 
-TABLES = (low_rank,)
+TABLES = (low_rank, spending, scores)
