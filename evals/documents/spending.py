@@ -36,7 +36,7 @@ def low_rank() -> str:
 def spending() -> str:
     """Experts, cluster biases, low rank and fewer zeros, all tuned alike, by bytes stored."""
     found = results("experts")
-    dense = results("low_rank")["dense_loss"]
+    dense = results("clusters")["dense"]  # of the same tokens
     rows: dict[str, list[dict[str, float]]] = {}
     for row in found["rows"]:
         name = row["name"].replace(", random", ", centres at random")
@@ -61,8 +61,9 @@ def scores() -> str:
     """lm-eval's accuracies."""
     found = results("lm_tasks")
     items = found["rows"]["dense"]["piqa"]["items"]
+    error = max(row[task]["acc_stderr"] for row in found["rows"].values() for task in TASKS)
     setting = (
-        f"Accuracy and standard error on {items} items of each task, {TASKS['blimp']} on "
+        f"Accuracy, with standard errors up to {error:.3f}, on {items} items of each task, {TASKS['blimp']} on "
         f"{found['rows']['dense']['blimp']['items']}, without examples, by lm-eval through vLLM "
         f"(`{found['command']}`, evals/results/lm_tasks.json). SmolLM2-135M-Instruct, MLP linears, "
         "as above:"
@@ -70,8 +71,7 @@ def scores() -> str:
     lines = []
     for name, row in found["rows"].items():
         every = [row[task]["acc"] for task in TASKS]
-        cells = [f"{row[t]['acc']:.3f} +- {row[t]['acc_stderr']:.3f}" for t in TASKS]
-        lines.append([name, *cells, f"{mean(every):.3f}"])
+        lines.append([name, *(f"{acc:.3f}" for acc in [*every, mean(every)])])
     return f"{paragraph(setting)}\n\n{table(['', *TASKS.values(), 'mean'], lines)}"
 
 
