@@ -63,10 +63,10 @@ def scores() -> str:
     items = found["rows"]["dense"]["piqa"]["items"]
     error = max(row[task]["acc_stderr"] for row in found["rows"].values() for task in TASKS)
     setting = (
-        f"Accuracy, with standard errors up to {error:.3f}, on {items} items of each task, {TASKS['blimp']} on "
-        f"{found['rows']['dense']['blimp']['items']}, without examples, by lm-eval through vLLM "
-        f"(`{found['command']}`, evals/results/lm_tasks.json). SmolLM2-135M-Instruct, MLP linears, "
-        "as above:"
+        f"Accuracy, with standard errors up to {error:.3f}, on {items} items of each task, "
+        f"{TASKS['blimp']} on {found['rows']['dense']['blimp']['items']}, without examples, by "
+        f"lm-eval through vLLM (`{found['command']}`, evals/results/lm_tasks.json). "
+        "SmolLM2-135M-Instruct, MLP linears, as above:"
     )
     lines = []
     for name, row in found["rows"].items():
