@@ -76,7 +76,7 @@ def test_the_wheel_works_in_an_environment_of_its_own(recipes, wheel, tmp_path):
     settings = {"cwd": tmp_path, "env": env}
     wexpand = tmp_path / "env" / "bin" / "wexpand"
 
-    assert "Sparse weights that are small" in run(wexpand, "--help", **settings)
+    assert "weights in few bits, sparse, or both" in run(wexpand, "--help", **settings)
     ask = (
         "import importlib.metadata as m, wexpand_plugin as w\n"
         "print(w.__file__, w.recipe('int4'), *m.entry_points(group='vllm.general_plugins'))"

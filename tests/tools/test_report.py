@@ -342,7 +342,7 @@ def test_what_is_not_ours_is_refused(made, tmp_path):
         (dict(baseline="dense"), "holds no zeros"),
         (dict(baseline="ours"), "has 3 experts"),
         (dict(baseline="wide"), "is .*, not"),
-        (dict(dataset="missing.jsonl"), "is no local file"),
+        (dict(dataset="missing.jsonl"), "there is no such file"),
         (dict(dataset="short.jsonl"), "too few"),
         (dict(dense=None), "pass --dense MODEL"),
         (dict(tokens=0), "tokens: 0"),
