@@ -70,6 +70,8 @@ def main(
     random: Annotated[bool, typer.Option(help="Random centres, too.")] = False,
 ) -> None:
     """Each variant, and what else as many bytes stored, and read, can be spent on."""
+    command = f"python -m evals.experts --epochs {epochs} --seeds {seeds}"
+    command += "".join(f' --variant "{name}"' for name in names or ()) + " --random" * random
     rows: list[dict[str, Any]] = []
     if json_file.exists():
         rows = json.loads(json_file.read_text())["rows"]
@@ -80,7 +82,7 @@ def main(
             if about.items() <= done.items():
                 return done
         rows.append(about | found())
-        content = {"command": "python -m evals.experts", "rows": rows}
+        content = {"command": command, "rows": rows}
         json_file.write_text(json.dumps(content, indent=1) + "\n")
         print(json.dumps(rows[-1]), flush=True)
         return rows[-1]

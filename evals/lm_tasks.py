@@ -9,9 +9,10 @@ prompts. FOLDER holds `tasks/*.jsonl`, whose lines have "query", "choices" and "
 `--items` are taken, drawn by a fixed seed, of BLiMP as many from each set as makes twice that many;
 a standard error says what so few can tell.
 
-A row is a name and a model directory that vLLM can load; one that the file has with as many items
-is not run again. Models quantised by llm-compressor, whose 3 bits vLLM cannot run, are written out
-dense first (`--decompress NAME=DIRECTORY`): the same weights, so the same scores.
+A row is a name and a model directory that vLLM can load, such as `evals.size_curve --keep` leaves;
+one that the file has with as many items is not run again. Models quantised by llm-compressor, whose
+3 bits vLLM cannot run, are written out dense first (`--decompress NAME=DIRECTORY`): the same
+weights, so the same scores.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Loss against the size of the weights, on a real model: our dial beside what one would take.
 
     python -m evals.size_curve [NAME ...] [--data FOLDER] [--model DIR] [--llama PYTHON]
+                               [--keep FOLDER]
     python -m evals.size_curve_picture FILE.png
 
 SmolLM2-135M-Instruct, calibrated and measured as in `evals.real_model`, on the same tokens in the
@@ -30,6 +31,7 @@ ours looks for it.
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from fnmatch import fnmatchcase
@@ -129,8 +131,10 @@ def our_sizes(saved: Path, dense: Path, part: str) -> dict[str, Any]:
     }
 
 
-def run(name: str, model: Path, valid: str, test: str, out: Path) -> dict[str, Any]:
-    """A row of MODIFIERS."""
+def run(
+    name: str, model: Path, valid: str, test: str, out: Path, keep: Path | None = None
+) -> dict[str, Any]:
+    """A row of MODIFIERS. `keep` is a folder that the model goes to, under the row's name."""
     modifiers, bits = MODIFIERS[name]
     tokens, context = TOKENS, _context(model)
     if "AWQModifier" in modifiers:
@@ -139,6 +143,8 @@ def run(name: str, model: Path, valid: str, test: str, out: Path) -> dict[str, A
     made = compressed(modifiers, model, valid, out, tokens=tokens, context=context)
     with made as (saved, seconds):
         found = {"loss": held_out(saved, test, context), "seconds": seconds}
+        if keep is not None:
+            shutil.copytree(saved, keep / name.replace(": ", "-").replace(" ", "-"))
         if bits is None:
             return found | our_sizes(saved, model, name.partition(":")[0])
     return found | {"bits_stored": bits, "bits_read": bits}
@@ -249,6 +255,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Another model's directory.")] = None,
     out: Annotated[Path, typer.Option(help="Where models go.")] = Path("runs/size_curve"),
     llama: Annotated[Path | None, typer.Option(help="Python with llama.cpp.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Folder for models, to be kept.")] = None,
     json_file: Annotated[Path, typer.Option("--json")] = RESULTS,
 ) -> None:
     """Loss and bits per weight of each row; the file is written after each."""
@@ -270,7 +277,7 @@ def main(
             elif llama and name in LLAMA:
                 found = run_llama(name, llama, directory, valid, test, out)
             else:
-                found = run(name, directory, valid, test, out)
+                found = run(name, directory, valid, test, out, keep)
             results = json.loads(json_file.read_text()) if json_file.exists() else begin
             results["rows"][name] = found
             json_file.write_text(json.dumps(results, indent=1) + "\n")

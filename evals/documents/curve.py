@@ -1,5 +1,7 @@
 """The dial beside what one would take instead, size by size: tables of evals.size_curve."""
 
+from evals.size_curve_picture import best_of_others, of_series
+
 from .results import paragraph, results, table
 
 __all__ = ["TABLES"]
@@ -39,32 +41,20 @@ def _size_curve(part: str, what: str) -> str:
 
 
 def size_curve_short() -> str:
-    """The dial beside the best of the others, in two sentences."""
-    rows = results("size_curve")["rows"]
-    dense = rows["dense"]["loss"]
-    kinds = {"GPTQ": "GPTQModifier", "AWQ": "AWQModifier", "llama.cpp": "llama.cpp's"}
-
-    def said(name: str) -> str:
-        kind, *rest = name.removeprefix("mlp: ").split()
-        label = kinds[kind] + (f" {' '.join(rest)}" if kind == "llama.cpp" else "")
-        row = rows[name]
-        return f"{label} {row['loss'] - dense:.3f} at {row['bits_stored']:.2f}"
-
-    lines = []
-    for bits in ("4.25", "3.25", "2.5"):
-        own = rows.get(f"mlp: ours {bits} tuned")
-        if own is None:
-            continue
-        others = [
-            name for name, row in rows.items()
-            if name.startswith("mlp: ") and name.split()[1] in kinds
-            and -0.1 < row["bits_stored"] - float(bits) < (0.3 if bits == "4.25" else 0.9)
-        ]  # fmt: skip
-        beside = "; ".join(map(said, sorted(others, key=lambda name: rows[name]["loss"])))
-        lines.append(f"at {bits} bits per weight {own['loss'] - dense:.3f} ({beside})")
+    """The tuned dial beside the best of the others in as many bits."""
+    found = results("size_curve")
+    rows = found["rows"]
+    dense, said = rows["dense"]["loss"], []
+    for _, row in reversed(of_series(rows, "mlp", "ours, tuned")):
+        best = best_of_others(rows, "mlp", row["bits_stored"])
+        beside = "nothing else was measured in so few"
+        if best is not None:
+            beside = f"{best[0].partition(': ')[2]} {best[1]:.3f}"
+        said.append(f"{row['bits_stored']:.2f} bits {row['loss'] - dense:.3f} ({beside})")
     return paragraph(
-        f"Loss added to {results('size_curve')['model']}, nats per token, by the tuned dial on "
-        f"its MLP linears: {', '.join(lines)}."
+        f"Loss added to {found['model']}, nats per token, by the tuned dial on its MLP linears; "
+        "in brackets by the best of what else was measured in at most as many bits per weight "
+        f"(GPTQ: llm-compressor's GPTQModifier): {', '.join(said)}."
     )
 
 

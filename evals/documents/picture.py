@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from evals.size_curve_picture import SERIES, of_series
+
 from .accuracy import Point, real_model_points
 from .fill import ROOT
 from .results import results
@@ -20,25 +22,9 @@ FILE: Path = ROOT / "docs" / "accuracy.svg"
 Series = dict[str, dict[str, Point]]
 """line of the plot -> label -> point"""
 
-_LINES = {
-    "ours, the dial, tuned": ("#0072b2", "o-"),
-    "ours, the dial": ("#56b4e9", "o--"),
-    "ours, zeros with bfloat16 values": ("#c96a1b", "v:"),
-    "GPTQModifier": ("#555555", "s-"),
-    "AWQModifier": ("#cc79a7", "^-"),
-    "SparseGPTModifier": ("#8a929c", "x"),
-    "llama.cpp": ("#009e73", "d"),
-}
-"""line of the plot -> colour and style"""
-_ROWS = (
-    (r"ours ([\d.]+) tuned", "ours, the dial, tuned"),
-    (r"ours ([\d.]+)", "ours, the dial"),
-    (r"GPTQ (\d)", "GPTQModifier"),
-    (r"AWQ (\d)", "AWQModifier"),
-    (r"SparseGPT (.*)", "SparseGPTModifier"),
-    (r"llama\.cpp (.*)", "llama.cpp"),
-)
-"""rows of evals.size_curve, without their part -> line; the group is the point's label"""
+_ZEROS = "ours, zeros in bfloat16"
+_LINES = SERIES | {_ZEROS: ("#c96a1b", "v:")}
+"""line of the plot -> colour and style: those of the curve's own picture, and zeros alone"""
 _MOST = 9.5
 """bits per weight, of what is drawn"""
 
@@ -47,17 +33,14 @@ def series() -> Series:
     """The points of SmolLM2's MLP linears: those of evals.size_curve, and zeros alone."""
     found: Series = {}
     curve = results("size_curve")["rows"]
-    for name, row in curve.items():
-        part, _, what = name.partition(": ")
-        for pattern, line in _ROWS:
-            if part == "mlp" and (match := re.fullmatch(pattern, what)):
-                added = row["loss"] - curve["dense"]["loss"]
-                point = (round(row["bits_stored"], 2), round(added, 3))
-                found.setdefault(line, {})[match[1]] = point
-                break
+    for line in SERIES:
+        for name, row in of_series(curve, "mlp", line):
+            added = row["loss"] - curve["dense"]["loss"]
+            point = (round(row["bits_stored"], 2), round(added, 3))
+            found.setdefault(line, {})[name.split()[2]] = point
     for name, points in real_model_points().items():
         if name.endswith("% bfloat16") and points[0]:
-            own = found.setdefault("ours, zeros with bfloat16 values", {})
+            own = found.setdefault(_ZEROS, {})
             own[name.split()[0]] = (round(points[0][0], 2), round(points[0][1], 3))
     return {
         line: {label: p for label, p in found[line].items() if p[0] <= _MOST}
@@ -90,7 +73,7 @@ def draw() -> None:
         xs, ys = zip(*sorted(points.values()), strict=True)
         axes.plot(xs, ys, style, color=colour, label=name, linewidth=1, markersize=5)
         for label, point in points.items():
-            if name.startswith("ours, the dial"):  # as many bits as its place says
+            if name in ("ours", "ours, tuned"):  # as many bits as its place says
                 continue
             axes.annotate(
                 f"{label} bits" if label.isdigit() else label, point, fontsize=7, color=colour,

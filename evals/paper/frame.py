@@ -10,8 +10,8 @@
 """
 
 import json
+import sys
 import time
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,13 +28,6 @@ __all__ = ["experiment", "experiments", "run"]
 
 QUICK_TOKENS = 4096
 QUICK = Path("runs/evidence")
-
-Model = Annotated[str, typer.Option(help="A model's directory.")]
-Data = Annotated[Path | None, typer.Option(help="Folder of texts.")]
-Seeds = Annotated[int, typer.Option(min=1)]
-Tokens = Annotated[int, typer.Option(help="Calibration tokens.")]
-Folder = Annotated[Path | None, typer.Option("--json", help="Folder for results.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Only to see that all runs.")]
 
 
 def run(name: str, study: Study, seed: int, folder: Path) -> None:
@@ -71,11 +64,19 @@ def _short(value: Any) -> Any:
     return [_short(one) for one in value] if isinstance(value, list) else value
 
 
-def measured(
-    names: Sequence[str], model: str, data: Path | None, seeds: int, tokens: int,
-    folder: Path | None, quick: bool,
-) -> None:  # fmt: skip
-    """Run the experiments with each seed, then print what they say."""
+def experiments(
+    names: Annotated[list[str] | None, typer.Argument(help=", ".join(EXPERIMENTS))] = None,
+    model: Annotated[str, typer.Option(help="A model's directory.")] = str(MODEL),
+    data: Annotated[Path | None, typer.Option(help="Folder of texts.")] = None,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
+    folder: Annotated[Path | None, typer.Option("--json", help="Folder for results.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only to see that all runs.")] = False,
+) -> None:
+    """Run all experiments, or some, with each seed on one model, then print what they say."""
+    if unknown := set(names or ()) - set(EXPERIMENTS):
+        raise SystemExit(f"{min(unknown)!r} is not one of {', '.join(EXPERIMENTS)}")
+    names = names or list(EXPERIMENTS)
     if model == "smollm2":
         from evals.real_model import get_model
 
@@ -89,32 +90,7 @@ def measured(
         print_claims(name, folder)
 
 
-def experiments(
-    names: Annotated[list[str] | None, typer.Argument(help=", ".join(EXPERIMENTS))] = None,
-    model: Model = str(MODEL),
-    data: Data = None,
-    seeds: Seeds = 3,
-    tokens: Tokens = 16384,
-    folder: Folder = None,
-    quick: Quick = False,
-) -> None:
-    """Run all experiments, or some, on one model."""
-    if unknown := set(names or ()) - set(EXPERIMENTS):
-        raise SystemExit(f"{min(unknown)!r} is not one of {', '.join(EXPERIMENTS)}")
-    measured(names or EXPERIMENTS, model, data, seeds, tokens, folder, quick)
-
-
 def experiment(file: str) -> None:
     """The command of one experiment, which is the module in `file`."""
-
-    def main(
-        model: Model = str(MODEL),
-        data: Data = None,
-        seeds: Seeds = 3,
-        tokens: Tokens = 16384,
-        folder: Folder = None,
-        quick: Quick = False,
-    ) -> None:
-        measured([Path(file).stem], model, data, seeds, tokens, folder, quick)
-
-    typer.run(main)
+    sys.argv.insert(1, Path(file).stem)
+    typer.run(experiments)

@@ -45,7 +45,7 @@ def test_rows_that_are_still_to_come(monkeypatch):
              "mlp: llama.cpp Q8_0": {"loss": 3.0, "bits_stored": 8.5}}  # fmt: skip
     monkeypatch.setattr(picture, "results", lambda name: {"rows": curve})
     assert picture.series() == {
-        "ours, the dial, tuned": {"3.25": (3.2, 0.2)}, "llama.cpp": {"Q8_0": (8.5, 0.0)}
+        "ours, tuned": {"3.25": (3.2, 0.2)}, "llama.cpp": {"Q8_0": (8.5, 0.0)}
     }  # fmt: skip
     del rows["dense"]["others"]
     assert "nothing has been measured yet" in accuracy.real_model_others()

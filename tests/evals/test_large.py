@@ -1,6 +1,9 @@
 """What is computed of a large model hangs together."""
 
-from evals.large import RECIPES, compressing, plan, serving
+import pytest
+
+from evals.documents.results import results
+from evals.large import RANKS, RECIPES, compressing, plan, serving
 
 BLOCK = 855_638_016  # weights of the linears of a block of Llama-3-70B
 
@@ -16,6 +19,17 @@ def test_bytes_are_those_of_the_codec():
     found = serving("int4")
     assert found["stored_bytes"] == 80 * BLOCK * (4 + 16 / 128) / 8 + 2 * ends
     assert found["read_bytes"] == found["stored_bytes"] - ends
+
+
+def test_results_are_what_is_computed_now():
+    rows = results("large")["rows"]
+    for name in RECIPES:
+        for count in RANKS:
+            again = compressing(name, count)
+            assert rows[name]["compress"][str(count)] == pytest.approx(again), (
+                "run python -m evals.large, then make docs"
+            )
+        assert rows[name]["serve"] == pytest.approx(serving(name))
 
 
 def test_more_gpus_take_less():
