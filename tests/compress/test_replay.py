@@ -102,6 +102,21 @@ def test_a_part_that_is_done_runs_once_more():
     assert all(torch.equal(*both) for both in zip(again, expected, strict=True))
 
 
+@torch.no_grad()
+def test_a_run_that_reaches_nothing_leaves_nothing():
+    """It ran to the end, through what is yet to be replaced."""
+    replay = recorded([batch(0)])
+    block = replay.block
+    replay.groups({"first": block.first[0]})
+    replay.remember(1 << 20)
+    assert [len(rows) for rows in replay.inputs(nn.Linear(8, 8))] == [0]
+    block.first[0].weight.mul_(2)
+    (found,) = replay.inputs(block.second[0])
+    replay.end()
+    (expected,) = replay.inputs(block.second[0])
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("max_bytes,runs", [(3 * 4 * 8, 3), (3 * 4 * 8 - 1, 6)])
 def test_no_more_is_kept_than_may_be(max_bytes, runs):
     calls, running = list[int](), list[int]()

@@ -167,3 +167,18 @@ def test_errors_count_relative_to_the_outputs():
     assert torch.equal(choices[0].granted, choices[1].granted)
     silent = Candidates(found.rows, found.place, found.errors * 0, 0.0, problem)
     assert all(c.use.max() < 7 for c in allocate_model([found, silent], [1.0, 1.0], 50.0))
+
+
+def test_errors_of_a_wide_linear_are_those_of_its_inputs():
+    """Wider than one strip of the symmetric sums, of which the lower half is not read."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(600, 300), torch.randn(5, 300)
+    statistics = GroupStatistics(300, None)
+    statistics.add(x)
+    statistics.flush()
+    settings = Settings(0.5, num_experts=1, stored_bytes=Weigh())
+    (found,) = propose([weight], [None], statistics, x, settings)
+    version = found.rows.weights[found.place[-1]].float()
+    right = (x @ (version - weight).t()).square().sum(dim=0)
+    torch.testing.assert_close(found.errors[-1, 0], right, rtol=1e-3, atol=1e-3)
+    assert found.energy == pytest.approx(float((x @ weight.t()).square().sum()), rel=1e-4)

@@ -13,8 +13,10 @@ from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.sizes import StoredBytes
 from wexpand_plugin.format.values import codec_of
 from wexpand_plugin.method import ranks
+from wexpand_plugin.method.clusters import Router
 from wexpand_plugin.method.group import GroupResult, expand_group
 from wexpand_plugin.method.settings import Settings
+from wexpand_plugin.method.statistics import GroupStatistics
 from wexpand_plugin.method.training import train
 
 WIDTH, ROWS = 48, 64
@@ -75,6 +77,29 @@ def test_a_group_is_solved_as_by_one(keys):
             if len(expected) == 1:
                 assert torch.equal(weights != 0, expected != 0)
                 torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_statistics_are_those_of_all_rows(within):
+    centres = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(7))
+    router = Router(centres, -centres.square().sum(dim=1) / 2)
+
+    def seen(rank: int = 0, count: int = 1):
+        found = GroupStatistics(
+            WIDTH, router, cluster_expert=torch.tensor([0, 0, 1, 1, 2, 2]), within=within,
+            dtype=torch.float64,
+        )  # fmt: skip
+        for rows in Batches(rank, count)():
+            found.add(rows)
+        found.flush()
+        found.join()
+        return found.tokens, found.mean_inputs(), found.expert_means(), found.sums
+
+    alone = seen()
+    assert (alone[0] > 0).sum() > 2
+    for found in together(lambda rank: seen(rank, 2)):
+        for one, other in zip(alone, found, strict=True):
+            torch.testing.assert_close(other, one)
 
 
 def trained(rank: int = 0, count: int = 1) -> tuple[list[float], Tensor]:
