@@ -173,12 +173,17 @@ def test_errors_of_a_wide_linear_are_those_of_its_inputs():
     """Wider than one strip of the symmetric sums, of which the lower half is not read."""
     torch.manual_seed(0)
     x, weight = torch.randn(600, 300), torch.randn(5, 300)
-    statistics = GroupStatistics(300, None)
+    statistics = GroupStatistics(300, Router(x[:2], torch.zeros(2)), hold_out=True)
     statistics.add(x)
     statistics.flush()
-    settings = Settings(0.5, num_experts=1, stored_bytes=Weigh())
+    settings = Settings(0.5, num_experts=2, size_budget=1.0, stored_bytes=Weigh())
     (found,) = propose([weight], [None], statistics, x, settings)
-    version = found.rows.weights[found.place[-1]].float()
-    right = (x @ (version - weight).t()).square().sum(dim=0)
-    torch.testing.assert_close(found.errors[-1, 0], right, rtol=1e-3, atol=1e-3)
-    assert found.energy == pytest.approx(float((x @ weight.t()).square().sum()), rel=1e-4)
+    change = found.rows[found.place[-1]].weights.float() - weight
+    energy = 0.0
+    for expert in range(2):
+        upper = statistics.sums[expert].triu()
+        symmetric = upper + upper.triu(1).t()
+        right = ((change @ symmetric) * change).sum(dim=1)
+        torch.testing.assert_close(found.errors[-1, expert], right, rtol=1e-3, atol=1e-3)
+        energy += float(((weight @ symmetric) * weight).sum())
+    assert found.energy == pytest.approx(energy, rel=1e-4)
