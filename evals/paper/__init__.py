@@ -4,7 +4,8 @@ One script per experiment, all with the same options, and `python -m evals.paper
 one model (`make evidence`: on both). An experiment is a module with
 
     QUESTION                 what it asks, in a sentence
-    measure(study, seed)     everything it measures with one seed, as JSON
+    measure(study, seed)     everything it measures with one seed, as JSON; `frame.Skipped` where
+                             it does not apply to the model
     claims(found)            the hypotheses, from what `measure` returned for each seed (`verdicts`)
     draw(found, figure)      its figure, from the same of every model: {model: [of each seed]}
     CAPTION                  what the figure shows
@@ -23,6 +24,7 @@ EXPERIMENTS = (
     "improvement",
     "disentangling",
     "other_text",
+    "blimp",
 )
 """names of modules here, in the order they are run and shown"""
 

@@ -24,10 +24,14 @@ from . import EXPERIMENTS, RESULTS
 from .inputs import label
 from .study import Study
 
-__all__ = ["experiment", "experiments", "run"]
+__all__ = ["Skipped", "experiment", "experiments", "run"]
 
 QUICK_TOKENS = 4096
 QUICK = Path("runs/evidence")
+
+
+class Skipped(Exception):
+    """What an experiment raises where it has nothing to say about a model, and why."""
 
 
 def run(name: str, study: Study, seed: int, folder: Path) -> None:
@@ -39,7 +43,11 @@ def run(name: str, study: Study, seed: int, folder: Path) -> None:
     seeds = old.pop("seeds", {}) if {k: old.get(k) for k in content} == content else {}
     if str(seed) not in seeds:
         begin = time.process_time()
-        found = module.measure(study, seed)
+        try:
+            found = module.measure(study, seed)
+        except Skipped as reason:
+            print(f"{content['model']}, {name}: skipped, {reason}", flush=True)
+            return
         seeds[str(seed)] = {"cpu_seconds": round(time.process_time() - begin)} | found
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_short(content | {"seeds": seeds}))
@@ -49,8 +57,11 @@ def run(name: str, study: Study, seed: int, folder: Path) -> None:
 
 
 def print_claims(name: str, folder: Path) -> None:
-    """Print what the results of an experiment say."""
-    found = json.loads((folder / f"{name}.json").read_text(encoding="utf8"))["seeds"]
+    """Print what the results of an experiment say, if it was not skipped."""
+    file = folder / f"{name}.json"
+    if not file.exists():
+        return
+    found = json.loads(file.read_text(encoding="utf8"))["seeds"]
     for claim in import_module(f"evals.paper.{name}").claims(list(found.values())):
         print(f"{claim.verdict:22} {claim.found:16} {claim.hypothesis}: {claim.measure}")
 

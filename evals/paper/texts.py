@@ -8,7 +8,8 @@
                  at hand; likewise
 
 `data` is a folder with wikitext2/wiki.valid.tokens and wiki.test.raw, tinystories/*.json (a list of
-texts) and shakespeare/input.txt. What it lacks comes from the hub.
+texts) and shakespeare/input.txt. What it lacks comes from the hub; only blimp/*.jsonl, which
+`blimp` asks, has to be there.
 """
 
 import json

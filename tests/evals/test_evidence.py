@@ -150,11 +150,13 @@ def test_all_experiments_run(tmp_path, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     monkeypatch.setattr(evidence, "FIGURES", tmp_path)
-    assert evidence.measured() == list(EXPERIMENTS)
-    for name in EXPERIMENTS:
+    # a model of code is not asked for grammar
+    asked = [name for name in EXPERIMENTS if name != "blimp"]
+    assert evidence.measured() == asked
+    for name in asked:
         assert evidence.drawn(name) is None
         evidence.draw(name)
         assert evidence.drawn(name) == evidence.digest(name)
     said = " ".join(evidence.evidence_verdicts().split())
-    assert all(f"`python -m evals.paper.{name}`" in said for name in EXPERIMENTS)
+    assert all(f"`python -m evals.paper.{name}`" in said for name in asked)
     assert "**holds***" in said
