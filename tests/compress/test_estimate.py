@@ -68,6 +68,13 @@ def test_time_grows_with_what_is_done():
     assert epochs == pytest.approx(1.15 * 9 * 4096 * speed.token)
 
 
+def test_what_shuffles_the_calibration_data_is_left_alone():
+    block = nn.Sequential(nn.Linear(64, 96))
+    before = torch.get_rng_state()
+    Speed.measured(block, 64, Settings(0.5, num_experts=4))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_bytes_are_those_of_what_is_stored():
     """Full expansion, where nothing but shapes decides."""
     model = nn.Module()
