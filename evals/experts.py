@@ -1,7 +1,7 @@
 """Do experts and clusters add anything, once all is tuned? At equal bytes, on the pocket model.
 
     python -m evals.experts [--sparsity 0.8] [--seeds 1] [--epochs 4] [--variant NAME ...]
-        [--random] [--json FILE]
+        [--random] [--model DIR --dataset TEXTS.json --targets REGEX] [--json FILE]
 
 Each way to spend bytes on top of one mask (biases for 16, 64 or 256 clusters, 16 experts in the
 dense size, both) is run end to end by its recipe, tuned; beside each stand plain masks, tuned
@@ -10,6 +10,9 @@ and the first mask with a low-rank correction (`evals.corrected`) of as many byt
 texts and the held-out loss of `evals.recipe`. `--random` sends tokens to clusters whose centres are
 inputs drawn at random instead of k-means'. Equal masks are run once, and rows that the file has
 are not run again; seeds come one after another.
+
+Another model takes long: `--targets` can mean a few of its blocks, as the others then stay dense;
+and the low-rank correction is of the pocket model only.
 """
 
 import itertools
@@ -24,6 +27,7 @@ import torch
 import typer
 
 from evals import corrected
+from evals.paper.inputs import label
 from evals.pocket import MODEL
 from evals.recipe import measure
 from wexpand_plugin.method import clusters
@@ -43,9 +47,9 @@ SHAPE = (768, 256)
 """out and in of the pocket model's MLP linears, or in and out"""
 
 
-def recipe(epochs: int, **keys: Any) -> dict[str, Any]:
-    """A recipe for the MLP linears with these keys."""
-    keys = {"targets": ["re:.*mlp.*"], "tune_epochs": epochs} | keys
+def recipe(targets: str, epochs: int, **keys: Any) -> dict[str, Any]:
+    """A recipe for these linears with these keys."""
+    keys = {"targets": [targets], "tune_epochs": epochs} | keys
     return {"compress_stage": {"compress_modifiers": {"SparseExpansionModifier": keys}}}
 
 
@@ -68,10 +72,15 @@ def main(
     epochs: Annotated[int, typer.Option(help="Of tuning.")] = 4,
     names: Annotated[list[str] | None, typer.Option("--variant")] = None,
     random: Annotated[bool, typer.Option(help="Random centres, too.")] = False,
+    model: Annotated[Path, typer.Option(help="A model's directory.")] = MODEL,
+    dataset: Annotated[str, typer.Option(help="pocket, or a JSON list of texts.")] = "pocket",
+    targets: Annotated[str, typer.Option(help="The linears.")] = "re:.*mlp.*",
 ) -> None:
     """Each variant, and what else as many bytes stored, and read, can be spent on."""
     command = f"python -m evals.experts --epochs {epochs} --seeds {seeds}"
     command += "".join(f' --variant "{name}"' for name in names or ()) + " --random" * random
+    if model != MODEL:
+        command += f' --model {label(str(model))} --targets "{targets}"'
     rows: list[dict[str, Any]] = []
     if json_file.exists():
         rows = json.loads(json_file.read_text())["rows"]
@@ -88,9 +97,9 @@ def main(
         return rows[-1]
 
     def run(name: str, seed: int, sparsity: float, **keys: Any) -> dict[str, Any]:
-        asked = recipe(epochs, seed=seed, sparsity=sparsity, **keys)
+        asked = recipe(targets, epochs, seed=seed, sparsity=sparsity, **keys)
         about = {"name": name, "seed": seed, "sparsity": sparsity}
-        return row(about, lambda: measure(str(MODEL), asked, "pocket", seed))
+        return row(about, lambda: measure(str(model), asked, dataset, seed))
 
     def low_rank(seed: int, share: float, mask: float) -> None:
         weight = SHAPE[0] * SHAPE[1]
@@ -111,7 +120,8 @@ def main(
                 if found[what] < 1 - 1 / 256:  # else it is the dense model that is as large
                     own = round(sparsity_of(found[what]), 3)
                     run("one mask", seed, own, num_experts=1)
-                    low_rank(seed, found[what], plain["stored"])
+                    if model == MODEL:
+                        low_rank(seed, found[what], plain["stored"])
             if random:
                 with patch.object(clusters, "_k_means", random_centres):
                     run(f"{name}, random", seed, sparsity, **VARIANTS[name])
