@@ -47,7 +47,8 @@ def error_factor(hessians: Tensor, dampening: float) -> Tensor:
 
     :raises WexpandError: H holds NaN or infinity, or stays singular with the largest damping tried
     """
-    if not bool(torch.isfinite(hessians).all()):
+    # NaN and infinity survive min and max, which need no copy
+    if not all(bool(extreme.isfinite()) for extreme in hessians.aminmax()):
         raise WexpandError(
             "Hessian: the calibration inputs hold NaN or infinite values, or some whose squares "
             "overflow"
@@ -112,7 +113,8 @@ def solve(
                 )
     if isinstance(sparsity, Tensor) and structure.kind != "row":
         raise WexpandError(f"sparsity: one value per row needs mask_structure row, not {structure}")
-    columns = weight.t().float().repeat(len(hessians), 1, 1)
+    columns = weight.t().float().expand(len(hessians), -1, -1)
+    columns = columns.clone(memory_format=torch.contiguous_format)
     columns[hessians.diagonal(dim1=1, dim2=2) == 0] = 0
     factor = error_factor(hessians, dampening)
     solved = weight.new_empty(len(hessians), rows, width)
