@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from wexpand_plugin.compress.duration import Speed, seconds
+from wexpand_plugin.compress.duration import COLD, Speed, seconds
 from wexpand_plugin.compress.estimate import expected, working_bytes
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.method.settings import Settings
@@ -65,7 +65,7 @@ def test_time_grows_with_what_is_done():
     assert 0 < one < four < taken(num_experts=4, size_budget=1.0)
     assert one < taken(8192, num_experts=1) < 2.01 * one
     epochs = taken(num_experts=1, tune_epochs=2) - one
-    assert epochs == pytest.approx(1.15 * 9 * 4096 * speed.token)
+    assert epochs == pytest.approx(COLD * 9 * 4096 * speed.token)
 
 
 def test_what_shuffles_the_calibration_data_is_left_alone():

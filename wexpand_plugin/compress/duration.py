@@ -20,7 +20,7 @@ from ..method.settings import Settings
 from ..method.solvers.sparsegpt import chunk_size, solve
 from .together import TOGETHER
 
-__all__ = ["Speed", "seconds"]
+__all__ = ["START", "Speed", "seconds"]
 
 TOKENS = 1024
 """that speeds are measured with, at most"""
@@ -32,8 +32,10 @@ EPOCH = 4
 """passes that an epoch of tuning is worth, backward included"""
 SOLVED = 256
 """columns of what is solved to measure the solver"""
-COLD = 1.15
+COLD = 1.3
 """time of work whose data is nowhere near over that of the same done again and again"""
+START = 4.0
+"""seconds that no block takes: the model is traced, and all is called for the first time"""
 HELD_OUT = 256
 """rows of an expert, at most, that a version is judged by"""
 

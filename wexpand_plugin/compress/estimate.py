@@ -11,7 +11,7 @@ from ..errors import WexpandError
 from ..method import ranks
 from ..method.settings import Settings
 from ..method.solvers.sparsegpt import chunk_bytes, chunk_size
-from .duration import Speed, seconds
+from .duration import START, Speed, seconds
 from .precision import stored_dtype
 from .rows import settings_for
 
@@ -97,7 +97,7 @@ def expected(
         tuned = 0
     every = {name: linear for linears in blocks.values() for name, linear in linears.items()}
     memory = max(working_bytes(every, settings, tokens, on_disk), round(TRAINED * tuned))
-    return Expected(taken, memory, round(stored))
+    return Expected(START + taken, memory, round(stored))
 
 
 def working_bytes(
