@@ -2,7 +2,7 @@
 
     python -m evals.bench.serve [--json FILE] [--llama PYTHON] [--dtype float32]
         [--contender "80% bfloat16"] [--hidden 2048 --ffn 5632 --layers 4]
-        [--model DIR --expanded DIR]
+        [--model DIR --expanded DIR ...]
 
 Without models it makes synthetic ones of the given shape: random weights and masks; what is
 measured does not depend on their values. `contenders` says which there are; `--contender`, once or
@@ -124,7 +124,9 @@ def main(
     kv_heads: Annotated[int, typer.Option()] = 4,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
     model: Annotated[Path | None, typer.Option(help="A dense model instead.")] = None,
-    expanded: Annotated[Path | None, typer.Option(help="... and its expanded version.")] = None,
+    expanded: Annotated[
+        list[Path] | None, typer.Option(help="... and versions of it; once or more.")
+    ] = None,
     batches: Annotated[list[int] | None, typer.Option(help="1 4 16")] = None,
     prefill: Annotated[int, typer.Option(help="Prompt tokens of the prefill test.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens decoded per sequence.")] = 24,
@@ -139,10 +141,14 @@ def main(
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if model is not None and expanded is not None:
-            given = {"dense": model, "expanded": expanded}
+        if model is not None:
+            given = {"dense": model} | {path.name: path for path in expanded or ()}
             made = [vllm_contender(name, path, dtype) for name, path in given.items()]
+            about: dict[str, Any] = {"model": model.name}
+            title = model.name
         else:
+            about = {"layers": layers, "hidden": hidden, "ffn": ffn}
+            title = f"{layers} blocks of {hidden} x {ffn}"
             shape = Shape(hidden, ffn, layers, heads, kv_heads, 1024, 2048)
             wanted = dict.fromkeys(["dense", *(names or DEFAULT)])
             asked = [contender(name, folder, shape, dtype, llama) for name in wanted]
@@ -179,7 +185,7 @@ def main(
             found = summary(values, seconds["dense"][key], count)
             rows.append({"model": name, "what": key} | found)
     print(
-        f"{dtype}, {layers} blocks of {hidden} x {ffn}, {cores} cores, read bandwidth "
+        f"{dtype}, {title}, {cores} cores, read bandwidth "
         f"{bandwidth / 1e9:.1f} GB/s; tokens per second by the median of {rounds} rounds; dense "
         f"time over this one's, median and quartiles of the rounds; prefill of {prefill} tokens\n"
     )
@@ -191,9 +197,8 @@ def main(
                 f"floor {1e3 * read / bandwidth:.2f} ms"
             )
     write_json(None if json_file is None else str(json_file), {
-        "command": "python -m evals.bench.serve", "dtype": dtype, "layers": layers,
-        "hidden": hidden, "ffn": ffn, "cores": cores, "bandwidth": bandwidth, "models": models,
-        "rows": rows,
+        "command": "python -m evals.bench.serve", "dtype": dtype, **about, "cores": cores,
+        "bandwidth": bandwidth, "models": models, "rows": rows,
     })  # fmt: skip
 
 
