@@ -113,9 +113,10 @@ def real_model_others() -> str:
     ]
     if not dense or not lines:
         return "On text of other kinds nothing has been measured yet (`--other FILE`)."
-    texts = ", ".join(f"{dense[text]:.3f} on {text}" for text in dense)
+    named = [{"pocket": "Python's library"}.get(text, text.capitalize()) for text in dense]
+    texts = ", ".join(f"{loss:.3f} on {n}" for n, loss in zip(named, dense.values(), strict=True))
     return f"{paragraph(f'Loss added on text of other kinds, to the dense {texts}:')}\n\n" + table(
-        ["", *dense], lines
+        ["", *named], lines
     )
 
 

@@ -9,8 +9,9 @@ WIDTH = 96
 
 def _help(command: Any, name: str) -> str:
     context = command.context_class(
-        command, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH
-    )
+        command, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH,
+        help_option_names=["-h", "--help"],
+    )  # fmt: skip
     return "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
 
 

@@ -13,21 +13,39 @@ STEPS = ("prefill", "decode 1", "decode 4", "decode 16")
 def serve() -> str:
     """Whole models, ours beside what one would take instead."""
     found = results("serve_contenders")
+
+    def label(name: str) -> str:
+        model = found["models"][name]
+        llama = model["engine"].startswith("llama")
+        if not llama and model["read_per_token"] is not None and name != "dense":
+            return f"**{_ours(name)}**"
+        return f"{'llama.cpp' if llama else 'vLLM'}, {_theirs(name)}"
+
+    return _served(found, {name: [label(name)] for name in found["models"]}, [""])
+
+
+def serve_sizes() -> str:
+    """The dial's models of a real model."""
+    found = results("serve_sizes")
+    first = {
+        name: [name, f"{model['resident'] / 1e6:.0f}"] for name, model in found["models"].items()
+    }
+    return _served(found, first, ["", "memory MB"])
+
+
+def _served(found: dict[str, Any], first: dict[str, list[str]], head: list[str]) -> str:
+    """Size and speed of whole models, after their `first` cells."""
     rows = {(row["model"], row["what"]): row for row in found["rows"]}
     steps = list(dict.fromkeys(row["what"] for row in found["rows"]))
     lines = []
     for name, model in found["models"].items():
-        llama = model["engine"].startswith("llama")
-        ours = not llama and model["read_per_token"] is not None and name != "dense"
-        host = "llama.cpp" if llama else "vLLM"
-        label = f"**{_ours(name)}**" if ours else f"{host}, {_theirs(name)}"
         cells = []
         for step in steps:
             row = rows[name, step]
             ratio = "" if name == "dense" else f", {row['ratio']:.2f}x"
             cells.append(f"{row['tokens_per_s']:.0f}{ratio}")
-        lines.append([label, f"{model['disk'] / 1e6:.0f}", *cells])
-    return table(["", "disk MB", *(_step(step) for step in steps)], lines)
+        lines.append([*first[name], f"{model['disk'] / 1e6:.0f}", *cells])
+    return table([*head, "disk MB", *(_step(step) for step in steps)], lines)
 
 
 def _ours(name: str) -> str:
@@ -50,8 +68,18 @@ def serve_setting() -> str:
     return paragraph(
         f"vLLM as a whole on {machine(found['machine'])}: {found['layers']} blocks of TinyLlama's "
         f"shape (width {found['hidden']}) in {found['dtype']}, random weights. Tokens per second, "
-        f"and how many times the dense model's that is (`{found['command']} --llama PYTHON`, "
-        "evals/results/serve_contenders.json)."
+        "and how many times as fast as dense: medians of rounds, of speeds and of ratios "
+        f"(`{found['command']} --llama PYTHON`, evals/results/serve_contenders.json)."
+    )
+
+
+def serve_sizes_setting() -> str:
+    """What the table of sizes was measured on."""
+    found = results("serve_sizes")
+    return paragraph(
+        f"{found['model']} in vLLM, dense and at sizes of the dial, on {machine(found['machine'])}:"
+        f" tokens per second, and how many times the dense model's that is (`{found['command']} "
+        "--model DIR --expanded DIR ...`, evals/results/serve_sizes.json)."
     )
 
 
@@ -59,15 +87,30 @@ def serve_short() -> str:
     """Where it is faster, where not."""
     found = results("serve_contenders")
     ratio = {(row["model"], row["what"]): row["ratio"] for row in found["rows"]}
-    rate = {(row["model"], row["what"]): row["tokens_per_s"] for row in found["rows"]}
     half, experts = "50% int4", "50% int4, 16 experts, size 0.5"
-    slower = [rate[half, "decode 1"] / rate["Q4_0", "decode 1"]]
     return paragraph(
         f"Half zeros in int4 decode one sequence {ratio[half, 'decode 1']:.2f} times as fast as "
         f"dense bfloat16, sixteen sequences {ratio[half, 'decode 16']:.2f} times, and prefill "
-        f"{ratio[half, 'prefill']:.2f} times. llama.cpp's Q4_0 is faster for one sequence (ours "
-        f"reaches {slower[0]:.2f} of its speed), vLLM's W8A8 for prefill and for sixteen. Experts "
-        f"slow batches: {ratio[experts, 'decode 16']:.2f} times dense at sixteen sequences."
+        f"{ratio[half, 'prefill']:.2f} times. llama.cpp's Q4_0 is faster for one sequence "
+        f"({ratio['Q4_0', 'decode 1']:.2f} times dense), vLLM's W8A8 for prefill and for sixteen. "
+        f"Experts slow batches: {ratio[experts, 'decode 16']:.2f} times dense at sixteen sequences."
+    )
+
+
+def compress_minutes() -> str:
+    """How long it takes to compress a real model."""
+    found = results("size_curve")
+    rows = found["rows"]
+
+    def minutes(name: str) -> str:
+        return f"{rows[name]['seconds'] / 60:.0f}"
+
+    one_shot, tuned = minutes("mlp: ours 4.25"), minutes("mlp: ours 4.25 tuned")
+    return paragraph(
+        f"How long {found['model']} takes, its MLP linears with 64k calibration tokens, on one "
+        f"core of an AMD EPYC beside other work: the dial at 4.25 bits {one_shot} minutes, tuned "
+        f"{tuned}; GPTQModifier with 4 bits {minutes('mlp: GPTQ 4')} "
+        f"(`{found['command']}`, evals/results/size_curve.json)."
     )
 
 
@@ -228,5 +271,5 @@ def packed() -> str:
 
 TABLES = (
     serve, serve_setting, serve_short, kernel_values, kernel_setting, kernel_floats, kernel_avx2,
-    serve_floats, compress_cost, load, packed, packed_short,
+    serve_floats, compress_cost, compress_minutes, load, packed, packed_short,
 )  # fmt: skip
