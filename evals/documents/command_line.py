@@ -1,5 +1,9 @@
-"""The commands' own help, for docs/cli.md."""
+"""The commands' own help, and the recipe's keys, for docs/cli.md."""
 
+import inspect
+import json
+import re
+import textwrap
 from typing import Any
 
 __all__ = ["TABLES"]
@@ -28,4 +32,24 @@ def commands() -> str:
     return "\n\n".join(pages)
 
 
-TABLES = (commands,)
+def recipe_keys() -> str:
+    """The keys of SparseExpansionModifier, their defaults, and its docstring's word on each."""
+    from wexpand_plugin.compress.modifier import SparseExpansionModifier
+
+    said = re.split(r"^:param (\w+): ", inspect.getdoc(SparseExpansionModifier) or "", flags=re.M)
+    lines = []
+    for name, text in zip(said[1::2], said[2::2], strict=True):
+        field = SparseExpansionModifier.model_fields[name]
+        default = ""
+        if not field.is_required():
+            default = f" ({json.dumps(field.get_default(call_default_factory=True))})"
+        line = f"- `{name}`{default}: {' '.join(text.split())}"
+        lines.append(
+            textwrap.fill(
+                line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            )
+        )
+    return "\n".join(lines)
+
+
+TABLES = (commands, recipe_keys)

@@ -103,3 +103,12 @@ def test_blocks_are_replaced_and_nothing_else():
 def test_markers_that_cannot_work(text, message):
     with pytest.raises(ValueError, match=message):
         fill(text, {"t": lambda: ""})
+
+
+def test_every_key_of_a_recipe_is_listed():
+    from llmcompressor.modifiers import Modifier
+
+    from wexpand_plugin.compress.modifier import SparseExpansionModifier
+
+    listed = set(re.findall(r"^- `(\w+)`", TABLES["recipe_keys"](), re.MULTILINE))
+    assert listed == SparseExpansionModifier.model_fields.keys() - Modifier.model_fields.keys()
