@@ -29,7 +29,7 @@ import typer
 from evals import corrected
 from evals.paper.inputs import label
 from evals.pocket import MODEL
-from evals.recipe import measure
+from evals.recipe import held_out, measure
 from wexpand_plugin.method import clusters
 
 __all__ = ["VARIANTS"]
@@ -77,18 +77,19 @@ def main(
     targets: Annotated[str, typer.Option(help="The linears.")] = "re:.*mlp.*",
 ) -> None:
     """Each variant, and what else as many bytes stored, and read, can be spent on."""
+    other = {} if model == MODEL else {"model": label(str(model)), "targets": targets}
     command = f"python -m evals.experts --epochs {epochs} --seeds {seeds}"
     command += "".join(f' --variant "{name}"' for name in names or ()) + " --random" * random
-    if model != MODEL:
+    if other:
         command += f' --model {label(str(model))} --targets "{targets}"'
     rows: list[dict[str, Any]] = []
     if json_file.exists():
         rows = json.loads(json_file.read_text())["rows"]
 
     def row(about: dict[str, Any], found: Callable[[], dict[str, float]]) -> dict[str, Any]:
-        about |= {"epochs": epochs}
+        about |= {"epochs": epochs} | other
         for done in rows:
-            if about.items() <= done.items():
+            if about.items() <= done.items() and done.get("model") == about.get("model"):
                 return done
         rows.append(about | found())
         content = {"command": command, "rows": rows}
@@ -112,6 +113,9 @@ def main(
 
         row({"name": f"low rank, {rank}", "seed": seed, "sparsity": sparsity}, found)
 
+    if other:
+        about = {"name": "dense", "seed": 0, "sparsity": 0.0}
+        row(about, lambda: {"loss": held_out(model, dataset), "stored": 1.0, "read": 1.0})
     for seed in range(seeds):
         plain = run("one mask", seed, sparsity, num_experts=1)
         for name in names or VARIANTS:
@@ -120,7 +124,7 @@ def main(
                 if found[what] < 1 - 1 / 256:  # else it is the dense model that is as large
                     own = round(sparsity_of(found[what]), 3)
                     run("one mask", seed, own, num_experts=1)
-                    if model == MODEL:
+                    if not other:
                         low_rank(seed, found[what], plain["stored"])
             if random:
                 with patch.object(clusters, "_k_means", random_centres):

@@ -24,7 +24,7 @@ from evals.perplexity import held_out_loss, load_model
 from evals.pocket import MODEL
 from evals.processes import ROOT
 
-__all__ = ["variants"]
+__all__ = ["held_out", "measure", "variants"]
 
 RECIPE = ROOT / "recipes" / "sparse_expansion_budget.yaml"
 TOKENS = 32768
@@ -47,12 +47,20 @@ def variants(sparsity: float, seed: int) -> dict[str, dict[str, Any]]:
     return found
 
 
+def held_out(model: Path, dataset: str) -> float:
+    """Loss of a directory's model on text that no calibration sees."""
+    from transformers import AutoTokenizer
+
+    return held_out_loss(
+        load_model(model), AutoTokenizer.from_pretrained(model), held_out_texts(dataset),
+        tokens=TOKENS, context=CONTEXT, progress=False,
+    ).loss  # fmt: skip
+
+
 def measure(
     model: str, recipe: dict[str, Any], dataset: str, seed: int, calibration: int = TOKENS
 ) -> dict[str, float]:
     """Compress on `calibration` tokens, save, read again: held-out loss and bytes over dense."""
-    from transformers import AutoTokenizer
-
     from wexpand_plugin.compress.oneshot import compress
     from wexpand_plugin.tools.inspect import inspect
 
@@ -66,12 +74,9 @@ def measure(
             max_seq_length=CONTEXT, samples=calibration // CONTEXT,
         )  # fmt: skip
         sizes = inspect(out)
-        found = held_out_loss(
-            load_model(out), AutoTokenizer.from_pretrained(out), held_out_texts(dataset),
-            tokens=TOKENS, context=CONTEXT, progress=False,
-        )  # fmt: skip
+        loss = held_out(out, dataset)
     return {
-        "loss": found.loss,
+        "loss": loss,
         "stored": sizes.linear_bytes / sizes.dense_bytes,
         "read": sizes.bytes_per_token / sizes.dense_bytes,
     }

@@ -35,23 +35,34 @@ def low_rank() -> str:
 
 def spending() -> str:
     """Experts, cluster biases, low rank and fewer zeros, all tuned alike, by bytes stored."""
-    found = results("experts")
-    dense = results("clusters")["dense"]  # of the same tokens
+    return _spending("experts", results("clusters")["dense"], "Pocket model, MLP linears")
+
+
+def spending_real() -> str:
+    """The same on a real model."""
+    dense, *_ = results("experts_smollm2")["rows"]
+    what = f"{dense['model']}, MLP linears of six of its blocks, one seed"
+    return _spending("experts_smollm2", dense["loss"], what)
+
+
+def _spending(name: str, dense: float, what: str) -> str:
+    found = results(name)
     rows: dict[str, list[dict[str, float]]] = {}
     for row in found["rows"]:
-        name = row["name"].replace(", random", ", centres at random")
-        if name == "one mask":
-            name = f"**one mask, {row['sparsity']:.1%} zeros**"
-        rows.setdefault(name, []).append(row)
+        label = row["name"].replace(", random", ", centres at random")
+        if label == "one mask":
+            label = f"**one mask, {row['sparsity']:.1%} zeros**"
+        if label != "dense":
+            rows.setdefault(label, []).append(row)
     lines = []
-    for name, own in sorted(rows.items(), key=lambda item: (item[1][0]["stored"], item[0])):
+    for label, own in sorted(rows.items(), key=lambda item: (item[1][0]["stored"], item[0])):
         losses = [row["loss"] - dense for row in own]
         said = spread(losses) if len(own) > 1 else f"{losses[0]:.3f}"
-        lines.append([name, f"{own[0]['stored']:.2f}", f"{own[0]['read']:.3f}", said])
+        lines.append([label, f"{own[0]['stored']:.2f}", f"{own[0]['read']:.3f}", said])
     setting = (
-        f"Pocket model, MLP linears, {found['rows'][0]['epochs']} epochs of tuning each, over the "
-        f"dense loss of {dense:.3f}; mean and deviation of seeds where there are several "
-        f"(`{found['command']}`, evals/results/experts.json):"
+        f"{what}, {found['rows'][0]['epochs']} epochs of tuning each, over the dense loss of "
+        f"{dense:.3f}; mean and deviation of seeds where there are several (`{found['command']}`, "
+        f"evals/results/{name}.json):"
     )
     head = ["", "stored, of dense", "read", "loss added"]
     return f"{paragraph(setting)}\n\n{table(head, lines)}"
@@ -75,4 +86,4 @@ def scores() -> str:
     return f"{paragraph(setting)}\n\n{table(['', *TASKS.values(), 'mean'], lines)}"
 
 
-TABLES = (low_rank, spending, scores)
+TABLES = (low_rank, spending, spending_real, scores)
