@@ -41,21 +41,26 @@ def _size_curve(part: str, what: str) -> str:
 
 
 def size_curve_short() -> str:
-    """The tuned dial beside the best of the others in as many bits."""
+    """The dial, tuned where that was run, beside the best of the others in as many bits."""
     found = results("size_curve")
-    rows = found["rows"]
-    dense, said = rows["dense"]["loss"], []
-    for _, row in reversed(of_series(rows, "mlp", "ours, tuned")):
+    rows, lines = found["rows"], []
+    own = {name.removesuffix(" tuned"): (name, row)
+           for series in ("ours", "ours, tuned")
+           for name, row in of_series(rows, "mlp", series)}  # fmt: skip
+    for name, row in sorted(own.values(), key=lambda pair: -pair[1]["bits_stored"]):
         best = best_of_others(rows, "mlp", row["bits_stored"])
-        beside = "nothing else was measured in so few"
+        beside = "none was measured"
         if best is not None:
-            beside = f"{best[0].partition(': ')[2]} {best[1]:.3f}"
-        said.append(f"{row['bits_stored']:.2f} bits {row['loss'] - dense:.3f} ({beside})")
-    return paragraph(
-        f"Loss added to {found['model']}, nats per token, by the tuned dial on its MLP linears; "
-        "in brackets by the best of what else was measured in at most as many bits per weight "
-        f"(GPTQ: llm-compressor's GPTQModifier): {', '.join(said)}."
+            beside = f"{best[0].partition(': ')[2].replace('GPTQ', 'GPTQModifier')}: {best[1]:.3f}"
+        loss = f"{row['loss'] - rows['dense']['loss']:.3f}{', tuned' * name.endswith('tuned')}"
+        lines.append([f"{row['bits_stored']:.2f}", loss, beside])
+    setting = paragraph(
+        f"Loss added to {found['model']} by the dial on its MLP linears, nats per token, and by "
+        "the best other that was measured in at most as many bits: of llm-compressor's "
+        f"GPTQModifier and AWQModifier, and of llama.cpp's types (`{found['command']}`, "
+        "evals/results/size_curve.json):"
     )
+    return f"{setting}\n\n{table(['bits per weight', 'dial', 'best other'], lines)}"
 
 
 TABLES = (size_curve_mlp, size_curve_all, size_curve_short)
