@@ -73,7 +73,7 @@ def draw() -> None:
         xs, ys = zip(*sorted(points.values()), strict=True)
         axes.plot(xs, ys, style, color=colour, label=name, linewidth=1, markersize=5)
         for label, point in points.items():
-            if name in ("ours", "ours, tuned"):  # as many bits as its place says
+            if name not in ("GPTQ", "llama.cpp", _ZEROS):  # as many bits as its place says
                 continue
             axes.annotate(
                 f"{label} bits" if label.isdigit() else label, point, fontsize=7, color=colour,
