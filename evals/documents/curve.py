@@ -17,8 +17,13 @@ def size_curve_all() -> str:
     return _size_curve("all", "all linears of the blocks")
 
 
-def _size_curve(part: str, what: str) -> str:
-    found = results("size_curve")
+def size_curve_pocket() -> str:
+    """The same of the pocket model, all linears."""
+    return _size_curve("all", "all linears of the blocks", "size_curve_pocket")
+
+
+def _size_curve(part: str, what: str, file: str = "size_curve") -> str:
+    found = results(file)
     dense = found["rows"]["dense"]["loss"]
     rows = {
         name.removeprefix(f"{part}: "): row
@@ -35,7 +40,7 @@ def _size_curve(part: str, what: str) -> str:
     head = ["", "bits per weight", "loss added", "predicted, untuned"]
     setting = (
         f"{found['model']}, {what}, over the dense loss of {dense:.3f} (`{found['command']}`, "
-        "evals/results/size_curve.json):"
+        f"evals/results/{file}.json):"
     )
     return f"{paragraph(setting)}\n\n{table(head, lines)}"
 
@@ -63,4 +68,4 @@ def size_curve_short() -> str:
     return f"{setting}\n\n{table(['bits per weight', 'dial', 'best other'], lines)}"
 
 
-TABLES = (size_curve_mlp, size_curve_all, size_curve_short)
+TABLES = (size_curve_mlp, size_curve_all, size_curve_pocket, size_curve_short)

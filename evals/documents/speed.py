@@ -97,6 +97,30 @@ def serve_short() -> str:
     )
 
 
+def compress_shapes() -> str:
+    """Single blocks of real models' shapes."""
+    lines = []
+    for shape, found in results("compress")["shapes"].items():
+        for name, row in found["median"].items():
+            cpu = [f"{row['cpu_s']:.0f}", f"{row['cpu_ratio']:.1f}x"]
+            peak = [f"{row['peak_mib'] / 1024:.1f}", f"{row['peak_ratio']:.1f}x"]
+            lines.append([shape, name, *cpu, *peak])
+    return table(["a block of", "", "CPU s", "", "peak GiB", ""], lines)
+
+
+def compress_setting() -> str:
+    """What the tables of compressing were measured with."""
+    found = results("compress")
+    growth = ", ".join(
+        f"{name} {one['exponent']:.2f}" for name, one in found["exponents"].items()
+    )
+    return paragraph(
+        f"`{found['command']} --rounds 1`, evals/results/compress.json; one core of "
+        f"{machine(found['machine']).split(' of ', 1)[1]} beside other work. How the CPU time of "
+        f"a block grows, as an exponent of the number of experts, tokens, and columns: {growth}."
+    )
+
+
 def compress_minutes() -> str:
     """How long it takes to compress a real model."""
     found = results("size_curve")
@@ -271,5 +295,6 @@ def packed() -> str:
 
 TABLES = (
     serve, serve_setting, serve_short, kernel_values, kernel_setting, kernel_floats, kernel_avx2,
-    serve_floats, compress_cost, compress_minutes, load, packed, packed_short,
+    serve_floats, compress_cost, compress_setting, compress_shapes, compress_minutes,
+    load, packed, packed_short,
 )  # fmt: skip
