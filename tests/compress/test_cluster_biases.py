@@ -83,11 +83,12 @@ def _stored(module: RoutedLinear) -> int:
 def test_biases_come_closer_to_the_dense_model(kind, keys, tmp_path):
     path = tiny(kind, tmp_path / "dense")
     dense = logits(AutoModelForCausalLM.from_pretrained(path))
-    errors = []
-    for clusters in (0, 12):
-        torch.manual_seed(0)
-        model = run(path, num_clusters=clusters, targets=MLP, data=calibration(48), **keys)
-        errors.append(float((logits(model) - dense).norm() / dense.norm()))
+    errors = [0.0, 0.0]
+    for order in range(2):  # of the calibration rows; in one alone there is luck
+        for place, clusters in enumerate((0, 12)):
+            torch.manual_seed(order)
+            model = run(path, num_clusters=clusters, targets=MLP, data=calibration(48), **keys)
+            errors[place] += float((logits(model) - dense).norm() / dense.norm())
     assert errors[1] < (0.99 if "tune_epochs" in keys else 0.97) * errors[0]
 
 
