@@ -297,4 +297,5 @@ TABLES = (
     serve, serve_setting, serve_short, kernel_values, kernel_setting, kernel_floats, kernel_avx2,
     serve_floats, compress_cost, compress_setting, compress_shapes, compress_minutes,
     load, packed, packed_short,
+    serve_sizes, serve_sizes_setting,
 )  # fmt: skip
