@@ -81,7 +81,8 @@ def main(
     command = f"python -m evals.experts --epochs {epochs} --seeds {seeds}"
     command += "".join(f' --variant "{name}"' for name in names or ()) + " --random" * random
     if other:
-        command += f' --model {label(str(model))} --targets "{targets}"'
+        command += f' --model {label(str(model))} --dataset {Path(dataset).name}'
+        command += f' --targets "{targets}"'
     rows: list[dict[str, Any]] = []
     if json_file.exists():
         rows = json.loads(json_file.read_text())["rows"]
