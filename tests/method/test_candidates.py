@@ -110,7 +110,7 @@ def test_an_empty_cluster_gets_the_base_version():
 
 def test_working_memory_changes_nothing():
     """All Hessians are solved at once, or one after another."""
-    found, rows = statistics(True)
+    found, _ = statistics(True)
     for weights in ([WEIGHT], [WEIGHT[:4], WEIGHT[4:]]):
         much, little = (
             Settings(0.5, num_experts=3, size_budget=1.0, stored_bytes=Weigh(), max_bytes=size)
@@ -122,8 +122,8 @@ def test_working_memory_changes_nothing():
         ):  # fmt: skip
             torch.testing.assert_close(a.weights, b.weights)
         for one, other in zip(
-            propose(weights, [None] * len(weights), found, rows, much),
-            propose(weights, [None] * len(weights), found, rows, little),
+            propose(weights, [None] * len(weights), found, much),
+            propose(weights, [None] * len(weights), found, little),
             strict=True,
         ):
             torch.testing.assert_close(one.rows.weights, other.rows.weights)
@@ -131,9 +131,9 @@ def test_working_memory_changes_nothing():
 
 
 def test_errors_are_the_closed_form():
-    found, rows = statistics(True)
+    found, _ = statistics(True)
     settings = Settings(0.5, num_experts=3, size_budget=1.0, stored_bytes=Weigh())
-    (proposal,) = propose([WEIGHT], [None], found, rows, settings)
+    (proposal,) = propose([WEIGHT], [None], found, settings)
     tree = proposal.problem.tree
     for node in range(tree.nodes):
         version = proposal.rows[proposal.place[node]].weights
@@ -177,7 +177,7 @@ def test_errors_of_a_wide_linear_are_those_of_its_inputs():
     statistics.add(x)
     statistics.flush()
     settings = Settings(0.5, num_experts=2, size_budget=1.0, stored_bytes=Weigh())
-    (found,) = propose([weight], [None], statistics, x, settings)
+    (found,) = propose([weight], [None], statistics, settings)
     change = found.rows[found.place[-1]].weights.float() - weight
     energy = 0.0
     for expert in range(2):

@@ -96,8 +96,9 @@ def expand_block(
     for whole in tqdm(groups, "Expanding", leave=False):
         statistics = passing.take(whole) if passing else None
         for group, own in _alike(whole, targets, settings):
-            result = _solve_group(model, group, replay, statistics, own)
-            solved.append(_Solved(group, whole.names[0], result, own))
+            found = _solve_group(model, group, replay, statistics, own)
+            solved.append(_Solved(group, whole.names[0], found, own))
+            del found  # what calibrates is copied next, and must not stay beside its copy
         if settings.num_experts > 1:
             _replace_groups(model, solved, targets)
     _replace_groups(model, solved, targets)

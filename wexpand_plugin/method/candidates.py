@@ -25,7 +25,6 @@ from .allocation import (
     Allocation,
     AllocationProblem,
     allocate,
-    neuron_values,
     numbered_versions,
     weighted,
 )
@@ -123,9 +122,8 @@ def full_expansion(
 
 def propose(
     weights: list[Tensor],
-    biases: list[Tensor | None],
+    values: Sequence[Tensor | None],
     statistics: GroupStatistics,
-    rows: Tensor,
     settings: Settings,
 ) -> Iterator[Candidates]:
     """Solve a version for every node of the merge tree, and measure what each would do.
@@ -134,7 +132,7 @@ def propose(
     out.
 
     :param weights: the dense weights [out_i, in] of the group's linears
-    :param rows: sample of the group's inputs [n, in], for `allocate_by` that looks at the outputs
+    :param values: what `allocate_by` says of each one's neurons (`allocation.neuron_values`)
     """
     linears = [len(w) for w in weights]
     weight = torch.cat(weights)
@@ -152,15 +150,14 @@ def propose(
     # all linears' rows in one place, as those of each alone would be there twice
     rows_solved = solved.apply(lambda tensor: tensor.flatten(0, 1))
     places = torch.arange(tree.nodes * len(weight)).view(tree.nodes, -1)
-    for own, bias, part in zip(weights, biases, _parts(linears), strict=True):
+    for own, value, part in zip(weights, values, _parts(linears), strict=True):
         error = errors[..., part]
         # node by node: of all of them at once, counting is half as fast
         kept = torch.stack([(node != 0).sum(dim=1) for node in solved.weights[:, part]])
         cost = settings.weighs.row(kept, weight.shape[1])
-        values = neuron_values(settings.allocate_by, rows, own, bias, settings.seed)
         problem = AllocationProblem(
             tree,
-            weighted(error, settings.allocate_by, values).cpu(),
+            weighted(error, settings.allocate_by, value).cpu(),
             allowed[:, part].cpu(),
             cost.cpu(),
             share,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ranks
-from .allocation import allocate
+from .allocation import allocate, neuron_values
 from .biases import BiasProblem
 from .candidates import Candidates, full_expansion, propose
 from .clusters import Router, fit_router
@@ -83,12 +83,19 @@ def expand_group(
     :raises WexpandError: inputs that are not finite or too few, a budget too small
     """
     width, device = weights[0].shape[1], weights[0].device
-    router, cluster_expert, sample = None, None, torch.empty(0, width)
+    router, cluster_expert = None, None
+    values: list[Tensor | None] = [None] * len(weights)
     seen: dict[int, Tensor] = {}
     if settings.clusters > 1:
         sample, seen = _sample(batches, settings)
         router, cluster_expert = ranks.of_first(partial(_fit, sample, settings, width, device))
         router = router.to(device)
+        if settings.size_budget is not None:
+            values = [
+                neuron_values(settings.allocate_by, sample, weight, bias, settings.seed)
+                for weight, bias in zip(weights, biases, strict=True)
+            ]
+        del sample  # as large as a Hessian, and not needed any more
     if statistics is None:
         statistics = GroupStatistics(
             width, router, cluster_expert=cluster_expert, within=settings.biased,
@@ -116,7 +123,7 @@ def expand_group(
             versions = RowVersions.full(experts, error, bias)
             linears.append(LinearResult(versions, versions))
     else:
-        for candidates in propose(weights, biases, statistics, sample, settings):
+        for candidates in propose(weights, values, statistics, settings):
             linears.append(_within_budget(candidates, width, settings))
     if cluster_expert is not None:
         cluster_expert = None if settings.num_experts == 1 else cluster_expert.to(device)
