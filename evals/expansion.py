@@ -29,8 +29,8 @@ from wexpand_plugin.method.candidates import Candidates, allocate_model
 from wexpand_plugin.method.clusters import Router
 from wexpand_plugin.method.group import GroupResult, expand_group
 from wexpand_plugin.method.inputs import InputGroup, find_groups, record_inputs, token_rows
+from wexpand_plugin.method.row_sample import RowSample
 from wexpand_plugin.method.settings import Settings
-from wexpand_plugin.method.statistics import RowSample
 
 __all__ = ["ExpandedLinear", "expand_network", "input_groups", "install", "reallocate", "sizes"]
 
@@ -68,6 +68,9 @@ class Sizes(NamedTuple):
 class _Batches(list[Tensor]):
     """Inputs that are kept, as the method reads them."""
 
+    def identity(self, number: int, /) -> int:
+        return number
+
     def __call__(self, numbers: Iterable[int] | None = None) -> Iterator[Tensor]:
         return iter(self) if numbers is None else (self[number] for number in numbers)
 
@@ -99,8 +102,8 @@ def expand_network(
         first = group.linears[0]
         batches = _Batches(token_rows(s[first], None) for s in record_inputs([first], forwards))
         sample = RowSample(settings.router_samples, settings.seed)
-        for batch in batches:
-            sample.add(batch)
+        for number, batch in enumerate(batches):
+            sample.add(batch, number)
         weights = [linear.weight.to(DTYPE) for linear in group.linears]
         biases = [linear.bias for linear in group.linears]
         result = expand_group(weights, biases, batches, settings)

@@ -106,6 +106,9 @@ class Blocks:
                 def __len__(self) -> int:
                     return len(inputs)
 
+                def identity(self, number: int, /) -> int:
+                    return number
+
                 def __call__(
                     self, numbers: Iterable[int] | None = None, linear=linears[0], of=self
                 ) -> Iterator[Tensor]:

@@ -150,7 +150,7 @@ def test_a_watched_loader_gives_what_it_gave_and_is_left_as_it_was():
     next(iter(data))  # as a pipeline that looks at one batch before it begins
     after = [batch["input_ids"] for batch in data]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    assert len(found.counts) == len(before) and found.tokens == REAL
+    assert len(found.known) == len(before) and found.tokens == REAL
     real = torch.tensor([token for row in ROWS for token in row])
     assert found.about() == {
         "batches": len(before), "tokens_counted": REAL,

@@ -6,6 +6,7 @@ import transformers
 from test_modifier import calibration, run, tiny
 from torch import nn
 
+from wexpand_plugin.compress.calibration import Known
 from wexpand_plugin.compress.passing import PassingStatistics
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.method.statistics import GroupStatistics
@@ -34,7 +35,7 @@ def test_groups_and_sums_are_those_of_the_inputs_that_count():
     now = iter(counts)
     linears = {"a": block.a, "b": block.b, "c": block.c}
     current: list[torch.Tensor] = []
-    passing = PassingStatistics(block, linears, hook, lambda: current[-1], seed=0)
+    passing = PassingStatistics(block, linears, hook, lambda: Known(current[-1], 0), seed=0)
     rows: dict[str, list[torch.Tensor]] = {"a": [], "c": []}
     for x in inputs:
         current.append(next(now))
@@ -58,7 +59,7 @@ def test_a_linear_that_is_called_twice_is_refused():
             return self.a(self.a(x))
 
     block = Twice()
-    PassingStatistics(block, {"a": block.a}, hook, lambda: None, seed=0)
+    PassingStatistics(block, {"a": block.a}, hook, lambda: Known(None, 0), seed=0)
     with pytest.raises(WexpandError, match="a: called more than once"):
         block(torch.ones(1, 4))
 

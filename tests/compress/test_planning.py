@@ -10,6 +10,7 @@ from tiny import block_linears
 from transformers import AutoModelForCausalLM
 
 from wexpand_plugin import SparseExpansionModifier, recipe
+from wexpand_plugin.compress.plan_batches import plan_batches
 from wexpand_plugin.compress.planning import plan_linears
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.model_dir import ModelDir
@@ -32,6 +33,7 @@ def planned(path, dial, **changes):
     model = AutoModelForCausalLM.from_pretrained(path, **changes)
     data = calibration()
     batches = [{"input_ids": torch.tensor([row])} for row in data["input_ids"]]
+    batches = plan_batches(batches, torch.device("cpu"))
     return model, plan_linears(model, block_linears(model), batches, dial)
 
 

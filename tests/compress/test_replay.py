@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wexpand_plugin.compress.calibration import Known
 from wexpand_plugin.compress.remembered import Remembered
 from wexpand_plugin.compress.replay import BlockReplay
 from wexpand_plugin.compress.together import Apart, Arguments, give_the_same, joined
@@ -35,7 +36,7 @@ def batch(seed: int, tokens: int = 6) -> Arguments:
 def recorded(batches: list[Arguments]) -> BlockReplay:
     block = Block()
     replay = BlockReplay(block, lambda module, hook, *_, **kw: module.register_forward_pre_hook(
-        hook, **kw), lambda: None)  # fmt: skip
+        hook, **kw), lambda: Known(None, 0))  # fmt: skip
     for args, kwargs in batches:
         block(*args, **kwargs)
     block.runs.clear()

@@ -1,6 +1,8 @@
 """The scoring recipe on tiny random models: real oneshot runs from a saved directory."""
 
 import json
+import re
+import zlib
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from wexpand_plugin.compress.calibration import identity
 from wexpand_plugin.compress.neuron_scores import fingerprint, load_scores
 from wexpand_plugin.compress.scoring import NeuronScoringModifier
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.method.neurons import neuron_scores, wasserstein_neurons
+from wexpand_plugin.method.row_sample import RowSample
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VOCABULARY, ROWS, LENGTH = 96, 12, 32
@@ -98,7 +102,8 @@ def saved(llama, tmp_path_factory):
 
 
 def recorded_inputs(directory, dataset):
-    """The inputs of every linear in a plain forward of the saved model: name -> [tokens, in]."""
+    """The inputs of every linear in a plain forward of the saved model: name -> [tokens, in], in
+    the order of a sample of all rows."""
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
     inputs = {}
     for name, module in model.named_modules():
@@ -106,10 +111,19 @@ def recorded_inputs(directory, dataset):
             module.register_forward_hook(
                 lambda _m, args, _out, name=name: inputs.setdefault(name, []).append(args[0][0])
             )
+    ids = [torch.tensor([row["input_ids"]]) for row in dataset]
     with torch.no_grad():
-        for row in dataset:
-            model(torch.tensor([row["input_ids"]]))
-    return model, {name: torch.cat(rows) for name, rows in inputs.items()}
+        for row in ids:
+            model(row)
+    samples = {}
+    for name in inputs:
+        # linears that read the same tensor share the sample of the first
+        first = re.sub("[kv]_proj", "q_proj", name.replace("up_proj", "gate_proj"))
+        samples[name] = RowSample(ROWS * LENGTH, 3 + zlib.crc32(first.encode()))
+    for name, sample in samples.items():
+        for row, x in zip(ids, inputs[name], strict=True):
+            sample.add(x, identity(row))
+    return model, {name: sample.rows for name, sample in samples.items()}
 
 
 @pytest.mark.parametrize("kind", ["llama", "neox"])

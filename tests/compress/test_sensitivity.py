@@ -5,10 +5,16 @@ import torch
 from scipy.stats import spearmanr
 from tiny import block_linears, dense, tokens
 
-from wexpand_plugin.compress.sensitivity import output_sensitivity
+from wexpand_plugin.compress import sensitivity as measuring
+from wexpand_plugin.compress.plan_batches import plan_batches
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.method.inputs import record_inputs
 from wexpand_plugin.method.sensitivity import added_loss, output_errors
+
+
+def output_sensitivity(model, linears, batches, seed):
+    batches = plan_batches(batches, torch.device("cpu"))
+    return measuring.output_sensitivity(model, linears, batches, seed)
 
 
 def divergence(model, ids, expected) -> float:

@@ -19,9 +19,13 @@ from wexpand_plugin.method.statistics import GroupStatistics
 class Batches(list[Tensor]):
     """Batches in memory; remembers which were asked for."""
 
+    def identity(self, number: int, /) -> int:
+        return number
+
     def __call__(self, numbers=None):
         numbers = list(range(len(self)) if numbers is None else numbers)
         self.asked = [*getattr(self, "asked", []), *numbers]
+        self.calls = [*getattr(self, "calls", []), len(numbers)]
         return (self[number] for number in numbers)
 
 
@@ -206,11 +210,33 @@ def test_with_a_model_budget_nothing_is_stored_yet():
     assert kept == [len(linear.candidates.rows.weights) for linear in found.linears]
 
 
-def test_batches_are_sampled_with_a_stride_until_there_are_rows_enough():
+def test_batches_are_read_for_the_sample_until_there_are_rows_enough():
     inputs = batches(40)
     expand_group(WEIGHTS, BIASES, inputs, settings(router_samples=600))
-    first = [*range(0, 40, 5), *range(1, 40, 5)]
-    assert inputs.asked == [*first, *(n for n in range(40) if n not in first)], "each once"
+    # 8 at first, which have 512 rows, and as many as the rest takes
+    assert inputs.asked == list(range(40)), "each once"
+    assert inputs.calls == [8, 2, 30]
+
+
+class Backwards(Batches):
+    """The same batches, from the last to the first."""
+
+    def identity(self, number: int, /) -> int:
+        return len(self) - 1 - number
+
+
+@pytest.mark.parametrize("keys", [dict(), dict(size_budget=1.3), dict(num_clusters=12)], ids=str)
+def test_the_order_of_batches_changes_nothing(keys):
+    inputs = batches(40)
+    one, other = (
+        expand_group(WEIGHTS, BIASES, some, settings(router_samples=600, **keys))
+        for some in (inputs, Backwards(reversed(inputs)))
+    )
+    torch.testing.assert_close(other.router.weight, one.router.weight)
+    assert torch.equal(other.tokens, one.tokens)
+    for linear, same in zip(one.linears, other.linears, strict=True):
+        torch.testing.assert_close(same.calibrating.dense(), linear.calibrating.dense(),
+                                   rtol=1e-3, atol=1e-3)  # fmt: skip
 
 
 def test_what_cannot_be_expanded_is_said():

@@ -32,10 +32,13 @@ class Batches:
         for _ in range(16):
             near = centres[torch.randint(4, (ROWS,), generator=generator)]
             every.append(near + 0.3 * torch.randn(ROWS, WIDTH, generator=generator))
-        self.batches = every[first::step]
+        self.batches, self.first, self.step = every[first::step], first, step
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def identity(self, number: int, /) -> int:
+        return self.first + number * self.step
 
     def __call__(self, numbers=None) -> Iterator[Tensor]:
         for number in range(len(self)) if numbers is None else numbers:
@@ -69,14 +72,13 @@ def test_a_group_is_solved_as_by_one(keys):
     for found in both:
         if isinstance(found, Exception):
             raise found
-        assert torch.equal(found.tokens.sort().values, alone.tokens.sort().values)
+        assert torch.equal(found.tokens, alone.tokens)
         for one, other, first in zip(alone.linears, found.linears, both[0].linears, strict=True):
             expected, weights = one.stored.dense(), other.stored.dense()
             assert torch.equal(weights, first.stored.dense())  # the same on both ranks
-            assert other.stored.error == pytest.approx(one.stored.error, rel=0.05)
-            if len(expected) == 1:
-                assert torch.equal(weights != 0, expected != 0)
-                torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-3)
+            assert other.stored.error == pytest.approx(one.stored.error, rel=1e-3)
+            assert torch.equal(weights != 0, expected != 0)
+            torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("within", [False, True])

@@ -6,7 +6,7 @@ from test_candidates import statistics
 
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.method.clusters import Router, fit_router
-from wexpand_plugin.method.statistics import GroupStatistics, RowSample
+from wexpand_plugin.method.statistics import GroupStatistics
 
 
 @pytest.mark.parametrize("hold_out", [False, True])
@@ -83,15 +83,3 @@ def test_inputs_that_are_not_finite_are_refused():
     found = GroupStatistics(4, None)
     with pytest.raises(WexpandError, match="NaN"):
         found.add(torch.full((8, 4), torch.nan))
-
-
-def test_row_sample_is_uniform_and_bounded():
-    sample = RowSample(50, seed=1)
-    for start in range(0, 5000, 100):
-        sample.add(torch.arange(start, start + 100).float().unsqueeze(1))
-    rows = sample.rows.flatten()
-    assert len(rows) == 50 and len(rows.unique()) == 50 and torch.equal(rows, rows.sort().values)
-    assert 1500 < rows.mean() < 3500
-    short = RowSample(50, seed=1)
-    short.add(torch.arange(7.0).unsqueeze(1))
-    assert torch.equal(short.rows.flatten(), torch.arange(7.0))

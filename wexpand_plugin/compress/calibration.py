@@ -8,7 +8,7 @@ last pass said is what runs.
 
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from llmcompressor.core import active_session
@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader
 from ..errors import WexpandError
 from ..method import ranks
 
-__all__ = ["MASKS", "CalibrationBatches", "about_rows", "counted_tokens", "run"]
+__all__ = [
+    "MASKS",
+    "CalibrationBatches",
+    "Known",
+    "about_rows",
+    "counted_tokens",
+    "identity",
+    "run",
+]
 
 MASKS = ("attention_mask", "loss_mask")
 """where a batch has them, which of its tokens count"""
@@ -46,6 +54,25 @@ def counted_tokens(batch: Any) -> Tensor | None:
     return counts
 
 
+def identity(ids: Tensor) -> int:
+    """What a batch is known by in whatever order batches come: the crc32 of its token ids that
+    count, int64."""
+    return zlib.crc32(_bytes(ids))
+
+
+def _bytes(ids: Tensor) -> bytes:
+    return ids.cpu().numpy().astype("<i8").tobytes()
+
+
+class Known(NamedTuple):
+    """What is known of a batch."""
+
+    counts: Tensor | None
+    """which of its tokens count (`counted_tokens`)"""
+    identity: int
+    """as of `identity`; its number where it has no token ids"""
+
+
 def about_rows(loader: DataLoader | None) -> dict[str, Any]:
     """What tells one data loader's rows from another's, in whatever order it gives them."""
     rows, crc, tokens = 0, 0, 0
@@ -54,7 +81,7 @@ def about_rows(loader: DataLoader | None) -> dict[str, Any]:
         for key in ("input_ids", *MASKS):
             if (values := row.get(key)) is not None:
                 ids = torch.as_tensor(values, dtype=torch.int64).flatten()
-                crc = zlib.crc32(ids.numpy().astype("<i8").tobytes(), crc)
+                crc = zlib.crc32(_bytes(ids), crc)
                 tokens += len(ids) if key == "input_ids" else 0
     batch_size = getattr(loader, "batch_size", None)
     return {"rows": rows, "tokens": tokens, "crc32": f"{crc:08x}", "batch_size": batch_size}
@@ -77,8 +104,8 @@ class CalibrationBatches:
         self._begin()
 
     def _begin(self) -> None:
-        self.counts: list[Tensor | None] = []
-        """of each batch, which tokens count"""
+        self.known: list[Known] = []
+        """of each batch"""
         self.tokens = 0
         """that count, in all batches"""
         self.batches: list[Mapping[str, Any]] = []
@@ -86,25 +113,26 @@ class CalibrationBatches:
         self._crc = 0
 
     def _see(self, batch: Any) -> None:
-        counts = counted_tokens(batch)
-        self.counts.append(counts)
+        counts, known_by = counted_tokens(batch), len(self.known)
         if self.keep:
             self.batches.append(batch)
         if counts is not None:
-            ids = batch["input_ids"].cpu()[counts].to(torch.int64)
+            ids = batch["input_ids"].cpu()[counts]
             self.tokens += len(ids)
-            self._crc = zlib.crc32(ids.numpy().astype("<i8").tobytes(), self._crc)
+            known_by = identity(ids)
+            self._crc = zlib.crc32(_bytes(ids), self._crc)
+        self.known.append(Known(counts, known_by))
 
-    def current(self) -> Tensor | None:
-        """Which tokens of the batch that runs now count (`counted_tokens`)."""
+    def current(self) -> Known:
+        """What is known of the batch that runs now."""
         number = active_session().state.current_batch_idx
-        return self.counts[number] if 0 <= number < len(self.counts) else None
+        return self.known[number] if 0 <= number < len(self.known) else Known(None, max(0, number))
 
     def about(self) -> dict[str, Any]:
         """What tells one run's data from another's; the crc32 is of the ids that count, int64, and
         with several ranks that of theirs, as text."""
         batches, tokens, crcs = zip(
-            *ranks.gathered((len(self.counts), self.tokens, f"{self._crc:08x}")), strict=True
+            *ranks.gathered((len(self.known), self.tokens, f"{self._crc:08x}")), strict=True
         )
         crc = crcs[0] if len(crcs) == 1 else f"{zlib.crc32(''.join(crcs).encode()):08x}"
         return {"batches": sum(batches), "tokens_counted": sum(tokens), "crc32": crc}

@@ -18,7 +18,8 @@ from ..errors import WexpandError
 from ..method.dial import Candidate, margins
 from ..method.prospects import DENSE, Dial
 from .expansion import Target, parts
-from .planning import Plan, plan_batches, plan_linears, weighing
+from .plan_batches import plan_batches, plan_tokens
+from .planning import Plan, plan_linears, weighing
 from .precision import stored_dtype
 from .records import recorded
 
@@ -85,7 +86,8 @@ def choose_settings(
     device = get_execution_device(next(iter(linears.values())))
     # a run that goes on has no plan to make, and is to see the data in the same order
     with torch.random.fork_rng(devices=[]):
-        batches = plan_batches(loader, linears, torch.device(device))
+        need, seed = plan_tokens(linears.values()), dial.base.seed
+        batches = plan_batches(loader, torch.device(device), need, seed)
     plan = plan_linears(model, linears, batches, dial)
     choice = plan.choose(dial.size_budget, dial.read_budget)
     counts = Counter(candidate.setting for candidate in choice.values())

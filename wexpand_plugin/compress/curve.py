@@ -97,6 +97,7 @@ def curve(
     from ..method.prospects import Dial
     from .calibration import MASKS
     from .checks import refuse_nonfinite, refuse_unrolled
+    from .plan_batches import plan_batches
     from .planning import plan_linears
     from .targets import target_linears
 
@@ -125,13 +126,13 @@ def curve(
     refuse_nonfinite(linears)
     batches = [
         {
-            key: torch.tensor([row[key][: inputs.length]], device=device)
+            key: torch.tensor([row[key][: inputs.length]])
             for key in ("input_ids", *MASKS)
             if row.get(key)
         }
         for row in inputs.rows
     ]
-    plan = plan_linears(dense, linears, batches, Dial.of(keys))
+    plan = plan_linears(dense, linears, plan_batches(batches, device), Dial.of(keys))
     dense_bits = 8 * plan.dense_bytes / plan.weights
     wanted = sorted(sizes or (bits / dense_bits for bits in BITS), reverse=True)
     if not sizes:

@@ -22,7 +22,7 @@ def made_by(
         **modifier.model_dump(mode="json", exclude=set(Modifier.model_fields)),
         "model": str(getattr(model, "name_or_path", "")),
     }
-    if batches is not None and batches.counts:
+    if batches is not None and batches.known:
         found["data"] = batches.about()
     libraries = {name: version(name) for name in ("llmcompressor", "transformers", "torch")}
     return found | {"versions": {"wexpand": __version__} | libraries}

@@ -256,10 +256,10 @@ class SparseExpansionModifier(Modifier):
             self._choice = choice
             use_settings(self._targets, choice, self._dial)
         for name, block in self._blocks.items():
-            counts = self._batches.current
+            current = self._batches.current
             passing = self._one_pass()
             self._replays[name] = BlockReplay(
-                block.module, self.register_hook, counts, None if passing else self._bypass
+                block.module, self.register_hook, current, None if passing else self._bypass
             )
             if passing and not self._part.has(_record(block)):
                 linears = {
@@ -268,7 +268,7 @@ class SparseExpansionModifier(Modifier):
                     if t.block == name and t.linear is not None
                 }
                 self._passing[name] = PassingStatistics(
-                    block.module, linears, self.register_hook, counts, self.seed
+                    block.module, linears, self.register_hook, current, self.seed
                 )
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules=None, **kwargs):

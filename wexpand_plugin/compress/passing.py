@@ -9,11 +9,12 @@ pipeline's own run of the block is enough for that, and no pass is added to it.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import WexpandError
 from ..method.inputs import InputGroup, Readers, token_rows
 from ..method.statistics import GroupStatistics
+from .calibration import Known
 
 __all__ = ["PassingStatistics"]
 
@@ -23,7 +24,7 @@ class PassingStatistics:
 
     :param linears: name -> module, all of this block
     :param register_hook: of the modifier: its hooks rest while the pipeline propagates
-    :param counts: says which tokens of the batch that runs now count (`calibration`)
+    :param current: says what is known of the batch that runs now (`calibration`)
     """
 
     def __init__(
@@ -31,11 +32,11 @@ class PassingStatistics:
         block: nn.Module,
         linears: Mapping[str, nn.Linear],
         register_hook: Callable[..., Any],
-        counts: Callable[[], Tensor | None],
+        current: Callable[[], Known],
         seed: int,
     ):
         self._names = {linear: name for name, linear in linears.items()}
-        self._counts, self._seed = counts, seed
+        self._current, self._seed = current, seed
         self._readers, self._seen = Readers(), set[nn.Module]()
         self._members: dict[nn.Module, list[nn.Linear]] = {}
         self._found: dict[nn.Module, GroupStatistics] = {}
@@ -62,9 +63,10 @@ class PassingStatistics:
             self._found[linear] = GroupStatistics(
                 weight.shape[1], None, seed=self._seed, device=weight.device
             )
-        rows = token_rows(args[0].detach(), self._counts())
+        known = self._current()
+        rows = token_rows(args[0].detach(), known.counts)
         try:
-            self._found[linear].add(rows)
+            self._found[linear].add(rows, known.identity)
         except WexpandError as error:
             raise WexpandError(f"{self._names[linear]}: {error}") from None
 

@@ -7,7 +7,7 @@ only numbers stay.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,16 +27,13 @@ from ..method.inputs import InputGroup, agreed, find_groups, record_inputs, toke
 from ..method.prospects import Dial, Weighs, prospects
 from ..method.sensitivity import Sensitivity
 from ..method.statistics import GroupStatistics
-from .calibration import counted_tokens, run
+from .calibration import run
+from .plan_batches import PlanBatch
 from .precision import stored_dtype
-from .sensitivity import output_sensitivity, unseen
+from .sensitivity import output_sensitivity
 
-__all__ = ["Plan", "plan_batches", "plan_linears", "weighing"]
+__all__ = ["Plan", "plan_linears", "weighing"]
 
-PLAN_TOKENS = 8192
-"""tokens that a plan is made from"""
-PLAN_TOKENS_PER_COLUMN = 4
-"""and for each input column of the widest linear"""
 HESSIAN_BYTES = 2 << 30
 
 
@@ -104,25 +101,10 @@ def weighing(model: Any, linear: nn.Linear, dial: Dial) -> Weighs:
     return weighs
 
 
-def plan_batches(
-    loader: Iterable[Mapping[str, Tensor]], linears: Mapping[str, nn.Linear], device: torch.device
-) -> list[dict[str, Tensor]]:
-    """As many batches of a data loader as a plan needs of each rank, on `device`."""
-    widest = max(linear.weight.shape[1] for linear in linears.values())
-    need, found = max(PLAN_TOKENS, PLAN_TOKENS_PER_COLUMN * widest) // ranks.count(), []
-    for batch in loader:
-        counts = counted_tokens(batch)
-        need -= 0 if counts is None else int(counts.sum())
-        found.append({k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)})
-        if need <= 0:
-            break
-    return found
-
-
 def plan_linears(
     model: Any,
     linears: Mapping[str, nn.Linear],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[PlanBatch],
     dial: Dial,
 ) -> Plan:
     """The candidates of `linears`, measured on `batches`; the model stays as it is.
@@ -141,25 +123,22 @@ def plan_linears(
 def _plan(
     model: Any,
     linears: Mapping[str, nn.Linear],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[PlanBatch],
     dial: Dial,
 ) -> Plan:
     begin = time.perf_counter()
     sensitivity = output_sensitivity(model, linears, batches, dial.base.seed)
-    counts = [counted_tokens(batch) for batch in batches]
-    tokens = sum(
-        ranks.gathered(sum(int(count.sum()) for count in counts if count is not None))
-    )
+    tokens = sum(ranks.gathered(sum(batch.tokens for batch in batches)))
     found: list[dict[str, list[Candidate]]] = []
     with torch.no_grad():
-        forwards = [partial(run, model, batch) for batch in batches]
+        forwards = [partial(run, model, batch.inputs) for batch in batches]
         groups = agreed(find_groups(linears, forwards))
         start = time.perf_counter()
         forwards[0]()
         running = time.perf_counter() - start
         bar = tqdm(total=len(groups), desc="Planning", leave=False)
         for some in _chunks(groups):
-            known = _hessians(some, forwards, counts, dial)
+            known = _hessians(some, forwards, batches, dial)
             own = []
             for group, hessians in ranks.own(list(zip(some, known, strict=True))):
                 own.append(_candidates(model, group, *hessians, sensitivity, dial))
@@ -178,7 +157,7 @@ def _plan(
         name: weight.numel() * stored_dtype(model, weight).itemsize
         for name, weight in sizes.items()
     }
-    first = batches[0]["input_ids"].numel()
+    first = batches[0].inputs["input_ids"].numel()
     return Plan(
         found, dense, sum(weight.numel() for weight in sizes.values()), tokens, running / first,
         time.perf_counter() - begin,
@@ -221,7 +200,7 @@ def _chunks(groups: Sequence[InputGroup]) -> Iterator[list[InputGroup]]:
 
 
 def _hessians(
-    groups: Sequence[InputGroup], forwards: Sequence, counts: Sequence[Tensor | None], dial: Dial
+    groups: Sequence[InputGroup], forwards: Sequence, batches: Sequence[PlanBatch], dial: Dial
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each group the mean of x x^T over most batches, and over those kept to measure on."""
     firsts = [group.linears[0] for group in groups]
@@ -234,9 +213,9 @@ def _hessians(
         ]
         for linear in firsts
     }
-    for number, seen in enumerate(record_inputs(firsts, forwards)):
+    for batch, seen in zip(batches, record_inputs(firsts, forwards), strict=True):
         for linear, x in seen.items():
-            parts[linear][unseen(number)].add(token_rows(x, counts[number]))
+            parts[linear][batch.unseen].add(token_rows(x, batch.counts))
     found = []
     for linear in firsts:
         solved, other = parts[linear]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..method.inputs import InputGroup, Reached, find_groups, record_inputs, token_rows
 from .bypass import Bypass, Instead
+from .calibration import Known
 from .remembered import Remembered
 from .together import TOGETHER, Apart, Arguments, give_the_same, hidden_states, joined
 
@@ -31,7 +32,7 @@ class BlockReplay:
     """Records the arguments of `block` while the pipeline calibrates, and runs it again on them.
 
     :param register_hook: of the modifier: its hooks rest while the pipeline propagates
-    :param counts: says which tokens of the batch that runs now count (`calibration`)
+    :param current: says what is known of the batch that runs now (`calibration`)
     :param bypass: where nothing else is wanted of the pipeline's run
     """
 
@@ -39,11 +40,12 @@ class BlockReplay:
         self,
         block: nn.Module,
         register_hook: Callable[..., Any],
-        counts: Callable[[], Tensor | None],
+        current: Callable[[], Known],
         bypass: Bypass | None = None,
     ):
-        self.block, self._counts_now, self._bypass = block, counts, bypass
-        self.counts: list[Tensor | None] = []
+        self.block, self._current, self._bypass = block, current, bypass
+        self.known: list[Known] = []
+        """of each batch"""
         self.cache = IntermediatesCache(None, torch.device("cpu"))
         self._together = 1
         self._running: list[int] = []
@@ -53,7 +55,7 @@ class BlockReplay:
 
     def _record(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
         self.cache.append({"args": args, "kwargs": kwargs})
-        self.counts.append(self._counts_now())
+        self.known.append(self._current())
         if self._bypass is not None:
             self._bypass.reached(self.block)
 
@@ -169,7 +171,7 @@ class BlockReplay:
             # of linears that do not see all tokens, parts of what they see in some batches
             parts = x.reshape(-1, x.shape[-1]).tensor_split(len(own))
             for number, part in zip(own, parts, strict=True):
-                yield token_rows(part, self.counts[number])
+                yield token_rows(part, self.known[number].counts)
 
     def propagate(self) -> None:
         """The pipeline is about to run the block on what was recorded, batch by batch: until `end`
@@ -212,6 +214,9 @@ class ReplayedInputs:
 
     def __len__(self) -> int:
         return len(self.replay)
+
+    def identity(self, number: int, /) -> int:
+        return self.replay.known[number].identity
 
     def __call__(self, numbers: Iterable[int] | None = None) -> Iterator[Tensor]:
         return self.replay.inputs(self.linear, numbers)

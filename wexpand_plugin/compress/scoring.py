@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..errors import WexpandError
 from ..method.inputs import Readers, token_rows
 from ..method.neurons import MAX_BYTES, MIN_TOKENS, NeuronScores, neuron_scores
-from ..method.statistics import RowSample
+from ..method.row_sample import RowSample
 from .calibration import CalibrationBatches
 from .checks import refuse_distributed, refuse_nonfinite
 from .neuron_scores import FOLDER, ModelScores, ScoredLinear, fingerprint, save_scores
@@ -177,8 +177,9 @@ class NeuronScoringModifier(Modifier):
             # seeded by name: a linear's sample does not depend on which others are scored
             seed = self.seed + zlib.crc32(self._names[module].encode())
             self._samples[module] = RowSample(self.sample_tokens, seed)
+        known = self._batches.current()
         try:
-            self._samples[module].add(token_rows(x, self._batches.current()))
+            self._samples[module].add(token_rows(x, known.counts), known.identity)
         except WexpandError as error:
             raise WexpandError(f"{self._names[module]}: {error}") from None
 

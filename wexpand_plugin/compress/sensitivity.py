@@ -11,31 +11,25 @@ from tqdm import tqdm
 
 from ..errors import WexpandError
 from ..method import ranks
+from ..method.row_sample import RowSample, generator_of
 from ..method.sensitivity import Sensitivity, sampled_loss
-from ..method.statistics import RowSample
-from .calibration import counted_tokens, run
+from .calibration import run
+from .plan_batches import PlanBatch
 
-__all__ = ["output_sensitivity", "unseen"]
+__all__ = ["output_sensitivity"]
 
 SAMPLE_TOKENS = 1024
 """whose gradients and inputs are kept, of each linear"""
-UNSEEN = 4
-"""one batch in so many is kept to measure errors on; nothing is solved for it"""
-
-
-def unseen(number: int) -> bool:
-    """Whether the batch of this number is one to measure on."""
-    return number % UNSEEN == UNSEEN - 1
 
 
 def output_sensitivity(
-    model: Any, linears: Mapping[str, nn.Linear], batches: Sequence[Mapping[str, Tensor]], seed: int
+    model: Any, linears: Mapping[str, nn.Linear], batches: Sequence[PlanBatch], seed: int
 ) -> dict[str, Sensitivity]:
     """What gradients say of each of `linears`, by name (see `method.sensitivity`).
 
     Weights get no gradients: what is held is the activations of one batch.
 
-    :param batches: what the model's forward takes, on its device
+    :param batches: those that are `unseen`, or all if none are, give the tokens that are kept
     :param seed: of the labels, which are drawn from the model's predictions
     :raises WexpandError: predictions or gradients that are not finite, or no gradients at all
     """
@@ -48,20 +42,20 @@ def output_sensitivity(
         rows = gradient.detach().float().flatten(0, -2)
         squares[name] += rows.square().sum(dim=0).cpu()
         if sampled:
-            gradients[name].add(rows.bfloat16().cpu())
-            inputs[name].add(x.detach().flatten(0, -2).bfloat16().cpu())
+            gradients[name].add(rows.bfloat16().cpu(), batch.identity)
+            inputs[name].add(x.detach().flatten(0, -2).bfloat16().cpu(), batch.identity)
 
-    generator = torch.Generator().manual_seed(seed)
+    from_all = not any(ranks.gathered(any(batch.unseen for batch in batches)))
     tokens = 0
     with torch.enable_grad(), _gradients_of(model, linears, take):
-        for number, batch in enumerate(tqdm(batches, "Measuring sensitivity", leave=False)):
-            counts = counted_tokens(batch)
-            sampled = len(batches) < UNSEEN or unseen(number)
-            logits = run(model, batch)
+        for batch in tqdm(batches, "Measuring sensitivity", leave=False):
+            sampled = from_all or batch.unseen
+            logits = run(model, batch.inputs)
             if not bool(torch.isfinite(logits).all()):
                 raise WexpandError("model: its predictions on the calibration text are not finite")
-            tokens += logits[..., 0].numel() if counts is None else int(counts.sum())
-            sampled_loss(logits, counts, generator).backward()
+            tokens += logits[..., 0].numel() if batch.counts is None else batch.tokens
+            labels = generator_of(seed, batch.identity)
+            sampled_loss(logits, batch.counts, labels).backward()
     tokens = sum(ranks.gathered(tokens))
     ranks.total(*squares.values())
     for name, summed in squares.items():

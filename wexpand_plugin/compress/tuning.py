@@ -72,7 +72,8 @@ def tune(
         with constant_parts(replay.block, replay.output) as run:
             result = tune_block(
                 run, targets, list(tunable.values()), epochs=settings.tune_epochs,
-                lr=settings.learning_rate, seed=settings.seed, counts=replay.counts,
+                lr=settings.learning_rate, seed=settings.seed,
+                counts=[known.counts for known in replay.known],
             )  # fmt: skip
     say(name, result, "relative squared error of the block's outputs")
     found = trained(model, linears, tunable)

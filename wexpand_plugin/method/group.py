@@ -4,6 +4,7 @@ This is the method from end to end. It sees weights and inputs, no model and no 
 runs whatever gives the inputs of the group's linears, as often as asked.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +19,16 @@ from .biases import BiasProblem
 from .candidates import Candidates, full_expansion, propose
 from .clusters import Router, fit_router
 from .merge_tree import merge_tree
+from .row_sample import RowSample, mixed
 from .settings import Settings
-from .statistics import GroupStatistics, RowSample
+from .statistics import GroupStatistics
 from .versions import RowVersions, SolvedRows
 
 __all__ = ["Batches", "GroupResult", "LinearResult", "expand_group"]
 
 
+FIRST_BATCHES = 8
+"""that are read for the router's sample, before it is known how many it takes"""
 LIKELY = 0.98
 """how well what is only likely to be granted fills its bytes"""
 
@@ -34,6 +38,11 @@ class Batches(Protocol):
 
     def __len__(self) -> int:
         """Number of batches."""
+        ...
+
+    def identity(self, number: int, /) -> int:
+        """What the batch of this number is known by, in whatever order batches come and on
+        whatever rank: 32 bits that follow from its tokens."""
         ...
 
     def __call__(self, numbers: Iterable[int] | None = None, /) -> Iterator[Tensor]:
@@ -104,9 +113,10 @@ def expand_group(
         )  # fmt: skip
         others = [number for number in range(len(batches)) if number not in seen]
         while seen:
-            statistics.add(seen.pop(next(iter(seen))))
-        for rows in batches(others):
-            statistics.add(rows)
+            number = next(iter(seen))
+            statistics.add(seen.pop(number), batches.identity(number))
+        for number, rows in zip(others, batches(others), strict=True):
+            statistics.add(rows, batches.identity(number))
         statistics.flush()
     statistics.join()
 
@@ -174,20 +184,28 @@ def _within_budget(candidates: Candidates, width: int, settings: Settings) -> Li
 
 
 def _sample(batches: Batches, settings: Settings) -> tuple[Tensor, dict[int, Tensor]]:
-    """About `settings.samples` rows, from batches spread over the calibration set, and all rows of
-    each batch that was read for them."""
+    """About `settings.samples` rows, from as many batches as have them, and all rows of each batch
+    of this rank that was read for them."""
     sample, seen = RowSample(settings.samples, settings.seed), dict[int, Tensor]()
-    found = 0
-    # every stride-th batch, then the ones after them, until there are rows enough to choose from
-    stride = max(1, len(batches) // 8)
-    for offset in range(stride):
-        numbers = range(offset, len(batches), stride)
-        for number, rows in zip(numbers, batches(numbers), strict=True):
+    own = [(batches.identity(number), number) for number in range(len(batches))]
+    # drawn among the batches of all ranks, so that they are the same however these share them
+    waiting = sorted(
+        (mixed(settings.seed, batch), rank, number, batch)
+        for rank, some in enumerate(ranks.gathered(own))
+        for batch, number in some
+    )
+    found, taken, more = 0, 0, FIRST_BATCHES
+    while waiting and found < settings.samples:
+        some, waiting = waiting[:more], waiting[more:]
+        mine = [(number, batch) for _, rank, number, batch in some if rank == ranks.rank()]
+        read = batches([number for number, _ in mine])
+        for (number, batch), rows in zip(mine, read, strict=True):
             seen[number] = rows
-            sample.add(rows)
-            found += len(rows)
-        if found * ranks.count() >= settings.samples:
-            break
+            sample.add(rows, batch)
+        found = sum(ranks.gathered(sum(len(rows) for rows in seen.values())))
+        taken += len(some)
+        # as many as have the rest, if they are like those before
+        more = math.ceil((settings.samples - found) * taken / found) if found else taken
     sample.join()
     return sample.rows, seen
 

@@ -24,8 +24,9 @@ from ..errors import WexpandError
 from . import ranks
 from .biases import ClusterMeans
 from .clusters import Router
+from .row_sample import RowSample, mixed
 
-__all__ = ["GroupStatistics", "RowSample", "strips"]
+__all__ = ["GroupStatistics", "strips"]
 
 BUFFER_ROWS = 4096
 BUFFER_ROWS_PER_CLUSTER = 8
@@ -41,49 +42,6 @@ def strips(width: int) -> list[slice]:
     return [slice(first, min(first + step, width)) for first in range(0, width, step)]
 
 
-class RowSample:
-    """A uniform sample of `size` rows out of a stream of unknown length (all of it if shorter).
-
-    Each row draws a random key and the rows with the largest keys stay. Twice `size` rows are kept
-    between prunings, so that most batches cost one comparison.
-    """
-
-    def __init__(self, size: int, seed: int):
-        self.size = size
-        self._generator = torch.Generator().manual_seed(seed + ranks.rank())
-        self._rows: list[Tensor] = []
-        self._keys = torch.empty(0, dtype=torch.float64)
-        self._lowest_key = -1.0
-
-    def add(self, rows: Tensor) -> None:
-        """Take in more of the stream: `rows` [n, in]."""
-        keys = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
-        better = keys > self._lowest_key
-        self._rows.append(rows[better.to(rows.device)])
-        self._keys = torch.cat([self._keys, keys[better]])
-        if len(self._keys) > 2 * self.size:
-            self._prune()
-
-    def _prune(self) -> None:
-        if len(self._keys) > self.size:
-            kept = self._keys.topk(self.size).indices.sort().values
-            rows = torch.cat(self._rows)
-            self._rows, self._keys = [rows[kept.to(rows.device)]], self._keys[kept]
-            self._lowest_key = float(self._keys.min())
-
-    def join(self) -> None:
-        """From now on a sample of what all ranks have seen."""
-        rows = self.rows
-        self._keys, self._rows = ranks.joined(self._keys), [ranks.joined(rows)]
-
-    @property
-    def rows(self) -> Tensor:
-        """The sample [at most size, in], in the order it was seen."""
-        self._prune()
-        self._rows = [torch.cat(self._rows)] if self._rows else [torch.empty(0)]
-        return self._rows[0]
-
-
 class GroupStatistics:
     """Sums over the calibration inputs of one input group.
 
@@ -93,7 +51,7 @@ class GroupStatistics:
     :param within: sum what lies within clusters, (x - mu_c) (x - mu_c)^T instead of x x^T, as there
         will be cluster biases
     :param hold_out: keep a sixteenth of the rows for `held_out`
-    :param seed: of the held-out sample
+    :param seed: of what is held out, and of samples
     :param dtype: of all sums
     """
 
@@ -115,7 +73,7 @@ class GroupStatistics:
         if cluster_expert is not None:
             self.cluster_expert = cluster_expert.long().cpu()
         self.experts = int(self.cluster_expert.max()) + 1
-        self.router, self.within, self.hold_out = router, within, hold_out
+        self.router, self.within, self.hold_out, self.seed = router, within, hold_out, seed
         self._sums = torch.zeros(self.experts, in_features, in_features, device=device, dtype=dtype)
         self._mirrored = True
         self.held_out_sum: Tensor | None = None
@@ -145,14 +103,20 @@ class GroupStatistics:
             self._mirrored = True
         return self._sums
 
-    def add(self, rows: Tensor) -> None:
-        """Take in one batch of inputs [tokens, in]."""
+    def add(self, rows: Tensor, batch: int | None = None) -> None:
+        """Take in one batch of inputs [tokens, in].
+
+        :param batch: its identity (`row_sample`); None: its number among those that were added
+        """
         if not len(rows):
             return
+        if batch is None:
+            batch = self._batches
+        self._batches += 1
         rows = rows.detach().to(self._sums)
-        self.sample.add(rows)
+        self.sample.add(rows, batch)
         if self.hold_out:
-            rows = self._split(rows)
+            rows = self._split(rows, batch)
         self._buffer.append(rows)
         self._buffered += len(rows)
         # rows are gathered so that each expert gets enough of them for an efficient product
@@ -160,15 +124,14 @@ class GroupStatistics:
         if self._buffered >= enough or (self.experts == 1 and not self.within):
             self.flush()
 
-    def _split(self, rows: Tensor) -> Tensor:
+    def _split(self, rows: Tensor, batch: int) -> Tensor:
         """Hold out a run of rows that starts at another place in each batch."""
         size = len(rows) // HELD_OUT
-        # steps of the golden ratio spread the starts evenly whatever the number of batches
-        start = int((self._batches * 0.6180339887) % 1 * (len(rows) - size))
-        self._batches += 1
+        # steps of the golden ratio spread the starts evenly where batches are numbered
+        start = int((mixed(self.seed, batch) * 0.6180339887) % 1 * (len(rows) - size))
         held = rows[start : start + size]
         if size:
-            self.held_out.add(held)
+            self.held_out.add(held, batch)
             if self.held_out_sum is not None:
                 self.held_out_sum.addmm_(held.t(), held)
             clusters = self.route(held)

@@ -5,6 +5,8 @@ gets the gradient of all their tokens. Values of a `Grid` are trained through th
 straight-through estimator: rounding counts as the identity), their scales beside them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -94,10 +96,10 @@ class TunableLinear(nn.Module):
             labels = clusters
             if self.cluster_expert is not None:
                 labels = self.cluster_expert[clusters]
-            for expert in range(len(self.version_map)):
+            for expert, own in enumerate(_Experts.apply(weight, self.version_map)):
                 tokens = (labels == expert).nonzero().squeeze(1)
                 order.append(tokens)
-                parts.append(rows[tokens] @ weight[self.version_map[expert]].t())
+                parts.append(rows[tokens] @ own.t())
             y = torch.cat(parts)[torch.cat(order).argsort()]
         if self.bias is not None:
             y = y + (self.bias * self.size).to(x.dtype)
@@ -124,3 +126,25 @@ class TunableLinear(nn.Module):
         scales = (self.scales.float() * self.stretch.exp()).half()
         weight = self._integers(self.grid)[1] * self._columns(scales.float()) * self.keep
         return SolvedRows(weight.to(self.dtype).add_(0.0), scales)
+
+
+class _Experts(torch.autograd.Function):
+    """The weights of all experts from row versions: `weight[version_map]`, one by one.
+
+    Torch's own gradient of a few of many rows has all rows; for sixteen experts they are made and
+    added up sixteen times, which takes longer than all products of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, version_map: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(version_map)
+        ctx.versions = len(weight)
+        return tuple(weight.index_select(0, versions) for versions in version_map)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (version_map,) = ctx.saved_tensors
+        summed = gradients[0].new_zeros(ctx.versions, gradients[0].shape[1])
+        for versions, gradient in zip(version_map, gradients, strict=True):
+            summed.index_add_(0, versions, gradient)
+        return summed, None
