@@ -139,3 +139,14 @@ def test_an_explosion_leaves_the_best_values():
     )
     assert found.diverged and found.after == found.before
     torch.testing.assert_close(module.solved().weights, start)
+
+
+def test_steps_that_are_too_large_are_taken_back_and_made_smaller():
+    inputs = batches(count=32)
+    dense = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    module = linear(dense + 0.1 * torch.randn(4, 12, generator=torch.Generator().manual_seed(4)))
+    found = tune_block(
+        lambda n: module(inputs[n]), [x @ dense.t() for x in inputs], [module], epochs=8, lr=1.0,
+        quiet=True,
+    )  # fmt: skip
+    assert not found.diverged and found.after < 0.1 * found.before

@@ -40,6 +40,7 @@ from .distributions import (
     standardise,
     weighted,
 )
+from .finite import is_finite
 
 __all__ = [
     "MIN_TOKENS",
@@ -202,11 +203,6 @@ def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None, max_bytes: int) -> 
     return y
 
 
-def _finite(values: Tensor) -> bool:
-    # NaN and infinity survive min and max, which need no copy of the values
-    return all(bool(extreme.isfinite()) for extreme in values.aminmax())
-
-
 def _check_sample(x: Tensor, max_bytes: int, pairs: int = 1, name: str = "x") -> None:
     if x.dim() != 2 or not x.is_floating_point() or not x.shape[1]:
         raise WexpandError(
@@ -216,7 +212,7 @@ def _check_sample(x: Tensor, max_bytes: int, pairs: int = 1, name: str = "x") ->
         raise WexpandError(
             f"{name}: {x.shape[0]} tokens are too few for a distribution; {MIN_TOKENS} is the least"
         )
-    if not _finite(x):
+    if not is_finite(x):
         raise WexpandError(f"{name}: holds NaN or infinite values; all should be finite")
     if pairs < 1:
         raise WexpandError(f"pairs: {pairs} should be at least 1")
@@ -232,7 +228,7 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
     if bias is not None and bias.shape != weight.shape[:1]:
         raise WexpandError(f"bias: shape {list(bias.shape)} should be [{weight.shape[0]}]")
     for name, values in (("weight", weight), ("bias", bias)):
-        if values is not None and not _finite(values):
+        if values is not None and not is_finite(values):
             raise WexpandError(f"{name}: holds NaN or infinite values; all should be finite")
     if labels is not None and (
         labels.shape != x.shape[:1] or labels.is_floating_point() or labels.is_complex()

@@ -1,7 +1,9 @@
 """Training on the calibration batches: Adam, until batches that are held out gain no more.
 
 The steps are the same whatever is trained and towards what; `tuning` says both. What did best on
-the held-out batches is kept, be it what was there before.
+the held-out batches is kept, be it what was there before. How large a step may be hangs on how
+little is left to be gained: an epoch that makes the error worse is taken back, and the next ones
+take smaller steps.
 
 Several ranks (`ranks`) train together, each on its own batches: a step is made of some of each, and
 gradients and held-out errors are added up, so that parameters stay the same on all of them.
@@ -27,6 +29,8 @@ LEAST_STEPS = 8
 """steps of an epoch, at least, if there are as many batches"""
 PATIENCE = 3
 """epochs without progress on the held-out batches before training ends"""
+BACK = 0.3
+"""times which steps are smaller after an epoch that has been taken back"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,10 @@ def train(
     adam = torch.optim.Adam(
         [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
     )
-    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda n: 1 - n / (epochs * steps + 1))
+    slower = 1.0
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda n: slower * (1 - n / (epochs * steps + 1))
+    )
     parts = [[number for rank, number in trained_on if rank == r] for r in range(len(counts))]
     before = lowest = measure()
     best, since, trained = _copy(parameters), 0, 0
@@ -114,9 +121,11 @@ def train(
                 lowest, best, since = found, _copy(parameters), 0
             elif (since := since + 1) >= PATIENCE:
                 break
-    with torch.no_grad():
-        for parameter, value in zip(parameters, best, strict=True):
-            parameter.copy_(value)
+            else:
+                _put_back(parameters, best)
+                adam.state.clear()
+                slower *= BACK
+    _put_back(parameters, best)
     return TuneResult(before, lowest, trained, diverged)
 
 
@@ -143,6 +152,12 @@ def _add_gradients(parameters: Sequence[Tensor]) -> None:
         if parameter.grad is None:  # no batch of this rank is in the step
             parameter.grad = torch.zeros_like(parameter)
     ranks.total(*(parameter.grad for parameter in parameters if parameter.grad is not None))
+
+
+@torch.no_grad()
+def _put_back(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _copy(parameters: Sequence[Tensor]) -> list[Tensor]:

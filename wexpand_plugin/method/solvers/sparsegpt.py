@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ...errors import WexpandError
+from ..finite import is_finite
 from ..grids import Grid
 from ..masks import MaskStructure
 from ..versions import SolvedRows
@@ -47,8 +48,7 @@ def error_factor(hessians: Tensor, dampening: float) -> Tensor:
 
     :raises WexpandError: H holds NaN or infinity, or stays singular with the largest damping tried
     """
-    # NaN and infinity survive min and max, which need no copy
-    if not all(bool(extreme.isfinite()) for extreme in hessians.aminmax()):
+    if not is_finite(hessians):
         raise WexpandError(
             "Hessian: the calibration inputs hold NaN or infinite values, or some whose squares "
             "overflow"
