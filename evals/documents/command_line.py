@@ -1,10 +1,12 @@
-"""The commands' own help, and the recipe's keys, for docs/cli.md."""
+"""The commands' own help, what a plan prints, and the recipe's keys, for docs/cli.md."""
 
 import inspect
 import json
 import re
 import textwrap
 from typing import Any
+
+from .results import results
 
 __all__ = ["TABLES"]
 
@@ -52,4 +54,10 @@ def recipe_keys() -> str:
     return "\n".join(lines)
 
 
-TABLES = (commands, recipe_keys)
+def plan_printed() -> str:
+    """What a plan prints."""
+    found = results("plan")
+    return "\n".join(["```text", f"$ {found['command']}", *found["printed"], "```"])
+
+
+TABLES = (commands, recipe_keys, plan_printed)

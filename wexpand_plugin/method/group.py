@@ -95,8 +95,9 @@ def expand_group(
     router, cluster_expert = None, None
     values: list[Tensor | None] = [None] * len(weights)
     seen: dict[int, Tensor] = {}
+    order = _order(batches, settings.seed)
     if settings.clusters > 1:
-        sample, seen = _sample(batches, settings)
+        sample, seen = _sample(batches, order, settings)
         router, cluster_expert = ranks.of_first(partial(_fit, sample, settings, width, device))
         router = router.to(device)
         if settings.size_budget is not None:
@@ -111,12 +112,13 @@ def expand_group(
             hold_out=settings.biased or settings.size_budget is not None, seed=settings.seed,
             device=device,
         )  # fmt: skip
+        place = {own: place for place, (rank, own) in enumerate(order) if rank == ranks.rank()}
         others = [number for number in range(len(batches)) if number not in seen]
         while seen:
             number = next(iter(seen))
-            statistics.add(seen.pop(number), batches.identity(number))
+            statistics.add(seen.pop(number), place[number])
         for number, rows in zip(others, batches(others), strict=True):
-            statistics.add(rows, batches.identity(number))
+            statistics.add(rows, place[number])
         statistics.flush()
     statistics.join()
 
@@ -183,25 +185,33 @@ def _within_budget(candidates: Candidates, width: int, settings: Settings) -> Li
     return LinearResult(calibrating, None, candidates)
 
 
-def _sample(batches: Batches, settings: Settings) -> tuple[Tensor, dict[int, Tensor]]:
+def _order(batches: Batches, seed: int) -> list[tuple[int, int]]:
+    """Rank and number of the batches of all ranks, in an order that is the same however these
+    share them, and another with another seed. A batch's place in it is what it is known by."""
+    own = [batches.identity(number) for number in range(len(batches))]
+    every = sorted(
+        (mixed(seed, batch), rank, number)
+        for rank, some in enumerate(ranks.gathered(own))
+        for number, batch in enumerate(some)
+    )
+    return [(rank, number) for _, rank, number in every]
+
+
+def _sample(
+    batches: Batches, order: list[tuple[int, int]], settings: Settings
+) -> tuple[Tensor, dict[int, Tensor]]:
     """About `settings.samples` rows, from as many batches as have them, and all rows of each batch
     of this rank that was read for them."""
     sample, seen = RowSample(settings.samples, settings.seed), dict[int, Tensor]()
-    own = [(batches.identity(number), number) for number in range(len(batches))]
-    # drawn among the batches of all ranks, so that they are the same however these share them
-    waiting = sorted(
-        (mixed(settings.seed, batch), rank, number, batch)
-        for rank, some in enumerate(ranks.gathered(own))
-        for batch, number in some
-    )
+    waiting = list(enumerate(order))
     found, taken, more = 0, 0, FIRST_BATCHES
     while waiting and found < settings.samples:
         some, waiting = waiting[:more], waiting[more:]
-        mine = [(number, batch) for _, rank, number, batch in some if rank == ranks.rank()]
-        read = batches([number for number, _ in mine])
-        for (number, batch), rows in zip(mine, read, strict=True):
+        mine = [(place, number) for place, (rank, number) in some if rank == ranks.rank()]
+        read = batches([number for _, number in mine])
+        for (place, number), rows in zip(mine, read, strict=True):
             seen[number] = rows
-            sample.add(rows, batch)
+            sample.add(rows, place)
         found = sum(ranks.gathered(sum(len(rows) for rows in seen.values())))
         taken += len(some)
         # as many as have the rest, if they are like those before

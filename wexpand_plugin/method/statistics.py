@@ -106,7 +106,7 @@ class GroupStatistics:
     def add(self, rows: Tensor, batch: int | None = None) -> None:
         """Take in one batch of inputs [tokens, in].
 
-        :param batch: its identity (`row_sample`); None: its number among those that were added
+        :param batch: what it is known by (`row_sample`); None: its number among those added
         """
         if not len(rows):
             return
@@ -127,7 +127,7 @@ class GroupStatistics:
     def _split(self, rows: Tensor, batch: int) -> Tensor:
         """Hold out a run of rows that starts at another place in each batch."""
         size = len(rows) // HELD_OUT
-        # steps of the golden ratio spread the starts evenly where batches are numbered
+        # steps of the golden ratio spread the starts evenly, as batches are numbered
         start = int((mixed(self.seed, batch) * 0.6180339887) % 1 * (len(rows) - size))
         held = rows[start : start + size]
         if size:

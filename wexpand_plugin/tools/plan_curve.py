@@ -1,5 +1,7 @@
 """The curve of `wexpand plan`, as a table and as a picture."""
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +12,26 @@ if TYPE_CHECKING:
 
 __all__ = ["plot", "refuse_plot", "table"]
 
+LEAST = 24
+"""columns that are left to the linears, however narrow a terminal"""
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
-def table(curve: "Curve") -> str:
-    """One line per size, and what the plan says of all."""
+
+def table(curve: "Curve", width: int | None = None) -> str:
+    """One row per size, and what the plan says of all.
+
+    :param width: columns of a line, where numbers leave room; None: the terminal's
+    """
+    width = width or shutil.get_terminal_size((100, 24)).columns
     lines = [f"{'--size':>7}  {'bits stored':>11}  {'bits read':>9}  {'added loss':>10}  linears"]
-    lines += [
-        f"{point.size:7.4f}  {point.bits:11.2f}  {point.bits_read:9.2f}  {_loss(point):>10}  "
-        f"{_linears(point)}"
-        for point in curve.points
-    ]
+    for point in curve.points:
+        numbers = f"{point.size:7.4f}  {point.bits:11.2f}  {point.bits_read:9.2f}  "
+        numbers += f"{_loss(point):>10}  "
+        room = max(width - len(numbers), LEAST)
+        # whole parts on a line: their own spaces do not break
+        parts = ", ".join(part.replace(" ", NO_BREAK) for part in _linears(point))
+        first, *others = (line.replace(NO_BREAK, " ") for line in textwrap.wrap(parts, room))
+        lines += [numbers + first, *(" " * len(numbers) + other for other in others)]
     return "\n".join(
         [
             *lines,
@@ -39,7 +52,7 @@ def _loss(point: "Point") -> str:
     return f"{point.added_loss:.4f}" if point.added_loss < 10 else "above 10"
 
 
-def _linears(point: "Point") -> str:
+def _linears(point: "Point") -> list[str]:
     """How many linears have which values and zeros."""
     found: dict[str, list[float]] = {}
     for share in point.linears.values():
@@ -52,7 +65,7 @@ def _linears(point: "Point") -> str:
             low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
             name += f" with {low if low == high else f'{low[:-1]}-{high}'} zeros"
         parts.append(f"{len(shares)} {name}")
-    return ", ".join(parts)
+    return parts
 
 
 def _minutes(seconds: float) -> str:
