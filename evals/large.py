@@ -117,7 +117,8 @@ def compressing(name: str, ranks: int) -> dict[str, float]:
     """Hours and bytes of compressing by a recipe on so many GPUs of one machine."""
     from wexpand_plugin.compress.duration import EPOCH, OTHERS, Speed, seconds
     from wexpand_plugin.compress.estimate import TRAINED, working_bytes
-    from wexpand_plugin.compress.planning import HESSIAN_BYTES, PLAN_TOKENS_PER_COLUMN
+    from wexpand_plugin.compress.plan_batches import PLAN_TOKENS_PER_COLUMN
+    from wexpand_plugin.compress.planning import HESSIAN_BYTES
 
     settings, linears, groups, others, rows, _, tried = plan(name)
     block, _, whole = _whole()
