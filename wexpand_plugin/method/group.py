@@ -95,7 +95,7 @@ def expand_group(
     router, cluster_expert = None, None
     values: list[Tensor | None] = [None] * len(weights)
     seen: dict[int, Tensor] = {}
-    order = _order(batches, settings.seed)
+    order = _order(batches, settings.seed) if statistics is None else []
     if settings.clusters > 1:
         sample, seen = _sample(batches, order, settings)
         router, cluster_expert = ranks.of_first(partial(_fit, sample, settings, width, device))

@@ -2,7 +2,8 @@
 
 A data loader shuffles its batches anew, and each of several ranks (`ranks`) sees its own. What is
 drawn at random hangs on neither: every batch has an identity, a number that follows from its
-tokens, and what is drawn of a batch is drawn by its identity and the seed alone.
+tokens, and what is drawn of a batch is drawn by its identity and the seed alone; or, where the
+batches of all ranks are known beforehand (`group`), by its place among them sorted by identity.
 """
 
 import torch
