@@ -60,6 +60,7 @@ def test_python_recipes_import_modifiers_from_the_package(first):
     assert "cannot be used" not in found
 
 
+@pytest.mark.slow  # imports everything, in a process of its own
 def test_what_the_package_names_is_there():
     found = python(
         "import wexpand_plugin, sys; print(wexpand_plugin.__all__, hasattr(wexpand_plugin, 'x'), "

@@ -24,7 +24,10 @@ def divergence(model, dense: torch.Tensor) -> float:
     "kind, keys",
     [
         ("Llama", dict(num_experts=1, tune_epochs=2)),
-        ("GPTNeoX", dict(num_experts=1, values="int4", value_group=16, sparsity=0.5)),
+        pytest.param(
+            "GPTNeoX", dict(num_experts=1, values="int4", value_group=16, sparsity=0.5),
+            marks=SLOW,
+        ),
         pytest.param("Qwen2", dict(num_experts=3, size_budget=1.2), marks=SLOW),
         pytest.param("OPT", dict(num_experts=1, num_clusters=4), marks=SLOW),
         pytest.param(

@@ -44,6 +44,7 @@ def test_a_failure_shows_the_end_of_the_log(tmp_path):
     assert str(tmp_path / "log") in message
 
 
+@pytest.mark.slow  # waits
 def test_the_time_limit_ends_the_whole_group(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(StepFailed, match="step three was not done after 2 s"):

@@ -422,7 +422,9 @@ def test_foreign_cache_is_refused(tmp_path, monkeypatch):
         build.build(tiny(tmp_path))
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+@pytest.mark.parametrize(
+    "compiler", ["no-such-compiler", pytest.param("false", marks=pytest.mark.slow)]
+)
 def test_without_a_compiler_warns_once_and_says_why(tmp_path, compiler):
     code = (
         "import torch, warnings\n"

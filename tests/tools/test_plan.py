@@ -60,6 +60,7 @@ def test_the_table_and_what_is_refused(dense, text, tmp_path):
     assert "plot: curve.xyz should end in" in sentence(bad)
 
 
+@pytest.mark.slow
 def test_compress_to_a_size(dense, text, tmp_path):
     run("compress", dense / "dense", *text, "-o", tmp_path / "out", "--size", 0.6, "--read", 0.4)
     assert verify(tmp_path / "out") == []
