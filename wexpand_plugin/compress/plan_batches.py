@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method import ranks
-from ..method.row_sample import mixed
+from ..method.row_sample import order_of
 from .calibration import counted_tokens, identity
 
 __all__ = ["PlanBatch", "plan_batches", "plan_tokens"]
@@ -68,15 +68,11 @@ def plan_batches(
     :param need: tokens that they have together, those of all ranks; by default all there are
     """
     own = [PlanBatch.of(batch, torch.device("cpu")) for batch in loader]
-    waiting = sorted(
-        (mixed(seed, known_by), rank, number, tokens)
-        for rank, some in enumerate(ranks.gathered([(b.identity, b.tokens) for b in own]))
-        for number, (known_by, tokens) in enumerate(some)
-    )
+    tokens = ranks.gathered([batch.tokens for batch in own])
     drawn = []
-    for _, rank, number, tokens in waiting:
+    for rank, number in order_of([batch.identity for batch in own], seed):
         drawn.append((rank, number))
-        need -= tokens
+        need -= tokens[rank][number]
         if need <= 0:
             break
     unseen = set(drawn[UNSEEN - 1 :: UNSEEN])

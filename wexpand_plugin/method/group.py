@@ -19,7 +19,7 @@ from .biases import BiasProblem
 from .candidates import Candidates, full_expansion, propose
 from .clusters import Router, fit_router
 from .merge_tree import merge_tree
-from .row_sample import RowSample, mixed
+from .row_sample import RowSample, order_of
 from .settings import Settings
 from .statistics import GroupStatistics
 from .versions import RowVersions, SolvedRows
@@ -95,7 +95,10 @@ def expand_group(
     router, cluster_expert = None, None
     values: list[Tensor | None] = [None] * len(weights)
     seen: dict[int, Tensor] = {}
-    order = _order(batches, settings.seed) if statistics is None else []
+    order: list[tuple[int, int]] = []
+    if statistics is None:  # a batch's place in it is what it is known by
+        own = [batches.identity(number) for number in range(len(batches))]
+        order = order_of(own, settings.seed)
     if settings.clusters > 1:
         sample, seen = _sample(batches, order, settings)
         router, cluster_expert = ranks.of_first(partial(_fit, sample, settings, width, device))
@@ -112,7 +115,7 @@ def expand_group(
             hold_out=settings.biased or settings.size_budget is not None, seed=settings.seed,
             device=device,
         )  # fmt: skip
-        place = {own: place for place, (rank, own) in enumerate(order) if rank == ranks.rank()}
+        place = {n: place for place, (rank, n) in enumerate(order) if rank == ranks.rank()}
         others = [number for number in range(len(batches)) if number not in seen]
         while seen:
             number = next(iter(seen))
@@ -183,18 +186,6 @@ def _within_budget(candidates: Candidates, width: int, settings: Settings) -> Li
         ]
         candidates = candidates.shortlist(likely, settings.keep)
     return LinearResult(calibrating, None, candidates)
-
-
-def _order(batches: Batches, seed: int) -> list[tuple[int, int]]:
-    """Rank and number of the batches of all ranks, in an order that is the same however these
-    share them, and another with another seed. A batch's place in it is what it is known by."""
-    own = [batches.identity(number) for number in range(len(batches))]
-    every = sorted(
-        (mixed(seed, batch), rank, number)
-        for rank, some in enumerate(ranks.gathered(own))
-        for number, batch in enumerate(some)
-    )
-    return [(rank, number) for _, rank, number in every]
 
 
 def _sample(

@@ -6,12 +6,14 @@ tokens, and what is drawn of a batch is drawn by its identity and the seed alone
 batches of all ranks are known beforehand (`group`), by its place among them sorted by identity.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import ranks
 
-__all__ = ["RowSample", "generator_of", "mixed"]
+__all__ = ["RowSample", "generator_of", "mixed", "order_of"]
 
 
 def mixed(seed: int, batch: int) -> int:
@@ -22,6 +24,20 @@ def mixed(seed: int, batch: int) -> int:
 def generator_of(seed: int, batch: int) -> torch.Generator:
     """Random numbers of a batch's own."""
     return torch.Generator().manual_seed(mixed(seed, batch))
+
+
+def order_of(batches: Sequence[int], seed: int) -> list[tuple[int, int]]:
+    """Rank and number of the batches of all ranks, in an order that is the same however these
+    share them, and another with another seed.
+
+    :param batches: identities of this rank's
+    """
+    every = sorted(
+        (mixed(seed, batch), rank, number)
+        for rank, own in enumerate(ranks.gathered(list(batches)))
+        for number, batch in enumerate(own)
+    )
+    return [(rank, number) for _, rank, number in every]
 
 
 class RowSample:

@@ -90,13 +90,10 @@ def train(
     adam = torch.optim.Adam(
         [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
     )
-    slower = 1.0
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda n: slower * (1 - n / (epochs * steps + 1))
-    )
     parts = [[number for rank, number in trained_on if rank == r] for r in range(len(counts))]
     before = lowest = measure()
     best, since, trained = _copy(parameters), 0, 0
+    slower, taken = 1.0, 0
     diverged = not math.isfinite(before)
     with tqdm(total=epochs * steps, desc=what, leave=False, disable=quiet) as bar:
         for _ in range(0 if diverged else epochs):
@@ -109,8 +106,10 @@ def train(
                     for number in _own(some):
                         (error(number) / (usual * len(some))).backward()
                 _add_gradients(parameters)
+                for group, rate in zip(adam.param_groups, rates, strict=True):
+                    group["lr"] = rate * slower * (1 - taken / (epochs * steps + 1))
                 adam.step()
-                decay.step()
+                taken += 1
                 bar.update()
             found = measure()
             bar.set_postfix_str(f"error {before:.4f} -> {found:.4f}")
