@@ -68,6 +68,23 @@ def test_time_grows_with_what_is_done():
     assert epochs == pytest.approx(COLD * 9 * 4096 * speed.token)
 
 
+@pytest.mark.parametrize(
+    "values,passes",
+    [
+        ({}, 1.0),
+        # q again to pass o, then gate and up to pass down
+        (dict(max_bytes=1), (96 + (96 + 64) + 160 + (160 + 160)) / 480),
+        (dict(tune_epochs=1), (96 + 64 + 160) / 480 + 1),
+        (dict(num_experts=1, num_clusters=4), (96 + 64 + 160) / 480 + 1),
+    ],
+)
+def test_what_is_done_runs_once(values, passes):
+    groups, parts = [(12, 8), (8, 8), (20, 8), (8, 20)], ["attention"] * 2 + ["mlp"] * 2
+    settings = Settings(0.5, **{"num_experts": 4} | values)
+    speed = Speed(token=0, routed=1, product=0, weight=0, column=0)
+    assert seconds(groups, 10, settings, speed, parts=parts) == pytest.approx(COLD * 10 * passes)
+
+
 def test_what_shuffles_the_calibration_data_is_left_alone():
     block = nn.Sequential(nn.Linear(64, 96))
     before = torch.get_rng_state()

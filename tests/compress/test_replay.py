@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wexpand_plugin.compress.calibration import Known
-from wexpand_plugin.compress.remembered import Remembered
+from wexpand_plugin.compress.remembered import End, Remembered, find_ends
 from wexpand_plugin.compress.replay import BlockReplay
 from wexpand_plugin.compress.together import Apart, Arguments, give_the_same, joined
 
@@ -33,13 +33,13 @@ def batch(seed: int, tokens: int = 6) -> Arguments:
     return Arguments((hidden,), {"mask": mask, "positions": torch.arange(tokens).float()})
 
 
-def recorded(batches: list[Arguments]) -> BlockReplay:
-    block = Block()
+def recorded(batches: list[Arguments], block: nn.Module | None = None) -> BlockReplay:
+    block = block or Block()
     replay = BlockReplay(block, lambda module, hook, *_, **kw: module.register_forward_pre_hook(
-        hook, **kw), lambda: Known(None, 0))  # fmt: skip
+        hook, **kw), lambda: Known(None, len(replay.known) * 7 % 5))  # fmt: skip
     for args, kwargs in batches:
         block(*args, **kwargs)
-    block.runs.clear()
+    getattr(block, "runs", []).clear()
     block._forward_pre_hooks.clear()
     return replay
 
@@ -51,7 +51,7 @@ def test_short_batches_are_replayed_together_and_give_what_they_give_alone():
     alone = list(replay.inputs(replay.block.second[0]))
     assert replay.block.runs == [1] * 6
     replay.block.runs.clear()
-    replay.run_together()
+    replay.run_together(0)
     assert replay.block.runs == [2, 1, 1], "seen to be the same, not assumed"
     replay.block.runs.clear()
     together = list(replay.inputs(replay.block.second[0], range(5)))
@@ -67,7 +67,7 @@ def test_propagation_is_given_what_batches_give_together():
     batches = [batch(seed) for seed in range(5)]
     replay = recorded(batches)
     expected = [replay.block(*args, **kwargs) for args, kwargs in batches]
-    replay.run_together()
+    replay.run_together(0)
     replay.propagate()
     replay.block.runs.clear()
     found = [replay.block(*args, **kwargs) for args, kwargs in batches]
@@ -129,6 +129,92 @@ def test_no_more_is_kept_than_may_be(max_bytes, runs):
         assert part(torch.full((1, 8), float(number)))[0].eq(number).all()
         kept.keep()
     assert len(calls) == runs
+
+
+class Attention(nn.Module):
+    """Hands on what its last linear gives, with nothing beside it, as attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.o = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        self.runs += 1
+        return self.o(self.q(x).relu()), None
+
+
+class TwoParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mlp = Attention(), nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention(hidden)[0]
+        return hidden + self.mlp(hidden)
+
+
+@torch.no_grad()
+def test_a_part_is_done_when_its_last_linear_is_reached():
+    """Each linear of it runs once for each batch while the block is replayed, and for none more
+    when it is propagated, but for the very last; and nothing changes, to the last bit."""
+    torch.manual_seed(0)
+    batches = [Arguments((torch.randn(1, 6, 8),), {}) for _ in range(5)]
+    replay = recorded(batches, TwoParts())
+    block = replay.block
+    attention, mlp = block.attention, block.mlp
+    linears = {"q": attention.q, "o": attention.o, "up": mlp[0], "down": mlp[1]}
+    replay.run_together(0)
+    assert len(replay.groups(linears)) == 4
+    replay.remember(1 << 20)
+    rows = {name: 0 for name in linears}
+    for name, linear in linears.items():
+        linear.register_forward_hook(
+            lambda _, args, __, name=name: rows.update({name: rows[name] + args[0].numel()})
+        )
+    attention.runs = 0
+    order = (0, 3, 1, 4, 2)  # as the method reads them: by identity
+    for linear in linears.values():
+        list(replay.inputs(linear, order))
+        linear.weight.mul_(2)  # what is found for it
+    assert attention.runs == 2, "it ended at q, then at o"
+    assert rows == {"q": 240, "o": 240, "up": 240, "down": 0}
+    replay.propagate()
+    found = [block(*args) for args, _ in batches]
+    assert rows == {"q": 240, "o": 240, "up": 240, "down": 360}
+    replay.end()
+    whole = block(torch.cat([batches[number].args[0] for number in order]))
+    for place, number in enumerate(order):
+        assert torch.equal(found[number], whole[place : place + 1])
+
+
+@pytest.mark.parametrize(
+    "wrap,end",
+    [
+        (lambda x: x, End("1", 0)),
+        (lambda x: (x, None), End("1", 2)),
+        (lambda x: (x,), End("1", 1)),
+        (lambda x: x * 1, None),
+        (lambda x: (x, x), None),
+        (lambda x: (None, x), None),
+        (lambda x: (), None),
+    ],
+)
+def test_what_a_part_hands_on(wrap, end):
+    part = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    part.register_forward_hook(lambda _, __, output: wrap(output))
+    with find_ends([part]) as found:
+        part(torch.zeros(1, 4))
+    assert found.get(part) == end
+    assert len(part[1]._forward_hooks) == 0
+
+
+def test_a_linear_that_is_called_twice_is_no_end():
+    linear = nn.Linear(4, 4)
+    part = nn.Sequential(linear, linear)
+    with find_ends([part]) as found:
+        part(torch.zeros(1, 4))
+    assert not found
 
 
 def test_what_cannot_be_joined():

@@ -213,9 +213,9 @@ def test_with_a_model_budget_nothing_is_stored_yet():
 def test_batches_are_read_for_the_sample_until_there_are_rows_enough():
     inputs = batches(40)
     expand_group(WEIGHTS, BIASES, inputs, settings(router_samples=600))
-    # 8 at first, which have 512 rows, and as many as the rest takes
+    # 8 at first, which have 512 rows, and as many times 8 as the rest takes
     assert inputs.asked == list(range(40)), "each once"
-    assert inputs.calls == [8, 2, 30]
+    assert inputs.calls == [8, 8, 24]
 
 
 class Backwards(Batches):

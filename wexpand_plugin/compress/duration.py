@@ -128,20 +128,14 @@ def seconds(
     :param tokens: of calibration, that count; of one rank
     :param others: the same of linears that are not expanded and come before the groups
     :param ranks: processes that share what is solved, experts or, with one, its rows
-    :param parts: in which part of the block each group is; earlier ones run no more (`remembered`)
+    :param parts: in which part of the block each group is
     """
     experts, clusters = settings.num_experts, settings.clusters
     # the pipeline's own: calibration (without routers also statistics) and propagation
     total = 2.0 * tokens * speed.token
     if clusters > 1:
-        total = tokens * speed.routed
-        sizes = [rows * width for rows, width in [*others, *groups]]
-        before = sum(rows * width for rows, width in others)
-        for place, (rows, width) in enumerate(groups):
-            total += tokens * speed.routed * before / sum(sizes)
-            if not place or (parts and parts[place] != parts[place - 1]):
-                before = 0
-            before += rows * width
+        total = tokens * speed.routed * _passes(groups, tokens, settings, list(others), parts)
+        for _, width in groups:
             samples = min(settings.samples, tokens)
             total += PCA * samples * width * settings.dims(width) * speed.product
     nodes, pairs = float(experts), 0.0
@@ -162,6 +156,34 @@ def seconds(
         total += speed.token * tokens * (1 + EPOCH * settings.tune_epochs)
     total += speed.token * tokens * EPOCH * settings.tune_model_epochs
     return COLD * total
+
+
+def _passes(
+    groups: Sequence[tuple[int, int]],
+    tokens: int,
+    settings: Settings,
+    others: Sequence[tuple[int, int]],
+    parts: Sequence[str],
+) -> float:
+    """How often a block runs that is replayed for each of its groups, propagation included.
+
+    What is done runs once, nearly (`remembered`): to reach a group, all of its part that comes
+    before it; to pass the last of a part, that group alone, where what it reads can be kept.
+    """
+    sizes = [rows * width for rows, width in groups]
+    every = sum(sizes) + sum(rows * width for rows, width in others)
+    total, before = 0.0, float(every - sum(sizes))
+    for place, (_, width) in enumerate(groups):
+        total += before
+        if parts and place and parts[place] != parts[place - 1]:
+            before = 0.0
+        ends = place + 1 == len(groups) or bool(parts and parts[place + 1] != parts[place])
+        if ends and 4 * tokens * width <= settings.max_bytes:
+            before = 0.0
+        before += sizes[place]
+    # tuned, or calibrated on the dense block, it has become another meanwhile
+    same = settings.num_experts > 1 and not settings.tune_epochs
+    return (total + (before if same else every)) / every
 
 
 def _random(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -111,7 +111,8 @@ def working_bytes(
     kept where the whole model competes for one budget, with the means that their biases follow
     from; of those that wait `on_disk` the errors and sizes alone, when all blocks are done. Linears
     of one parent and width count as one group, which they nearly always are. Of the
-    calibration `tokens`, hidden states are kept before and after a block.
+    calibration `tokens`, hidden states are kept before and after a block; where it is replayed also
+    what its parts have given and what the last linear reads (`remembered`).
     """
     groups = _groups(linears)
     versions = settings.num_experts if settings.size_budget is None else 2 * settings.num_experts
@@ -129,7 +130,10 @@ def working_bytes(
 
     widest = max(of_group(width, group) for (_, width), group in groups.items())
     # hidden states before and after a block
-    widest += 2 * 4 * tokens * min(width for _, width in groups)
+    least, most = (4 * tokens * choose(width for _, width in groups) for choose in (min, max))
+    widest += 2 * least
+    if settings.clusters > 1:
+        widest += sum(own for own in (least, most) if own <= settings.max_bytes)
     kept = 0.0
     if settings.size_budget is not None and settings.budget_scope == "model":
         outputs = sum(len(linear.weight) for linear in linears.values())

@@ -101,7 +101,9 @@ def expand_block(
             del found  # what calibrates is copied next, and must not stay beside its copy
         if settings.num_experts > 1:
             _replace_groups(model, solved, targets)
-    _replace_groups(model, solved, targets)
+    if solved:
+        replay.end()  # what is remembered is of the dense block
+        _replace_groups(model, solved, targets)
     routed = {name: t.routed for name, t in targets.items() if t.routed is not None}
     if not settings.tune_epochs or not routed:
         return None
@@ -192,17 +194,17 @@ def _replace_groups(model: nn.Module, solved: list[_Solved], targets: Mapping[st
                 cluster_expert=result.cluster_expert,
             )  # fmt: skip
             target.linear, target.label = None, group.label
+            weights = shift = None
+            if found.candidates is not None:
+                # the first of several ranks chooses
+                candidates = found.candidates if ranks.rank() == 0 else None
+                target.candidates = partial(_itself, candidates)
+                weights, biases = found.calibrating.dense(), packed_biases(found.calibrating)
+                shift = None if biases is None else biases.decoded()
+            elif not how.scaled:  # what unpacking would give
+                weights = found.calibrating.dense().to(how.storage)
             # until the block has been propagated and its other groups have been replayed
-            if found.candidates is None:
-                target.routed.materialise()
-                continue
-            # the first of several ranks chooses
-            candidates = found.candidates if ranks.rank() == 0 else None
-            target.candidates = partial(_itself, candidates)
-            shift = packed_biases(found.calibrating)
-            target.routed.materialise(
-                found.calibrating.dense(), None if shift is None else shift.decoded()
-            )
+            target.routed.materialise(weights, shift)
 
 
 def _itself(candidates: Candidates | None) -> Candidates:

@@ -284,7 +284,7 @@ class SparseExpansionModifier(Modifier):
                 replay, passing = self._replays.pop(name), self._one_pass()
                 self._running.append(replay)
                 if not passing:
-                    replay.run_together()
+                    replay.run_together(self.seed)
                 self._finish(state.model, self._blocks[name], replay)
             if len(ready) == 1 and not passing:
                 replay.propagate()

@@ -5,13 +5,15 @@ During the first run only the block's own arguments are kept. At its end the blo
 often as needed: an earlier linear of the block may have been replaced by then, so a later one is
 seen with the inputs it will have in use. A replay stops as soon as the wanted linear is reached.
 
-Short batches are replayed several at a time (`together`), and so is the pipeline's propagation: the
-block is run ahead for the batches that are about to come.
+Short batches are replayed several at a time (`together`), always the same ones together, and so is
+the pipeline's propagation: the block is run ahead for the batches that are about to come. Parts of
+the block that are done do not run again for either (`remembered`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,10 +21,12 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import Tensor, nn
 
+from ..method import ranks
 from ..method.inputs import InputGroup, Reached, find_groups, record_inputs, token_rows
+from ..method.row_sample import order_of
 from .bypass import Bypass, Instead
 from .calibration import Known
-from .remembered import Remembered
+from .remembered import End, Remembered, find_ends
 from .together import TOGETHER, Apart, Arguments, give_the_same, hidden_states, joined
 
 __all__ = ["BlockReplay", "ReplayedInputs"]
@@ -48,9 +52,12 @@ class BlockReplay:
         """of each batch"""
         self.cache = IntermediatesCache(None, torch.device("cpu"))
         self._together = 1
+        self._order: list[int] = []
         self._running: list[int] = []
         self._ordered = False
-        self._instead: list[Instead | Remembered] = []
+        self._ends: Mapping[nn.Module, End] = {}
+        self._remembered: list[Remembered] = []
+        self._instead: Instead | None = None
         register_hook(block, self._record, "forward_pre", with_kwargs=True)
 
     def _record(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -66,8 +73,14 @@ class BlockReplay:
         inputs = self.cache.fetch(number)
         return Arguments(tuple(inputs["args"]), dict(inputs["kwargs"]))
 
-    def run_together(self) -> None:
-        """From now on short batches are run several at a time, if that changes nothing."""
+    def run_together(self, seed: int) -> None:
+        """From now on short batches are run several at a time, if that changes nothing.
+
+        :param seed: of the order in which the method reads them: what it reads one after another
+            is run together
+        """
+        own = order_of([known.identity for known in self.known], seed)
+        self._order = [number for rank, number in own if rank == ranks.rank()]
         if len(self) < 2:
             return
         one, other = self._arguments(0), self._arguments(1)
@@ -82,41 +95,59 @@ class BlockReplay:
 
     @contextmanager
     def _run(self, numbers: Sequence[int]) -> Iterator[None]:
-        parts = [own for own in self._instead if isinstance(own, Remembered)]
         self._running = list(numbers)
         try:
-            yield
+            with ExitStack() as watching:
+                for part in self._remembered:
+                    watching.enter_context(part.watching())
+                yield
         except Reached:
-            for part in parts:
+            for part in self._remembered:
                 part.keep()
             raise
         finally:
             self._running = []
-            for part in parts:
+            for part in self._remembered:
                 part.drop()
 
     def remember(self, max_bytes: int) -> None:
         """Until `end`, parts of the block that are done do not run again.
 
-        :param max_bytes: of the outputs of a part that may be kept
+        :param max_bytes: of what may be kept of a part
         """
-        for part in self.block.children() if self._ordered else ():
-            if any(parameter.dim() > 1 for parameter in part.parameters()):
-                self._instead.append(Remembered(part, self._runs_now, len(self), max_bytes))
+        for part in self._parts() if self._ordered else ():
+            end = self._ends.get(part)
+            self._remembered.append(Remembered(part, self._runs_now, len(self), max_bytes, end))
+
+    def _parts(self) -> list[nn.Module]:
+        return [
+            part
+            for part in self.block.children()
+            if any(parameter.dim() > 1 for parameter in part.parameters())
+        ]
 
     def _runs_now(self) -> list[int]:
         return self._running
 
     def end(self) -> None:
         """The block and its parts run as they are."""
-        while self._instead:
-            self._instead.pop().end()
+        if self._instead is not None:
+            self._instead.end()
+            self._instead = None
+        while self._remembered:
+            self._remembered.pop().end()
+
+    def _chunks(self) -> list[int]:
+        """The number of the run that each batch is in, if all are run in the method's order."""
+        chunks = list(range(len(self.known)))
+        for place, number in enumerate(self._order):
+            chunks[number] = place // self._together
+        return chunks
 
     def _runs(self, numbers: Iterable[int]) -> Iterator[tuple[list[int], Arguments]]:
         """The batches with these numbers, in this order, as they are run: some at a time."""
-        waiting = list(numbers)
-        while waiting:
-            some, waiting = waiting[: self._together], waiting[self._together :]
+        for _, run in groupby(numbers, self._chunks().__getitem__):
+            some = list(run)
             batches = [self._arguments(number) for number in some]
             try:
                 yield some, joined(batches)
@@ -146,7 +177,7 @@ class BlockReplay:
             for took in range(len(self)):
                 yield partial(self.output, took)
 
-        with torch.no_grad():
+        with torch.no_grad(), find_ends(self._parts()) as self._ends:
             found = find_groups(linears, runs())
         # if it takes more, their order need not be the order in which one batch calls them
         self._ordered = took == 0
@@ -175,32 +206,33 @@ class BlockReplay:
 
     def propagate(self) -> None:
         """The pipeline is about to run the block on what was recorded, batch by batch: until `end`
-        it is given what batches give that are run together. Other inputs run as they are.
-
-        In whole and in order, so that a run that is resumed here gives the same, to the last bit.
-        """
-        self.end()
-        self._instead.append(Instead(self.block, self._ahead))
+        it is given what batches give that are run together. Other inputs run as they are."""
+        self._instead = Instead(self.block, self._ahead)
 
     def _ahead(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        known: list[tuple[Tensor, Any]] = []
-        runs = self._runs(range(len(self)))
+        known: dict[int, Any] = {}
+        chunks, count, coming = self._chunks(), len(self), 0
+
+        def run_chunk_of(number: int) -> None:
+            wanted = [n for n in self._order or range(count) if chunks[n] == chunks[number]]
+            for numbers, arguments in self._runs(wanted):
+                with self._run(numbers):
+                    found = forward(*arguments.args, **arguments.kwargs)
+                    for part in self._remembered:
+                        part.forget()
+                parts = [found] if len(numbers) == 1 else found.tensor_split(len(numbers))
+                known.update(zip(numbers, parts, strict=True))
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if not known and (some := next(runs, None)) is not None:
-                numbers, arguments = some
-                found = forward(*arguments.args, **arguments.kwargs)
-                if len(numbers) == 1:
-                    known.append((hidden_states(arguments), found))
-                else:
-                    both = hidden_states(arguments), found
-                    parts = (states.tensor_split(len(numbers)) for states in both)
-                    known.extend(zip(*parts, strict=True))
-                for number in numbers:  # the pipeline, too, lets go of what it has run
-                    self.cache.delete(number)
-            hidden = hidden_states(Arguments(args, kwargs))
-            if known and torch.equal(hidden, known[0][0]):
-                return known.pop(0)[1]
+            nonlocal coming
+            if coming < count:
+                if coming not in known:
+                    run_chunk_of(coming)
+                own = hidden_states(self._arguments(coming))
+                if torch.equal(hidden_states(Arguments(args, kwargs)), own):
+                    self.cache.delete(coming)  # the pipeline, too, lets go of what it has run
+                    coming += 1
+                    return known.pop(coming - 1)
             return forward(*args, **kwargs)
 
         return run

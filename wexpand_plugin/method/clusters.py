@@ -169,7 +169,7 @@ def fit_router(
             "router: the calibration inputs hold NaN or infinite values, or some whose squares "
             "overflow"
         )
-    if (found := _distinct(data)) < num_clusters:
+    if (found := _distinct(data, num_clusters)) < num_clusters:
         raise WexpandError(
             f"{key}: {num_clusters} clusters cannot be made from calibration inputs with "
             f"{found} distinct rows; use more varied text or a smaller {key}"
@@ -188,7 +188,7 @@ def fit_router(
     labels = torch.cdist(_float64(points), tops).argmin(dim=1).numpy()
     for parent, (start, stop) in enumerate(itertools.pairwise(first)):
         own, centroids = labels == parent, tops[parent : parent + 1]
-        if (possible := min(stop - start, _distinct(data[own]))) > 1:
+        if (possible := _distinct(data[own], stop - start)) > 1:
             centroids = _k_means(points[own], possible, restarts, seed)
             near = _float64(data[own].mean(axis=0))
         else:
@@ -224,8 +224,14 @@ def _float64(values: Any) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64)
 
 
-def _distinct(data: Any) -> int:
-    return len({hash(row.tobytes()) for row in data})
+def _distinct(data: Any, most: int) -> int:
+    """How many distinct rows there are, or `most`."""
+    found: set[bytes] = set()
+    for row in data:
+        found.add(row.tobytes())
+        if len(found) == most:
+            break
+    return len(found)
 
 
 def _k_means(points: Any, clusters: int, restarts: int, seed: int) -> Tensor:

@@ -27,8 +27,9 @@ from .versions import RowVersions, SolvedRows
 __all__ = ["Batches", "GroupResult", "LinearResult", "expand_group"]
 
 
-FIRST_BATCHES = 8
-"""that are read for the router's sample, before it is known how many it takes"""
+SOME_BATCHES = 8
+"""that are read for the router's sample, before it is known how many it takes; then as many times
+so many as it does, for short ones are run together"""
 LIKELY = 0.98
 """how well what is only likely to be granted fills its bytes"""
 
@@ -116,7 +117,7 @@ def expand_group(
             device=device,
         )  # fmt: skip
         place = {n: place for place, (rank, n) in enumerate(order) if rank == ranks.rank()}
-        others = [number for number in range(len(batches)) if number not in seen]
+        others = [number for number in place if number not in seen]
         while seen:
             number = next(iter(seen))
             statistics.add(seen.pop(number), place[number])
@@ -195,7 +196,7 @@ def _sample(
     of this rank that was read for them."""
     sample, seen = RowSample(settings.samples, settings.seed), dict[int, Tensor]()
     waiting = list(enumerate(order))
-    found, taken, more = 0, 0, FIRST_BATCHES
+    found, taken, more = 0, 0, SOME_BATCHES
     while waiting and found < settings.samples:
         some, waiting = waiting[:more], waiting[more:]
         mine = [(place, number) for place, (rank, number) in some if rank == ranks.rank()]
@@ -207,6 +208,7 @@ def _sample(
         taken += len(some)
         # as many as have the rest, if they are like those before
         more = math.ceil((settings.samples - found) * taken / found) if found else taken
+        more = -(-more // SOME_BATCHES) * SOME_BATCHES
     sample.join()
     return sample.rows, seen
 
