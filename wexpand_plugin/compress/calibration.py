@@ -72,6 +72,17 @@ class Known(NamedTuple):
     identity: int
     """as of `identity`; its number where it has no token ids"""
 
+    @classmethod
+    def of(cls, batch: Any, number: int = 0) -> "Known":
+        """Of a batch as a data loader gives it."""
+        counts = counted_tokens(batch)
+        return cls(counts, number if counts is None else identity(batch["input_ids"].cpu()[counts]))
+
+    @property
+    def tokens(self) -> int:
+        """How many count."""
+        return 0 if self.counts is None else int(self.counts.sum())
+
 
 def about_rows(loader: DataLoader | None) -> dict[str, Any]:
     """What tells one data loader's rows from another's, in whatever order it gives them."""
@@ -113,15 +124,13 @@ class CalibrationBatches:
         self._crc = 0
 
     def _see(self, batch: Any) -> None:
-        counts, known_by = counted_tokens(batch), len(self.known)
+        known = Known.of(batch, len(self.known))
         if self.keep:
             self.batches.append(batch)
-        if counts is not None:
-            ids = batch["input_ids"].cpu()[counts]
-            self.tokens += len(ids)
-            known_by = identity(ids)
-            self._crc = zlib.crc32(_bytes(ids), self._crc)
-        self.known.append(Known(counts, known_by))
+        if known.counts is not None:
+            self._crc = zlib.crc32(_bytes(batch["input_ids"].cpu()[known.counts]), self._crc)
+        self.tokens += known.tokens
+        self.known.append(known)
 
     def current(self) -> Known:
         """What is known of the batch that runs now."""

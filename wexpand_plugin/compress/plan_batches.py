@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..method import ranks
 from ..method.row_sample import order_of
-from .calibration import counted_tokens, identity
+from .calibration import Known
 
 __all__ = ["PlanBatch", "plan_batches", "plan_tokens"]
 
@@ -31,9 +31,7 @@ class PlanBatch:
 
     inputs: dict[str, Tensor]
     """what the model's forward takes, on its device"""
-    counts: Tensor | None
-    """which of its tokens count (`counted_tokens`)"""
-    identity: int
+    known: Known
     unseen: bool = False
     """whether it is one to measure errors on"""
 
@@ -41,14 +39,7 @@ class PlanBatch:
     def of(cls, batch: Mapping[str, Tensor], device: torch.device) -> "PlanBatch":
         """`batch` as a data loader gives it."""
         inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-        counts = counted_tokens(batch)
-        known_by = 0 if counts is None else identity(batch["input_ids"].cpu()[counts])
-        return cls(inputs, counts, known_by)
-
-    @property
-    def tokens(self) -> int:
-        """How many count."""
-        return 0 if self.counts is None else int(self.counts.sum())
+        return cls(inputs, Known.of(batch))
 
 
 def plan_tokens(linears: Iterable[nn.Linear]) -> int:
@@ -68,9 +59,9 @@ def plan_batches(
     :param need: tokens that they have together, those of all ranks; by default all there are
     """
     own = [PlanBatch.of(batch, torch.device("cpu")) for batch in loader]
-    tokens = ranks.gathered([batch.tokens for batch in own])
+    tokens = ranks.gathered([batch.known.tokens for batch in own])
     drawn = []
-    for rank, number in order_of([batch.identity for batch in own], seed):
+    for rank, number in order_of([batch.known.identity for batch in own], seed):
         drawn.append((rank, number))
         need -= tokens[rank][number]
         if need <= 0:
@@ -80,7 +71,7 @@ def plan_batches(
     return [
         PlanBatch(
             {key: value.to(device) for key, value in own[number].inputs.items()},
-            own[number].counts, own[number].identity, (ranks.rank(), number) in unseen,
+            own[number].known, (ranks.rank(), number) in unseen,
         )
         for number in mine or range(min(1, len(own)))
     ]  # fmt: skip

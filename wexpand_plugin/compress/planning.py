@@ -128,7 +128,7 @@ def _plan(
 ) -> Plan:
     begin = time.perf_counter()
     sensitivity = output_sensitivity(model, linears, batches, dial.base.seed)
-    tokens = sum(ranks.gathered(sum(batch.tokens for batch in batches)))
+    tokens = sum(ranks.gathered(sum(batch.known.tokens for batch in batches)))
     found: list[dict[str, list[Candidate]]] = []
     with torch.no_grad():
         forwards = [partial(run, model, batch.inputs) for batch in batches]
@@ -215,7 +215,7 @@ def _hessians(
     }
     for batch, seen in zip(batches, record_inputs(firsts, forwards), strict=True):
         for linear, x in seen.items():
-            parts[linear][batch.unseen].add(token_rows(x, batch.counts))
+            parts[linear][batch.unseen].add(token_rows(x, batch.known.counts))
     found = []
     for linear in firsts:
         solved, other = parts[linear]

@@ -42,8 +42,8 @@ def output_sensitivity(
         rows = gradient.detach().float().flatten(0, -2)
         squares[name] += rows.square().sum(dim=0).cpu()
         if sampled:
-            gradients[name].add(rows.bfloat16().cpu(), batch.identity)
-            inputs[name].add(x.detach().flatten(0, -2).bfloat16().cpu(), batch.identity)
+            gradients[name].add(rows.bfloat16().cpu(), batch.known.identity)
+            inputs[name].add(x.detach().flatten(0, -2).bfloat16().cpu(), batch.known.identity)
 
     from_all = not any(ranks.gathered(any(batch.unseen for batch in batches)))
     tokens = 0
@@ -53,9 +53,9 @@ def output_sensitivity(
             logits = run(model, batch.inputs)
             if not bool(torch.isfinite(logits).all()):
                 raise WexpandError("model: its predictions on the calibration text are not finite")
-            tokens += logits[..., 0].numel() if batch.counts is None else batch.tokens
-            labels = generator_of(seed, batch.identity)
-            sampled_loss(logits, batch.counts, labels).backward()
+            tokens += logits[..., 0].numel() if batch.known.counts is None else batch.known.tokens
+            labels = generator_of(seed, batch.known.identity)
+            sampled_loss(logits, batch.known.counts, labels).backward()
     tokens = sum(ranks.gathered(tokens))
     ranks.total(*squares.values())
     for name, summed in squares.items():
