@@ -7,7 +7,7 @@ ARC-easy, PIQA, BoolQ, WinoGrande, OpenBookQA and BLiMP, no examples given, with
 prompts. FOLDER holds `tasks/*.jsonl`, whose lines have "query", "choices" and "gold" (winogrande:
 "context_options", "continuation", "gold"), and `blimp/*.jsonl`, BLiMP's 67 sets. Of each the same
 `--items` are taken, drawn by a fixed seed, of BLiMP as many from each set as makes twice that many;
-a standard error says what so few can tell.
+a standard error says what so few can tell, and "guess" what the most common answer comes to.
 
 A row is a name and a model directory that vLLM can load, such as `evals.size_curve --keep` leaves;
 one that the file has with as many items is not run again. Models quantised by llm-compressor, whose
@@ -19,6 +19,7 @@ import json
 import os
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ import yaml
 
 from evals.processes import ROOT, failure, run_step
 
-__all__ = ["TASKS", "choose", "write_tasks"]
+__all__ = ["TASKS", "choose", "guess", "write_tasks"]
 
 QUESTION = {"doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold"}
 TASKS: dict[str, dict[str, Any]] = {
@@ -66,6 +67,13 @@ def choose(data: Path, task: str, items: int) -> list[dict[str, Any]]:
         raise SystemExit(f"{data / 'blimp'} should have BLiMP's files, *.jsonl")
     each = max(1, round(2 * items / len(files)))
     return [item for file in files for item in _drawn(file, each)]
+
+
+def guess(task: str, items: list[dict[str, Any]]) -> float:
+    """The accuracy of one answer for all `items`, the most common one."""
+    if task == "blimp":  # the right sentence is the first by its name only
+        return 0.5
+    return Counter(item["gold"] for item in items).most_common(1)[0][1] / len(items)
 
 
 def _drawn(file: Path, items: int) -> Iterator[dict[str, Any]]:
@@ -163,6 +171,7 @@ def main(
     results = json.loads(json_file.read_text()) if json_file.exists() else begin
     if results["dtype"] != dtype:
         raise SystemExit(f"{json_file}: its dtype is {results['dtype']}, not {dtype}")
+    results["guess"] = {task: guess(task, choose(data, task, items)) for task in TASKS}
     for name, path in (plain | quantised).items():
         known = results["rows"].get(name, {})
         if known.get("arc_easy", {}).get("items") != items:
@@ -172,12 +181,17 @@ def main(
                 write_tasks(data, out / "tasks", items)
                 model = write_dense(path, out / "dense", dtype) if name in quantised else path
                 results["rows"][name] = score(model, out / "tasks", out, dtype, serve_env)
-            part = json_file.with_suffix(".part")
-            part.write_text(json.dumps(results, indent=1) + "\n")
-            os.replace(part, json_file)
+            _write(results, json_file)
         scores = results["rows"][name]
         print(f"{name:24}", *(f"{task} {row['acc']:.3f}" for task, row in scores.items()),
               flush=True)  # fmt: skip
+    _write(results, json_file)
+
+
+def _write(results: dict[str, Any], file: Path) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(part, file)
 
 
 if __name__ == "__main__":

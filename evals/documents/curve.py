@@ -48,24 +48,29 @@ def _size_curve(part: str, what: str, file: str = "size_curve") -> str:
 def size_curve_short() -> str:
     """The dial, tuned where that was run, beside the best of the others in as many bits."""
     found = results("size_curve")
-    rows, lines = found["rows"], []
-    own = {name.removesuffix(" tuned"): (name, row)
-           for series in ("ours", "ours, tuned")
-           for name, row in of_series(rows, "mlp", series)}  # fmt: skip
-    for name, row in sorted(own.values(), key=lambda pair: -pair[1]["bits_stored"]):
-        best = best_of_others(rows, "mlp", row["bits_stored"])
-        beside = "none was measured"
-        if best is not None:
-            beside = f"{best[0].partition(': ')[2].replace('GPTQ', 'GPTQModifier')}: {best[1]:.3f}"
-        loss = f"{row['loss'] - rows['dense']['loss']:.3f}{', tuned' * name.endswith('tuned')}"
-        lines.append([f"{row['bits_stored']:.2f}", loss, beside])
+    rows = found["rows"]
+    lines: dict[float, list[str]] = {}
+    for part in ("mlp", "all"):
+        own = {float(name.split()[2]): (name, row)
+               for series in ("ours", "ours, tuned")
+               for name, row in of_series(rows, part, series)}  # fmt: skip
+        for size, (name, row) in own.items():
+            best = best_of_others(rows, part, row["bits_stored"])
+            beside = "none was measured"
+            if best is not None:
+                beside = f"{best[0].partition(': ')[2]}: {best[1]:.3f}"
+            loss = f"{row['loss'] - rows['dense']['loss']:.3f}{', tuned' * name.endswith('tuned')}"
+            lines.setdefault(size, [f"{size:g}", *[""] * 4])
+            place = 1 if part == "mlp" else 3
+            lines[size][place : place + 2] = [f"{loss} ({row['bits_stored']:.2f})", beside]
     setting = paragraph(
-        f"Loss added to {found['model']} by the dial on its MLP linears, nats per token, and by "
-        "the best other that was measured in at most as many bits: of llm-compressor's "
-        f"GPTQModifier and AWQModifier, and of llama.cpp's types (`{found['command']}`, "
-        "evals/results/size_curve.json):"
+        f"Loss added to {found['model']} by the dial, nats per token (and bits per weight that "
+        "come out), and by the best other that was measured in at most as many bits: of "
+        "llm-compressor's GPTQModifier and AWQModifier, and of llama.cpp's types "
+        f"(`{found['command']}`, evals/results/size_curve.json):"
     )
-    return f"{setting}\n\n{table(['bits per weight', 'dial', 'best other'], lines)}"
+    head = ["bits asked for", "MLP linears", "best other", "all linears", "best other"]
+    return f"{setting}\n\n{table(head, [lines[size] for size in sorted(lines, reverse=True)])}"
 
 
 TABLES = (size_curve_mlp, size_curve_all, size_curve_pocket, size_curve_short)

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from evals.lm_tasks import PREFIX, TASKS, choose, main, write_tasks
+from evals.lm_tasks import PREFIX, TASKS, choose, guess, main, write_tasks
 
 
 @pytest.fixture
@@ -34,6 +34,15 @@ def test_the_same_items_each_time_and_as_many_of_each_set(data):
     firsts = [item["sentence_good"].split()[0] for item in choose(data, "blimp", 6)]
     assert firsts == ["one"] * 6 + ["two"] * 6
     assert len(choose(data, "piqa", 100)) == 20
+
+
+def test_what_one_answer_for_all_comes_to(data):
+    assert guess("piqa", [{"gold": 1}, {"gold": 0}, {"gold": 1}]) == pytest.approx(2 / 3)
+    assert guess("winogrande", choose(data, "winogrande", 6)) == 1
+    assert guess("blimp", choose(data, "blimp", 6)) == 0.5
+    file = data / "found.json"
+    main(data=data, items=6, json_file=file)
+    assert json.loads(file.read_text())["guess"].keys() == TASKS.keys()
 
 
 def test_lm_eval_asks_as_it_should(data, tmp_path):

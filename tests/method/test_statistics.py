@@ -6,7 +6,7 @@ from test_candidates import statistics
 
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.method.clusters import Router, fit_router
-from wexpand_plugin.method.statistics import GroupStatistics
+from wexpand_plugin.method.statistics import GroupStatistics, quadratic
 
 
 @pytest.mark.parametrize("hold_out", [False, True])
@@ -20,6 +20,30 @@ def test_statistics_count_and_sum_every_row(hold_out):
             part = rows[labels == expert]
             torch.testing.assert_close(found.sums[expert], part.t() @ part, atol=1e-3, rtol=1e-4)
             torch.testing.assert_close(found.mean_inputs()[expert], part.mean(dim=0))
+
+
+def test_squared_outputs_of_few_rows_and_of_many():
+    """Of a few the rows are kept, of many the sum alone."""
+    generator = torch.Generator().manual_seed(3)
+    width, counts = 40, (9, 0, 10, 300, 11)
+    router = Router(torch.eye(len(counts), width), torch.zeros(len(counts)))
+    found = GroupStatistics(width, router, hold_out=True)
+    rows = torch.randn(sum(counts), width, generator=generator)
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    rows[torch.arange(len(rows)), labels] += 20
+    for part in rows.split(15):  # too few to hold any out
+        found.add(part)
+        found.flush()
+    weight = torch.randn(7, width, generator=generator)
+    for expert, count in enumerate(counts):
+        part = rows[labels == expert].double()
+        assert len(part) == count
+        expected = (part @ weight.double().t()).square().sum(dim=0)
+        torch.testing.assert_close(found.squares(weight, expert).double(), expected, rtol=1e-4,
+                                   atol=1e-4)  # fmt: skip
+        torch.testing.assert_close(quadratic(weight, found.sums[expert]).double(), expected,
+                                   rtol=1e-4, atol=1e-2)  # fmt: skip
+    assert [kept is not None for kept in found._few] == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("shift", [0, 3000])

@@ -32,7 +32,7 @@ from .biases import BiasProblem
 from .merge_tree import MergeTree, flat_tree, merge_tree
 from .settings import Settings
 from .solvers.sparsegpt import chunk_size, solve
-from .statistics import GroupStatistics, strips
+from .statistics import GroupStatistics, quadratic
 from .versions import Rows, RowVersions, SolvedRows
 
 __all__ = ["Candidates", "allocate_model", "full_expansion", "propose"]
@@ -276,7 +276,7 @@ def _solve_tree(
         for place, own in enumerate(tree.members[some]):
             change = solved.weights[place].float() - weight.float()
             for expert in own.nonzero().flatten().tolist():
-                errors[place, expert] = _quadratic(change, statistics.sums[expert])
+                errors[place, expert] = statistics.squares(change, expert)
                 held_out[place, expert] = (rows_of[expert] @ change.t()).square().sum(dim=0)
         return errors, held_out, solved.weights, solved.scales
 
@@ -291,20 +291,9 @@ def _solve_tree(
     return solved, errors, allowed
 
 
-def _quadratic(rows: Tensor, symmetric: Tensor) -> Tensor:
-    """r^T S r for every row: [rows, in], [in, in] -> [rows]. What lies above the `strips`' own
-    blocks of S counts twice, for what lies below them, which is not read."""
-    total = rows.new_zeros(len(rows))
-    for part in strips(rows.shape[1]):
-        product = rows[:, part] @ symmetric[part, part]
-        product.addmm_(rows[:, : part.start], symmetric[: part.start, part], alpha=2)
-        total += torch.linalg.vecdot(product, rows[:, part])
-    return total.clamp_(min=0)
-
-
 def _energies(weight: Tensor, statistics: GroupStatistics) -> Tensor:
     """Sum of the squared outputs of each row [rows]."""
-    energies = _quadratic(weight, statistics.sums.sum(dim=0))
+    energies = quadratic(weight, statistics.sums.sum(dim=0))
     if statistics.within:
         outputs = statistics.mean_inputs() @ weight.t()
         tokens = statistics.solved_tokens.to(outputs).unsqueeze(1)

@@ -26,20 +26,34 @@ from .biases import ClusterMeans
 from .clusters import Router
 from .row_sample import RowSample, mixed
 
-__all__ = ["GroupStatistics", "strips"]
+__all__ = ["GroupStatistics", "quadratic"]
 
 BUFFER_ROWS = 4096
 BUFFER_ROWS_PER_CLUSTER = 8
 HELD_OUT = 16
 HELD_OUT_ROWS_PER_EXPERT = 256
 SAMPLE_ROWS = 512
+FEW = 4
+"""columns for each row of an expert, at least, where its rows are kept beside its sum: products
+with them are smaller than with the sum"""
 
 
-def strips(width: int) -> list[slice]:
+def _strips(width: int) -> list[slice]:
     """The columns of a symmetric matrix in a few runs. What lies in a run and above its end, for
     all of them, is little more than half of the matrix, in products that are still large."""
     step = max(128, -(-width // 8))
     return [slice(first, min(first + step, width)) for first in range(0, width, step)]
+
+
+def quadratic(rows: Tensor, symmetric: Tensor) -> Tensor:
+    """r^T S r for every row: [rows, in], [in, in] -> [rows]. What lies above the strips' own blocks
+    of S counts twice, for what lies below them, which is not read."""
+    total = rows.new_zeros(len(rows))
+    for part in _strips(rows.shape[1]):
+        product = rows[:, part] @ symmetric[part, part]
+        product.addmm_(rows[:, : part.start], symmetric[: part.start, part], alpha=2)
+        total += torch.linalg.vecdot(product, rows[:, part])
+    return total.clamp_(min=0)
 
 
 class GroupStatistics:
@@ -76,6 +90,8 @@ class GroupStatistics:
         self.router, self.within, self.hold_out, self.seed = router, within, hold_out, seed
         self._sums = torch.zeros(self.experts, in_features, in_features, device=device, dtype=dtype)
         self._mirrored = True
+        few = hold_out and self.experts > 1
+        self._few: list[list[Tensor] | None] = [[] if few else None for _ in range(self.experts)]
         self.held_out_sum: Tensor | None = None
         """sum of x x^T over all held-out rows [in, in], where not only biases need them"""
         if hold_out and not within:
@@ -97,7 +113,7 @@ class GroupStatistics:
     def sums(self) -> Tensor:
         """Sum of x x^T per expert [experts, in, in], or of what lies within its clusters."""
         if not self._mirrored:
-            for part in strips(self._sums.shape[1]):
+            for part in _strips(self._sums.shape[1]):
                 above = self._sums[:, : part.start, part]
                 self._sums[:, part, : part.start] = above.transpose(1, 2)
             self._mirrored = True
@@ -177,6 +193,7 @@ class GroupStatistics:
         """Add up what all ranks have seen; once, after the last `flush`."""
         if ranks.count() == 1:
             return
+        self._few = [None] * self.experts
         own = self.solved_tokens.clone()
         ranks.total(self.tokens, self.solved_tokens)
         if self.within:
@@ -196,10 +213,22 @@ class GroupStatistics:
         self.sample.join()
 
     def _add_products(self, expert: int, rows: Tensor) -> None:
-        for part in strips(rows.shape[1]):
+        for part in _strips(rows.shape[1]):
             above = self._sums[expert, : part.stop, part]
             above.addmm_(rows[:, : part.stop].t(), rows[:, part])
         self._mirrored = False
+        if (few := self._few[expert]) is not None:
+            few.append(rows.clone())  # not a part of all rows that are buffered
+            if FEW * sum(map(len, few)) > rows.shape[1]:
+                self._few[expert] = None
+
+    def squares(self, weight: Tensor, expert: int) -> Tensor:
+        """Sums of the squared outputs of `weight` [rows, in] over what is summed for an expert
+        [rows]."""
+        if (few := self._few[expert]) is None:
+            return quadratic(weight, self.sums[expert])
+        rows = torch.cat(few) if few else weight[:0]
+        return (rows @ weight.t()).square_().sum(dim=0)
 
     def _centred(self, rows: Tensor, clusters: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Rows whose x x^T are what `rows` add to the sums within clusters, and their clusters.
