@@ -183,13 +183,15 @@ def _replace_groups(model: nn.Module, solved: list[_Solved], targets: Mapping[st
         group, called, result, settings = solved.pop(0)
         for name, linear, found in zip(group.names, group.linears, result.linears, strict=True):
             target, stored = targets[name], found.stored
+            experts = found.calibrating.experts()
             if stored is None:
                 # until the budget's choice, the base versions stand for what will be stored
                 assert found.candidates is not None
                 stored = found.candidates.base()
             how = codec_for(stored_dtype(model, linear.weight), settings)
             target.routed = replace_linear(
-                model, name, linear, packed(stored, how), result.router, group=called,
+                model, name, linear, packed(stored, how, None if found.candidates else experts),
+                result.router, group=called,
                 tokens=result.tokens.tolist(), cluster_bias=packed_biases(stored),
                 cluster_expert=result.cluster_expert,
             )  # fmt: skip
@@ -199,10 +201,10 @@ def _replace_groups(model: nn.Module, solved: list[_Solved], targets: Mapping[st
                 # the first of several ranks chooses
                 candidates = found.candidates if ranks.rank() == 0 else None
                 target.candidates = partial(_itself, candidates)
-                weights, biases = found.calibrating.dense(), packed_biases(found.calibrating)
+                weights, biases = experts.weights, packed_biases(found.calibrating)
                 shift = None if biases is None else biases.decoded()
             elif not how.scaled:  # what unpacking would give
-                weights = found.calibrating.dense().to(how.storage)
+                weights = experts.weights.to(how.storage)
             # until the block has been propagated and its other groups have been replayed
             target.routed.materialise(weights, shift)
 

@@ -69,11 +69,16 @@ class PackedRows:
         return rows.apply(lambda part: part.to(self.device))
 
 
-def packed(versions: RowVersions, how: ValueCodec) -> RowPool:
-    """The row pool that stores `versions`."""
+def packed(
+    versions: RowVersions, how: ValueCodec, experts: SolvedRows | None = None
+) -> RowPool:
+    """The row pool that stores `versions`.
+
+    :param experts: `versions.experts()`, if they are known
+    """
     rows, row_map = versions.rows, versions.row_map
     if len(rows.weights) == row_map.numel():  # in full: some rows may still be equal
-        experts = versions.experts()
+        experts = experts or versions.experts()
         pool = RowPool.pack_experts(experts.weights, codec=how, scale=experts.scales)
     else:
         row_map = row_map.to(rows.weights.device)

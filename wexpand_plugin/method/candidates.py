@@ -283,7 +283,9 @@ def _solve_tree(
     works = [partial(of_nodes, some) for some in _chunks(tree.nodes, weight, settings)]
     found = ranks.spread(works, device)
     errors, held_out = (torch.cat([part[n] for part in found]) for n in range(2))
-    solved = SolvedRows.join([SolvedRows(*part[2:]) for part in found])
+    parts = [SolvedRows(*part[2:]) for part in found]
+    del found  # so that each part can go when it has been joined
+    solved = SolvedRows.join(parts)
     # a node's version is worth granting only if it helps on the rows that it was not solved for
     gain = torch.einsum("ne,ner->nr", members.float(), held_out[-1].unsqueeze(0) - held_out)
     allowed = gain > 0

@@ -140,6 +140,7 @@ def expand_group(
             linears.append(LinearResult(versions, versions))
     else:
         for candidates in propose(weights, values, statistics, settings):
+            statistics.release()  # the versions are solved and weighed
             linears.append(_within_budget(candidates, width, settings))
     if cluster_expert is not None:
         cluster_expert = None if settings.num_experts == 1 else cluster_expert.to(device)

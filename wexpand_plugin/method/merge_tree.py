@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["MergeTree", "flat_tree", "merge_tree"]
 
-SAME = 0.7
+SAME = 0.5
 """share of a node's tokens that a child has which is left out as too much like it"""
 
 

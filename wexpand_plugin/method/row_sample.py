@@ -75,6 +75,8 @@ class RowSample:
 
     def join(self) -> None:
         """From now on a sample of what all ranks have seen."""
+        if ranks.count() == 1:
+            return
         rows = self.rows
         self._keys, self._rows = ranks.joined(self._keys), [ranks.joined(rows)]
         self._ordered = False

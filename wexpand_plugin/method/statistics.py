@@ -248,6 +248,11 @@ class GroupStatistics:
         between = ((old * share).sqrt() * apart)[seen]
         return torch.cat([rows - apart[clusters], between]), torch.cat([clusters, seen])
 
+    def release(self) -> None:
+        """Let go of the sums, which take most of the memory."""
+        self._sums = self._sums[:0].clone()
+        self._few = [None] * self.experts
+
     def of_experts(self, tokens: Tensor) -> Tensor:
         """Counts [clusters] summed over each expert's clusters [experts]."""
         return tokens.new_zeros(self.experts).index_add_(0, self.cluster_expert, tokens)

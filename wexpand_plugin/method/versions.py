@@ -4,7 +4,7 @@ The method decides which rows a linear keeps; how a row is packed, and what it w
 the business of a checkpoint format. Two protocols stand for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -34,15 +34,26 @@ class SolvedRows:
         )
 
     @classmethod
-    def join(cls, parts: Sequence["SolvedRows"], dim: int = 0) -> "SolvedRows":
-        """Along a dimension, by default the first."""
+    def join(cls, parts: list["SolvedRows"], dim: int = 0) -> "SolvedRows":
+        """Along a dimension, by default the first; `parts` are let go, one by one."""
         if len(parts) == 1:
             return parts[0]
-        scales = [part.scales for part in parts if part.scales is not None]
-        return cls(
-            torch.cat([part.weights for part in parts], dim),
-            torch.cat(scales, dim) if scales else None,
-        )
+        length = sum(part.weights.shape[dim] for part in parts)
+
+        def longer(tensor: Tensor) -> Tensor:
+            shape = list(tensor.shape)
+            shape[dim] = length
+            return tensor.new_empty(shape)
+
+        found, start = parts[0].apply(longer), 0
+        while parts:
+            part = parts.pop(0)
+            count = part.weights.shape[dim]
+            found.weights.narrow(dim, start, count).copy_(part.weights)
+            if found.scales is not None and part.scales is not None:
+                found.scales.narrow(dim, start, count).copy_(part.scales)
+            start += count
+        return found
 
 
 class Rows(Protocol):
