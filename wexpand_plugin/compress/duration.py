@@ -69,21 +69,22 @@ class Speed:
                 shapes[key] = shapes.get(key, 0) + 1
                 device = module.weight.device
         # with routers short batches are run together
-        batch = TOGETHER if settings.clusters > 1 else max(1, min(batch, TOKENS))
+        batch = TOGETHER if settings.clusters > 1 else max(1, batch)
+        rows = min(batch, TOKENS)
         one = routed = 0.0
         for (shape, dtype), count in shapes.items():
-            x = _random(batch, shape[1], dtype, device)
+            x = _random(rows, shape[1], dtype, device)
             weight = _random(shape[0], shape[1], dtype, device)
             taken = _fastest(partial(multiply, x, weight))
             one, routed = one + count * taken, routed + count * taken
             if settings.num_experts > 1:  # each of them gets a few of a batch's tokens
                 own = x[: -(-batch // settings.num_experts)]
-                again = _fastest(partial(multiply, own, weight)) * batch / len(own)
+                again = _fastest(partial(multiply, own, weight)) * rows / len(own)
                 routed += count * (again - taken)
-        token = OTHERS * one / batch
+        token = OTHERS * one / rows
         width = min(1024, max((shape[1] for shape, _ in shapes), default=64))
-        rows = _random(1024, width, torch.float32, device)
-        product = _fastest(lambda: rows.t() @ rows) / (1024 * width**2)
+        square = _random(1024, width, torch.float32, device)
+        product = _fastest(lambda: square.t() @ square) / (1024 * width**2)
         few, many, columns = 64, 1024, min(SOLVED, width)
         columns -= columns % max(1, settings.structure.m)
         hessian = torch.eye(columns, device=device).unsqueeze(0)
@@ -91,7 +92,7 @@ class Speed:
             _fastest(
                 partial(
                     solve,
-                    rows[:count, :columns].contiguous(),
+                    square[:count, :columns].contiguous(),
                     hessian,
                     settings.sparsity,
                     settings.structure,
@@ -103,7 +104,7 @@ class Speed:
         ]
         solving = max(0.0, solves[1] - solves[0]) / (many - few) / columns
         column = max(0.0, solves[0] / columns - few * solving)
-        return cls(token, token + (routed - one) / batch, product, solving, column)
+        return cls(token, token + (routed - one) / rows, product, solving, column)
 
     def solved(self, rows: float, width: int, hessians: int = 1) -> float:
         """Seconds to solve [rows, width] for one Hessian of so many that are solved together."""

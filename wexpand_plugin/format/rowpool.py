@@ -207,8 +207,7 @@ class RowPool:
             return dense, torch.ones_like(dense, dtype=torch.bool)
         keep = unpack_bits(self.mask, self.in_features)
         dense = torch.zeros(keep.shape, dtype=stored.dtype, device=stored.device)
-        dense[keep] = stored
-        return dense, keep
+        return dense.masked_scatter_(keep, stored), keep
 
     def expert(self, index: int) -> Tensor:
         """The dense weight [out, in] of expert `index`, zeros where pruned."""

@@ -119,9 +119,10 @@ class ValueCodec:
 
     def pack(self, q: Tensor, keep: Tensor) -> Tensor:
         """The kept of `q` (int8 or float, [n, in]) in storage form, row after row: 1-D."""
+        stored = q.reshape(-1)[keep.reshape(-1)]  # one index a weight is faster than two
         if not self.packed:
-            return q[keep].to(self.storage).contiguous()
-        return pack_fields(self.fields(q[keep]), keep.sum(dim=1), self.bits)
+            return stored.to(self.storage).contiguous()
+        return pack_fields(self.fields(stored), keep.sum(dim=1), self.bits)
 
     def unpack(self, values: Tensor, kept: Tensor) -> Tensor:
         """`pack` undone: what rows with `kept` [n] weights store, one element a weight: 1-D."""
