@@ -102,7 +102,7 @@ def full_expansion(
     tokens = statistics.of_experts(statistics.solved_tokens)
 
     def of_rows(part: slice) -> tuple[Tensor | None, ...]:
-        found = _solve(weight[part], total.unsqueeze(0), _within(part, linears), settings)
+        found = _solve(weight[part], total.clone()[None], _within(part, linears), settings)
         return found.weights, found.scales
 
     def of_experts(some: slice) -> tuple[Tensor | None, ...]:
@@ -241,10 +241,11 @@ def _within(part: slice, linears: list[int]) -> list[int]:
 
 
 def _solve(weight: Tensor, hessians: Tensor, linears: list[int], settings: Settings) -> SolvedRows:
-    """[hessians, rows, in]"""
+    """[hessians, rows, in]; what is in `hessians` is lost."""
     return solve(
         weight, hessians, settings.sparsity, settings.structure, linears=linears,
         block_size=settings.block_size, dampening=settings.dampening_frac, grid=settings.grid,
+        overwrite=True,
     )  # fmt: skip
 
 

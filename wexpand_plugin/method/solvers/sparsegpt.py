@@ -40,8 +40,8 @@ SUB_BLOCK = 16
 DAMPING_TRIES = 6
 
 
-def error_factor(hessians: Tensor, dampening: float) -> Tensor:
-    """T [batch, in, in], lower triangular: H + damping = T^T T.
+def error_factor(hessians: Tensor, dampening: float, *, overwrite: bool = False) -> Tensor:
+    """T [batch, in, in], lower triangular: H + damping = T^T T; with `overwrite` in the place of H.
 
     Damping is `dampening` times the mean of H's diagonal; if that does not make H positive
     definite it grows tenfold, a few times.
@@ -53,7 +53,7 @@ def error_factor(hessians: Tensor, dampening: float) -> Tensor:
             "Hessian: the calibration inputs hold NaN or infinite values, or some whose squares "
             "overflow"
         )
-    factors = torch.empty_like(hessians)
+    factors = hessians if overwrite else torch.empty_like(hessians)
     for hessian, factor in zip(hessians, factors, strict=True):
         factor.copy_(_reversed_cholesky(hessian.flip(0, 1), dampening).flip(0, 1).mT)
     return factors
@@ -88,6 +88,7 @@ def solve(
     block_size: int = 128,
     dampening: float = 0.01,
     grid: Grid | None = None,
+    overwrite: bool = False,
 ) -> SolvedRows:
     """One sparse copy of `weight` per Hessian. `chunk_size` says how many to solve at once.
 
@@ -100,6 +101,7 @@ def solve(
     :param block_size: columns per mask decision
     :param dampening: see `error_factor`
     :param grid: the values that kept weights may have; its group divides `block_size`
+    :param overwrite: whether `hessians` are not needed any more
     :return: [experts, rows, in]
     """
     rows, width = weight.shape
@@ -116,7 +118,7 @@ def solve(
     columns = weight.t().float().expand(len(hessians), -1, -1)
     columns = columns.clone(memory_format=torch.contiguous_format)
     columns[hessians.diagonal(dim1=1, dim2=2) == 0] = 0
-    factor = error_factor(hessians, dampening)
+    factor = error_factor(hessians, dampening, overwrite=overwrite)
     solved = weight.new_empty(len(hessians), rows, width)
     scales = _solve_columns(columns, factor, solved, sparsity, structure, linears, block_size, grid)
     return SolvedRows(solved, scales)
