@@ -19,6 +19,7 @@ LINEARS = {
 TOKENS = 1000
 # of 1000 tokens: three times 20 columns, and twice 8 hidden states
 DOWN = 5 * 400 * 4 + 3 * TOKENS * 20 * 4 + 2 * TOKENS * 8 * 4
+DOWN += 4 * TOKENS * (8 + 20)  # what one part has given, and what down reads
 DOWN += 4 * 20 * (8 + 3 * 20)  # one Hessian at a time
 BYTES = 4 * (80 + 80 + 160)
 
@@ -72,14 +73,14 @@ def test_time_grows_with_what_is_done():
     "values,passes",
     [
         ({}, 1.0),
-        # q again to pass o, then gate and up to pass down
-        (dict(max_bytes=1), (96 + (96 + 64) + 160 + (160 + 160)) / 480),
-        (dict(tune_epochs=1), (96 + 64 + 160) / 480 + 1),
-        (dict(num_experts=1, num_clusters=4), (96 + 64 + 160) / 480 + 1),
+        # up again to pass down, whose inputs are more than three times as wide as hidden states
+        (dict(max_bytes=1), (96 + 64 + 208 + (208 + 208)) / 576),
+        (dict(tune_epochs=1), (96 + 64 + 208) / 576 + 1),
+        (dict(num_experts=1, num_clusters=4), (96 + 64 + 208) / 576 + 1),
     ],
 )
 def test_what_is_done_runs_once(values, passes):
-    groups, parts = [(12, 8), (8, 8), (20, 8), (8, 20)], ["attention"] * 2 + ["mlp"] * 2
+    groups, parts = [(12, 8), (8, 8), (26, 8), (8, 26)], ["attention"] * 2 + ["mlp"] * 2
     settings = Settings(0.5, **{"num_experts": 4} | values)
     speed = Speed(token=0, routed=1, product=0, weight=0, column=0)
     assert seconds(groups, 10, settings, speed, parts=parts) == pytest.approx(COLD * 10 * passes)

@@ -18,6 +18,7 @@ from torch.nn.functional import linear as multiply
 
 from ..method.settings import Settings
 from ..method.solvers.sparsegpt import chunk_size, solve
+from .remembered import remembered_bytes
 from .together import TOGETHER
 
 __all__ = ["START", "Speed", "seconds"]
@@ -173,13 +174,14 @@ def _passes(
     """
     sizes = [rows * width for rows, width in groups]
     every = sum(sizes) + sum(rows * width for rows, width in others)
+    kept = remembered_bytes(settings.max_bytes, 4 * tokens * min(width for _, width in groups))
     total, before = 0.0, float(every - sum(sizes))
     for place, (_, width) in enumerate(groups):
         total += before
         if parts and place and parts[place] != parts[place - 1]:
             before = 0.0
         ends = place + 1 == len(groups) or bool(parts and parts[place + 1] != parts[place])
-        if ends and 4 * tokens * width <= settings.max_bytes:
+        if ends and 4 * tokens * width <= kept:
             before = 0.0
         before += sizes[place]
     # tuned, or calibrated on the dense block, it has become another meanwhile

@@ -13,6 +13,7 @@ from ..method.settings import Settings
 from ..method.solvers.sparsegpt import chunk_bytes, chunk_size
 from .duration import START, Speed, seconds
 from .precision import stored_dtype
+from .remembered import remembered_bytes
 from .rows import settings_for
 
 __all__ = ["Expected", "expected", "refuse_unreadable", "working_bytes"]
@@ -133,7 +134,8 @@ def working_bytes(
     least, most = (4 * tokens * choose(width for _, width in groups) for choose in (min, max))
     widest += 2 * least
     if settings.clusters > 1:
-        widest += sum(own for own in (least, most) if own <= settings.max_bytes)
+        fits = remembered_bytes(settings.max_bytes, least)
+        widest += sum(own for own in (least, most) if own <= fits)
     kept = 0.0
     if settings.size_budget is not None and settings.budget_scope == "model":
         outputs = sum(len(linear.weight) for linear in linears.values())

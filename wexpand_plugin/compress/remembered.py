@@ -20,7 +20,19 @@ from torch import Tensor, nn
 
 from .bypass import Instead
 
-__all__ = ["End", "Remembered", "find_ends"]
+__all__ = ["End", "Remembered", "find_ends", "remembered_bytes"]
+
+STATES = 3
+"""times the hidden states of all batches, which are kept anyway, that a part may take"""
+
+
+def remembered_bytes(max_bytes: int, states: int) -> int:
+    """Bytes that may be kept of a part.
+
+    :param max_bytes: of working memory
+    :param states: bytes of the hidden states before the block, of all batches
+    """
+    return max(max_bytes, STATES * states)
 
 
 class End(NamedTuple):

@@ -26,7 +26,7 @@ from ..method.inputs import InputGroup, Reached, find_groups, record_inputs, tok
 from ..method.row_sample import order_of
 from .bypass import Bypass, Instead
 from .calibration import Known
-from .remembered import End, Remembered, find_ends
+from .remembered import End, Remembered, find_ends, remembered_bytes
 from .together import TOGETHER, Apart, Arguments, give_the_same, hidden_states, joined
 
 __all__ = ["BlockReplay", "ReplayedInputs"]
@@ -113,11 +113,12 @@ class BlockReplay:
     def remember(self, max_bytes: int) -> None:
         """Until `end`, parts of the block that are done do not run again.
 
-        :param max_bytes: of what may be kept of a part
+        :param max_bytes: of what may be kept of a part (`remembered_bytes`)
         """
+        most = remembered_bytes(max_bytes, hidden_states(self._arguments(0)).nbytes * len(self))
         for part in self._parts() if self._ordered else ():
             end = self._ends.get(part)
-            self._remembered.append(Remembered(part, self._runs_now, len(self), max_bytes, end))
+            self._remembered.append(Remembered(part, self._runs_now, len(self), most, end))
 
     def _parts(self) -> list[nn.Module]:
         return [
