@@ -167,7 +167,8 @@ def main(
 ) -> None:
     """Scores of each model; the file is written after each."""
     plain, quantised = _named(models), _named(decompress)
-    begin = {"command": "python -m evals.lm_tasks", "dtype": dtype, "rows": {}}
+    command = f"python -m evals.lm_tasks --items {items} --dtype {dtype}"
+    begin = {"command": command, "dtype": dtype, "rows": {}}
     results = json.loads(json_file.read_text()) if json_file.exists() else begin
     if results["dtype"] != dtype:
         raise SystemExit(f"{json_file}: its dtype is {results['dtype']}, not {dtype}")

@@ -79,12 +79,20 @@ def scores() -> str:
         f"lm-eval through vLLM (`{found['command']}`, evals/results/lm_tasks.json). "
         "SmolLM2-135M-Instruct, all linears of the blocks, as above:"
     )
-    guess = [found["guess"][task] for task in TASKS]
-    lines = [["always the same answer", *(f"{acc:.3f}" for acc in [*guess, mean(guess)])]]
-    for name, row in found["rows"].items():
-        every = [row[task]["acc"] for task in TASKS]
-        lines.append([name, *(f"{acc:.3f}" for acc in [*every, mean(every)])])
-    return f"{paragraph(setting)}\n\n{table(['', *TASKS.values(), 'mean'], lines)}"
+    guess, dense = found["guess"], found["rows"]["dense"]
+    tell = [t for t in TASKS if dense[t]["acc"] > guess[t] + 2 * dense[t]["acc_stderr"]]
+    own = {name: {task: row[task]["acc"] for task in TASKS} for name, row in found["rows"].items()}
+    lines = [
+        [name, *(f"{row[task]:.3f}" for task in TASKS), f"{mean(row[task] for task in tell):.3f}"]
+        for name, row in ({"always the same answer": guess} | own).items()
+    ]
+    note = (
+        "The mean is of the tasks that can tell models apart, those on which the dense model is "
+        "better than one answer for all by two standard errors: "
+        f"{', '.join(TASKS[task] for task in tell)}."
+    )
+    head = ["", *TASKS.values(), "mean"]
+    return f"{paragraph(setting)}\n\n{table(head, lines)}\n\n{paragraph(note)}"
 
 
 TABLES = (low_rank, spending, spending_real, scores)
