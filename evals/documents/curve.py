@@ -62,14 +62,15 @@ def size_curve_short() -> str:
             loss = f"{row['loss'] - rows['dense']['loss']:.3f}{', tuned' * name.endswith('tuned')}"
             lines.setdefault(size, [f"{size:g}", *[""] * 4])
             place = 1 if part == "mlp" else 3
-            lines[size][place : place + 2] = [f"{loss} ({row['bits_stored']:.2f})", beside]
+            if round(row["bits_stored"], 2) != size:
+                loss += f" ({row['bits_stored']:.2f} bits)"
+            lines[size][place : place + 2] = [loss, beside]
     setting = paragraph(
-        f"Loss added to {found['model']} by the dial, nats per token (and bits per weight that "
-        "come out), and by the best other that was measured in at most as many bits: of "
-        "llm-compressor's GPTQModifier and AWQModifier, and of llama.cpp's types "
-        f"(`{found['command']}`, evals/results/size_curve.json):"
+        f"Loss added to {found['model']} by the dial, nats per token, and by the best other that "
+        "was measured in at most as many bits: of llm-compressor's GPTQModifier and AWQModifier, "
+        f"and of llama.cpp's types (`{found['command']}`, evals/results/size_curve.json):"
     )
-    head = ["bits asked for", "MLP linears", "best other", "all linears", "best other"]
+    head = ["bits per weight", "MLP linears", "best other", "all linears", "best other"]
     return f"{setting}\n\n{table(head, [lines[size] for size in sorted(lines, reverse=True)])}"
 
 
