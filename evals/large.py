@@ -116,7 +116,7 @@ def _whole() -> tuple[int, int, int]:
 def compressing(name: str, ranks: int) -> dict[str, float]:
     """Hours and bytes of compressing by a recipe on so many GPUs of one machine."""
     from wexpand_plugin.compress.duration import EPOCH, OTHERS, Speed, seconds
-    from wexpand_plugin.compress.estimate import TRAINED, working_bytes
+    from wexpand_plugin.compress.estimate import TRAINED, kept_bytes, working_bytes
     from wexpand_plugin.compress.plan_batches import PLAN_TOKENS_PER_COLUMN
     from wexpand_plugin.compress.planning import HESSIAN_BYTES
 
@@ -143,6 +143,7 @@ def compressing(name: str, ranks: int) -> dict[str, float]:
     kept = 0.0
     if settings.size_budget is not None:
         kept = max(settings.shortlist) * settings.size_budget * LAYERS * _bytes(linears)
+    kept += kept_bytes(linears, settings, tokens) * ranks
     gpu = block + working_bytes(linears, replace(settings, budget_scope="layer"), tokens)
     if settings.tune_epochs:
         gpu = max(gpu, 2 * block + TRAINED * weights)
@@ -153,7 +154,7 @@ def compressing(name: str, ranks: int) -> dict[str, float]:
         "plan_hours": planned / 3600,
         "hours": (planned + LAYERS * taken + moved + 2 * whole / _OF["disk"]) / 3600,
         "gpu_bytes": gpu,
-        # hidden states before, after and beside a block
+        # hidden states before, after and beside a block, and what is kept of it
         "main_bytes": whole + kept + 3 * 2 * rows * LENGTH * HIDDEN,
     }
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from wexpand_plugin.compress.duration import COLD, Speed, seconds
-from wexpand_plugin.compress.estimate import expected, working_bytes
+from wexpand_plugin.compress.estimate import expected, kept_bytes, working_bytes
 from wexpand_plugin.format.rowpool import RowPool
 from wexpand_plugin.method.settings import Settings
 
@@ -19,7 +19,6 @@ LINEARS = {
 TOKENS = 1000
 # of 1000 tokens: three times 20 columns, and twice 8 hidden states
 DOWN = 5 * 400 * 4 + 3 * TOKENS * 20 * 4 + 2 * TOKENS * 8 * 4
-DOWN += 4 * TOKENS * (8 + 20)  # what one part has given, and what down reads
 DOWN += 4 * 20 * (8 + 3 * 20)  # one Hessian at a time
 BYTES = 4 * (80 + 80 + 160)
 
@@ -44,6 +43,17 @@ BYTES = 4 * (80 + 80 + 160)
 def test_widest_group_and_what_is_kept(values, expected):
     settings = Settings(0.5, num_experts=4, max_bytes=100, **values)
     assert working_bytes(LINEARS, settings, TOKENS) == expected
+
+
+def test_what_is_kept_of_a_block():
+    """What a part has given [tokens, 8], and what down reads: up to three times as much, or more
+    where there is room."""
+    wide = LINEARS | {"b.mlp.down": nn.Linear(25, 8, bias=False)}
+    experts = Settings(0.5, num_experts=4, max_bytes=100)
+    assert kept_bytes(LINEARS, experts, TOKENS) == 4 * TOKENS * (8 + 20)
+    assert kept_bytes(wide, experts, TOKENS) == 4 * TOKENS * 8
+    assert kept_bytes(wide, Settings(0.5, num_experts=4), TOKENS) == 4 * TOKENS * (8 + 25)
+    assert kept_bytes(LINEARS, Settings(0.5, num_experts=1), TOKENS) == 0
 
 
 def test_candidates_that_wait_on_the_disk():

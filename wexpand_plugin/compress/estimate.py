@@ -16,7 +16,7 @@ from .precision import stored_dtype
 from .remembered import remembered_bytes
 from .rows import settings_for
 
-__all__ = ["Expected", "expected", "refuse_unreadable", "working_bytes"]
+__all__ = ["Expected", "expected", "kept_bytes", "refuse_unreadable", "working_bytes"]
 
 
 TRAINED = 20
@@ -97,7 +97,8 @@ def expected(
     if not settings.tune_epochs and not settings.tune_model_epochs:
         tuned = 0
     every = {name: linear for linears in blocks.values() for name, linear in linears.items()}
-    memory = max(working_bytes(every, settings, tokens, on_disk), round(TRAINED * tuned))
+    solving = working_bytes(every, settings, tokens, on_disk) + kept_bytes(every, settings, tokens)
+    memory = max(solving, round(TRAINED * tuned))
     return Expected(START + taken, memory, round(stored))
 
 
@@ -112,8 +113,7 @@ def working_bytes(
     kept where the whole model competes for one budget, with the means that their biases follow
     from; of those that wait `on_disk` the errors and sizes alone, when all blocks are done. Linears
     of one parent and width count as one group, which they nearly always are. Of the
-    calibration `tokens`, hidden states are kept before and after a block; where it is replayed also
-    what its parts have given and what the last linear reads (`remembered`).
+    calibration `tokens`, hidden states are kept before and after a block.
     """
     groups = _groups(linears)
     versions = settings.num_experts if settings.size_budget is None else 2 * settings.num_experts
@@ -131,11 +131,7 @@ def working_bytes(
 
     widest = max(of_group(width, group) for (_, width), group in groups.items())
     # hidden states before and after a block
-    least, most = (4 * tokens * choose(width for _, width in groups) for choose in (min, max))
-    widest += 2 * least
-    if settings.clusters > 1:
-        fits = remembered_bytes(settings.max_bytes, least)
-        widest += sum(own for own in (least, most) if own <= fits)
+    widest += 2 * 4 * tokens * min(width for _, width in groups)
     kept = 0.0
     if settings.size_budget is not None and settings.budget_scope == "model":
         outputs = sum(len(linear.weight) for linear in linears.values())
@@ -148,6 +144,17 @@ def working_bytes(
             inputs = sum(width for _, width in groups)
             kept += 2 * 4 * settings.clusters * (outputs + inputs)
     return widest + round(kept)
+
+
+def kept_bytes(linears: Mapping[str, nn.Linear], settings: Settings, tokens: int) -> int:
+    """Bytes, in main memory, of what is kept of a block that is replayed: what a part of it has
+    given and what the last linear of another reads (`remembered`), where these may be kept."""
+    if settings.clusters == 1:
+        return 0
+    widths = [width for _, width in _groups(linears)]
+    least, most = (4 * tokens * width for width in (min(widths), max(widths)))
+    fits = remembered_bytes(settings.max_bytes, least)
+    return sum(own for own in (least, most) if own <= fits)
 
 
 def refuse_unreadable(model: Any, linears: Mapping[str, nn.Linear], settings: Settings) -> None:
