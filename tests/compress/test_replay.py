@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from wexpand_plugin.compress.calibration import Known
 from wexpand_plugin.compress.remembered import End, Remembered, find_ends
 from wexpand_plugin.compress.replay import BlockReplay
+from wexpand_plugin.compress.rows import packed
 from wexpand_plugin.compress.together import Apart, Arguments, give_the_same, joined
+from wexpand_plugin.format.values import codec_of
+from wexpand_plugin.method.versions import RowVersions, SolvedRows
 
 
 class Block(nn.Module):
@@ -207,6 +210,19 @@ def test_what_a_part_hands_on(wrap, end):
         part(torch.zeros(1, 4))
     assert found.get(part) == end
     assert len(part[1]._forward_hooks) == 0
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_full_experts_are_at_hand_as_unpacking_would_give_them(stored):
+    """In the model's dtype, what is too small for it included (`expansion._replace_groups`)."""
+    torch.manual_seed(0)
+    weights = torch.randn(3, 5, 16) * (torch.rand(3, 5, 16) < 0.4)
+    weights[0, 0, :4] = 1e-44
+    versions = RowVersions.full(SolvedRows(weights), 0.0)
+    experts = versions.experts()
+    pool = packed(versions, codec_of(stored), experts)
+    for expert in range(3):
+        assert torch.equal(experts.weights[expert].to(stored), pool.expert(expert))
 
 
 def test_a_linear_that_is_called_twice_is_no_end():

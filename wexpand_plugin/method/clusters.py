@@ -55,8 +55,8 @@ FINER = 8
 PARENT_ROWS = 16384
 """rows, at least, that parents are made from, if there are more"""
 POWER = 4
-"""of PCA's power iterations, where it has any: a thousandth of the variance is lost by these, and
-half of the time by twice as many"""
+"""of PCA's power iterations, where it has any; more change its components' variance by a
+thousandth"""
 NEVER = -1e30
 """bias of a cluster that no input is nearest to, as its parent had too few distinct rows"""
 
