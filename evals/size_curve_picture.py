@@ -20,7 +20,15 @@ import typer
 
 from evals.size_curve import RESULTS, TARGETS
 
-__all__ = ["SERIES", "best_of_others", "of_series", "prediction", "series_of"]
+__all__ = [
+    "SERIES",
+    "TITLES",
+    "Rows",
+    "best_of_others",
+    "of_series",
+    "prediction",
+    "series_of",
+]
 
 SERIES = {
     "ours, tuned": ("#0072b2", "o-"),

@@ -8,8 +8,9 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
-from evals.size_curve_picture import SERIES, of_series
+from evals.size_curve_picture import SERIES, TITLES, Rows, of_series
 
 from .accuracy import Point, real_model_points
 from .fill import ROOT
@@ -29,16 +30,21 @@ _MOST = 9.5
 """bits per weight, of what is drawn"""
 
 
-def series() -> Series:
-    """The points of SmolLM2's MLP linears: those of evals.size_curve, and zeros alone."""
-    found: Series = {}
+def series() -> dict[str, Series]:
+    """The points of SmolLM2, of all linears and of the MLPs' alone: those of evals.size_curve, and,
+    of the MLPs, zeros alone."""
     curve = results("size_curve")["rows"]
+    return {part: _series(curve, part) for part in TITLES}
+
+
+def _series(curve: Rows, part: str) -> Series:
+    found: Series = {}
     for line in SERIES:
-        for name, row in of_series(curve, "mlp", line):
+        for name, row in of_series(curve, part, line):
             added = row["loss"] - curve["dense"]["loss"]
             point = (round(row["bits_stored"], 2), round(added, 3))
             found.setdefault(line, {})[name.split()[2]] = point
-    for name, points in real_model_points().items():
+    for name, points in real_model_points().items() if part == "mlp" else ():
         if name.endswith("% bfloat16") and points[0]:
             own = found.setdefault(_ZEROS, {})
             own[name.split()[0]] = (round(points[0][0], 2), round(points[0][1], 3))
@@ -48,7 +54,7 @@ def series() -> Series:
     }  # fmt: skip
 
 
-def drawn() -> Series | None:
+def drawn() -> dict[str, Series] | None:
     """What the file shows; None if there is none."""
     if not FILE.exists():
         return None
@@ -56,7 +62,10 @@ def drawn() -> Series | None:
     if text is None:
         return None
     values = json.loads(html.unescape(text.group(1)))
-    return {k: {label: tuple(p) for label, p in v.items()} for k, v in values.items()}
+    return {
+        part: {k: {label: tuple(p) for label, p in v.items()} for k, v in found.items()}
+        for part, found in values.items()
+    }
 
 
 def draw() -> None:
@@ -67,8 +76,22 @@ def draw() -> None:
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "wexpand", "font.size": 9}
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.2))
-    for name, points in series().items():
+    figure, panels = pyplot.subplots(1, len(TITLES), figsize=(10, 4.4), sharey=True)
+    for axes, (part, lines) in zip(panels, series().items(), strict=True):
+        _plot(axes, lines)
+        axes.set_title(TITLES[part], fontsize=9)
+        axes.set_xlabel("bits stored per weight")
+    panels[0].set_ylabel("loss added, nats per token")
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(FILE, metadata={"Date": None, "Description": json.dumps(series())})
+    pyplot.close(figure)
+    text = "\n".join(line.rstrip() for line in FILE.read_text().splitlines())
+    FILE.write_text(text + "\n")
+
+
+def _plot(axes: Any, lines: Series) -> None:
+    for name, points in lines.items():
         colour, style = _LINES[name]
         xs, ys = zip(*sorted(points.values()), strict=True)
         axes.plot(xs, ys, style, color=colour, label=name, linewidth=1, markersize=5)
@@ -82,12 +105,4 @@ def draw() -> None:
     axes.set_yscale("symlog", linthresh=0.1, linscale=0.6)
     axes.set_yticks([0, 0.05, 0.1, 0.3, 1, 3], ["0", "0.05", "0.1", "0.3", "1", "3"])
     axes.set_ylim(bottom=-0.02)
-    axes.set_xlabel("bits stored per weight of the MLP linears")
-    axes.set_ylabel("loss added, nats per token")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(FILE, metadata={"Date": None, "Description": json.dumps(series())})
-    pyplot.close(figure)
-    text = "\n".join(line.rstrip() for line in FILE.read_text().splitlines())
-    FILE.write_text(text + "\n")

@@ -45,8 +45,9 @@ def test_rows_that_are_still_to_come(monkeypatch):
              "mlp: llama.cpp Q8_0": {"loss": 3.0, "bits_stored": 8.5}}  # fmt: skip
     monkeypatch.setattr(picture, "results", lambda name: {"rows": curve})
     assert picture.series() == {
-        "ours, tuned": {"3.25": (3.2, 0.2)}, "llama.cpp": {"Q8_0": (8.5, 0.0)}
-    }  # fmt: skip
+        "all": {"GPTQ": {"3": (3.25, 0.5)}},
+        "mlp": {"ours, tuned": {"3.25": (3.2, 0.2)}, "llama.cpp": {"Q8_0": (8.5, 0.0)}},
+    }
     del rows["dense"]["others"]
     assert "nothing has been measured yet" in accuracy.real_model_others()
 
