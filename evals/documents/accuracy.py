@@ -10,6 +10,8 @@ __all__ = ["HOW", "TABLES", "Point", "real_model_points"]
 
 HOW = ("", " tuned", " tuned as a whole")
 """how names of rows of evals.real_model end: one-shot, by blocks, and then through the model"""
+FEWER = " tuned in fewer epochs"
+"""... and of those that had more text for as many steps"""
 
 Point = tuple[float, float]
 """bits per weight, loss added"""
@@ -44,7 +46,7 @@ def real_model_points() -> dict[str, list[Point | None]]:
     rows = results("real_model")["rows"]
     found: dict[str, list[Point | None]] = {}
     for name, row in rows.items():
-        if name == "dense":
+        if name == "dense" or FEWER in name:
             continue
         plain, place = _how(name)
         points = found.setdefault(plain, [None] * len(HOW))
@@ -96,6 +98,24 @@ def real_model_short() -> str:
         f"{said('GPTQ 4 bits')}); `int3` {said('int3')} (GPTQModifier {said('GPTQ 3 bits')}); half "
         f"zeros with 4-bit values {said('50% int4')}. Nothing is tuned there.{after}"
     )
+
+
+def real_model_more_text() -> str:
+    """Twice the text for as many steps of tuning."""
+    rows = results("real_model")["rows"]
+    lines = []
+    for name, row in rows.items():
+        plain, found, tokens = name.partition(FEWER)
+        if found:
+            before = rows.get(plain + HOW[2])
+            losses = [None if r is None else r["loss"] - rows["dense"]["loss"]
+                      for r in (rows.get(plain), before, row)]  # fmt: skip
+            cells = ["" if loss is None else f"{loss:.3f}" for loss in losses]
+            lines.append([_label(plain), *cells, tokens.strip(", ") or "as many"])
+    if not lines:
+        return "More text for as many steps of tuning has not been measured yet."
+    head = ["", "untuned", "tuned as a whole", "in fewer epochs", "of"]
+    return table(head, lines)
 
 
 def real_model_others() -> str:
@@ -277,6 +297,6 @@ def demo() -> str:
 
 
 TABLES = (
-    real_model, real_model_others, real_model_setting, real_model_short, experts, recipe_recovers,
-    allocate_by, clusters, dial, paper, demo,
+    real_model, real_model_more_text, real_model_others, real_model_setting, real_model_short,
+    experts, recipe_recovers, allocate_by, clusters, dial, paper, demo,
 )  # fmt: skip
