@@ -99,12 +99,16 @@ VARIANTS |= {
     for name in ("50% int4", "50% bfloat16", "80% bfloat16", "int4", "70% int4", "2:4 int4",
                  "80% int4", "int3", "int2")
 }  # fmt: skip
-# for twice the text: as many steps, and smaller ones through the whole model
-_FEWER = {"tune_epochs": 4, "tune_model_epochs": 1, "tune_model_lr": 0.001}
+# fewer epochs, for more text
 VARIANTS |= {
-    f"{name} tuned in fewer epochs": {key: keys | _FEWER for key, keys in VARIANTS[name].items()}
+    f"{name} tuned in {epochs}": {key: keys | more for key, keys in VARIANTS[name].items()}
+    for epochs, more in (
+        ("4 epochs", {"tune_epochs": 4}),
+        ("4 and 1 epochs",
+         {"tune_epochs": 4, "tune_model_epochs": 1, "tune_model_lr": 0.001}),
+    )
     for name in ("50% bfloat16", "50% int4")
-}
+}  # fmt: skip
 """name -> modifiers of its recipe"""
 
 

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
 
+from evals.real_model import TOKENS
+
 from .results import paragraph, percent, results, spread, table
 
 __all__ = ["HOW", "TABLES", "Point", "real_model_points"]
 
 HOW = ("", " tuned", " tuned as a whole")
 """how names of rows of evals.real_model end: one-shot, by blocks, and then through the model"""
-FEWER = " tuned in fewer epochs"
-"""... and of those that had more text for as many steps"""
+FEWER = " tuned in "
+"""... and of those that had fewer epochs, of more text"""
 
 Point = tuple[float, float]
 """bits per weight, loss added"""
@@ -91,31 +93,38 @@ def real_model_short() -> str:
         return f"{added:.3f} at {bits:.2f} bits"
 
     tuned = [point for point in points["int3"][1:] if point]
-    after = f" Tuned, `int3` adds {min(p[1] for p in tuned):.3f}." if tuned else ""
+    least = min((point[1] for point in tuned), default=None)
+    after = "" if least is None else f" Tuned, as in recipe `int3`, `values: int3` adds {least:.3f}."
     return paragraph(
-        "What SmolLM2-135M loses, in nats per token more than the dense model, and at how many "
-        f"bits per weight: `int4` {said('int4')} (llm-compressor's GPTQModifier "
-        f"{said('GPTQ 4 bits')}); `int3` {said('int3')} (GPTQModifier {said('GPTQ 3 bits')}); half "
-        f"zeros with 4-bit values {said('50% int4')}. Nothing is tuned there.{after}"
+        "What SmolLM2-135M loses where its MLP linears alone are compressed, in nats per token "
+        f"more than the dense model: `values: int4` {said('int4')} per weight (llm-compressor's "
+        f"GPTQModifier {said('GPTQ 4 bits')}); `values: int3` {said('int3')} (GPTQModifier "
+        f"{said('GPTQ 3 bits')}); half zeros with 4-bit values {said('50% int4')}. Nothing is "
+        f"tuned there.{after}"
     )
 
 
 def real_model_more_text() -> str:
-    """Twice the text for as many steps of tuning."""
+    """More text for fewer epochs of tuning."""
     rows = results("real_model")["rows"]
-    lines = []
+    dense, lines = rows["dense"]["loss"], []
     for name, row in rows.items():
-        plain, found, tokens = name.partition(FEWER)
+        plain, found, how = name.partition(FEWER)
         if found:
-            before = rows.get(plain + HOW[2])
-            losses = [None if r is None else r["loss"] - rows["dense"]["loss"]
-                      for r in (rows.get(plain), before, row)]  # fmt: skip
-            cells = ["" if loss is None else f"{loss:.3f}" for loss in losses]
-            lines.append([_label(plain), *cells, tokens.strip(", ") or "as many"])
+            epochs, _, tokens = how.partition(", ")
+            by_blocks, _, whole = epochs.removesuffix(" epochs").partition(" and ")
+            tokens = tokens.removesuffix(" tokens") or str(TOKENS)
+            lines.append((plain, int(tokens), by_blocks, whole or "0", row["loss"] - dense))
+    for plain in {line[0] for line in lines}:
+        if (row := rows.get(plain + HOW[2])) is not None:
+            lines.append((plain, TOKENS, "8", "2", row["loss"] - dense))
     if not lines:
-        return "More text for as many steps of tuning has not been measured yet."
-    head = ["", "untuned", "tuned as a whole", "in fewer epochs", "of"]
-    return table(head, lines)
+        return "More text for fewer epochs of tuning has not been measured yet."
+    head = ["", "calibration tokens", "epochs by blocks", "through the model", "loss added"]
+    return table(head, [
+        [_label(plain), f"{tokens:,}", by_blocks, whole, f"{loss:.3f}"]
+        for plain, tokens, by_blocks, whole, loss in sorted(lines)
+    ])  # fmt: skip
 
 
 def real_model_others() -> str:

@@ -67,8 +67,9 @@ def size_curve_short() -> str:
             lines[size][place : place + 2] = [loss, beside]
     setting = paragraph(
         f"Loss added to {found['model']} by the dial, nats per token, and by the best other that "
-        "was measured in at most as many bits: of llm-compressor's GPTQModifier and AWQModifier, "
-        f"and of llama.cpp's types (`{found['command']}`, evals/results/size_curve.json):"
+        "was measured in at most as many bits: of llm-compressor's GPTQModifier and AWQModifier "
+        "(which had an eighth of the calibration text), and of llama.cpp's types "
+        f"(`{found['command']}`, evals/results/size_curve.json):"
     )
     head = ["bits per weight", "MLP linears", "best other", "all linears", "best other"]
     return f"{setting}\n\n{table(head, [lines[size] for size in sorted(lines, reverse=True)])}"

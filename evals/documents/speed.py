@@ -76,10 +76,13 @@ def serve_setting() -> str:
 def serve_sizes_setting() -> str:
     """What the table of sizes was measured on."""
     found = results("serve_sizes")
+    again = "The rows from the second dense one on are of another run. " * (
+        "dense, again" in found["models"]
+    )
     return paragraph(
         f"{found['model']} in vLLM, dense and at sizes of the dial, on {machine(found['machine'])}:"
-        f" tokens per second, and how many times the dense model's that is (`{found['command']} "
-        "--model DIR --expanded DIR ...`, evals/results/serve_sizes.json)."
+        f" tokens per second, and how many times the dense model's that is. {again}"
+        f"(`{found['command']} --model DIR --expanded DIR ...`, evals/results/serve_sizes.json)"
     )
 
 

@@ -52,6 +52,8 @@ def _spending(name: str, dense: float, what: str) -> str:
         label = row["name"].replace(", random", ", centres at random")
         if label == "one mask":
             label = f"**one mask, {row['sparsity']:.1%} zeros**"
+        elif label != "dense":
+            label += f", {row['sparsity']:.0%} zeros"
         if label != "dense":
             rows.setdefault(label, []).append(row)
     lines = []

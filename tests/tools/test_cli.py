@@ -232,8 +232,9 @@ def test_compress_refuses_before_work(pruned, tmp_path):
     assert "size: 1.5 should be" in sentence(no)
     no = run("compress", pruned, *options[2:], code=2)
     assert "Missing --size, --read or --recipe" in no.stderr
-    both = sentence(run("compress", pruned, *options, "--size", 0.2, code=1))
-    assert "size: 0.2 is for compressing without a recipe" in both
+    recipe.write_text("a_stage:\n  b_modifiers:\n    PackModifier: {targets: Linear}\n")
+    no = sentence(run("compress", pruned, *options, "--size", 0.2, code=1))
+    assert "recipe.yaml: has no SparseExpansionModifier, whose budgets --size and --read set" in no
     assert not (tmp_path / "out").exists()
 
 

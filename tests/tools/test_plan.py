@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import run, sentence
+from commands import run, sentence
 
 from wexpand_plugin.tools.inspect import inspect
 from wexpand_plugin.tools.synth import Shape, synth
@@ -58,6 +58,20 @@ def test_the_table_and_what_is_refused(dense, text, tmp_path):
     assert "read: 1.5 should be above 0 and below 1" in sentence(no)
     bad = run("plan", dense / "dense", *text, "--plot", tmp_path / "curve.xyz", code=1)
     assert "plot: curve.xyz should end in" in sentence(bad)
+
+
+@pytest.mark.slow
+def test_a_plan_is_what_compress_goes_by(dense, tmp_path):
+    """Of more rows than a plan needs both draw the same, so both predict the same."""
+    rows = ("-d", dense / "text.txt", "--max-seq-length", 64, "--samples", 200)
+    run("compress", dense / "dense", *rows, "-o", tmp_path / "out", "-r", "dial", "--size", 0.3)
+    made_by = inspect(tmp_path / "out").made_by
+    assert made_by["size_budget"] == 0.3 and made_by["read_budget"] is None
+    found = json.loads(run("plan", dense / "dense", *rows, "--json", "--size", 0.3).stdout)
+    assert found["tokens"] == 8192
+    (point,) = found["points"]
+    rounded = [float(f"{point[key]:.4g}") for key in ("stored", "added_loss")]
+    assert rounded in made_by["dial"]["curve"]
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import WexpandError
 from .loading import DTYPES, load_dense, load_inputs
-from .recipes import dial_recipe
+from .recipes import recipe, refuse_sizes
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -76,7 +77,7 @@ def curve(
     dataset: str,
     *,
     sizes: Sequence[float] = (),
-    samples: int = 16,
+    samples: int = 128,
     max_seq_length: int = 512,
     dataset_config: str | None = None,
     split: str = "train",
@@ -86,7 +87,8 @@ def curve(
 ) -> Curve:
     """Plan all linears of the blocks, as recipe "dial" has them, and look at several sizes.
 
-    Parameters as of `oneshot.compress`; few samples do.
+    Parameters as of `oneshot.compress`, which makes the same plan: of the samples both draw as many
+    as the widest linear needs.
 
     :param sizes: bytes over dense bytes, each above 0 and below 1; by default BITS
     :raises WexpandError: what `compress` refuses, or a size that cannot be reached
@@ -97,7 +99,7 @@ def curve(
     from ..method.prospects import Dial
     from .calibration import MASKS
     from .checks import refuse_nonfinite, refuse_unrolled
-    from .plan_batches import plan_batches
+    from .plan_batches import plan_batches, plan_tokens
     from .planning import plan_linears
     from .targets import target_linears
 
@@ -105,8 +107,8 @@ def curve(
     if dtype not in DTYPES:
         raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     for size in sizes:
-        dial_recipe(size)  # refuses what cannot be
-    ((_, modifiers),) = yaml.safe_load(dial_recipe(0.5))["dial_stage"].items()
+        refuse_sizes(size=size)
+    ((_, modifiers),) = yaml.safe_load(Path(recipe("dial")).read_text())["dial_stage"].items()
     keys = modifiers["SparseExpansionModifier"]
     targets, ignore = keys.pop("targets"), keys.pop("ignore")
     inputs = load_inputs(
@@ -132,7 +134,9 @@ def curve(
         }
         for row in inputs.rows
     ]
-    plan = plan_linears(dense, linears, plan_batches(batches, device), Dial.of(keys))
+    dial = Dial.of(keys)
+    drawn = plan_batches(batches, device, plan_tokens(linears.values()), dial.base.seed)
+    plan = plan_linears(dense, linears, drawn, dial)
     dense_bits = 8 * plan.dense_bytes / plan.weights
     wanted = sorted(sizes or (bits / dense_bits for bits in BITS), reverse=True)
     if not sizes:

@@ -79,21 +79,24 @@ class SparseExpansionModifier(Modifier):
     - on_finalize
         - make `save_pretrained` write the packed checkpoint
 
-    :param sparsity: fraction of weights pruned in each expert, below 1; or "auto": sparsity and
-        values of each linear are chosen for the least loss in `size_budget` and `read_budget`
+    :param sparsity: fraction of weights pruned in each expert, below 1; N/M with a mask of N:M, and
+        0 with integers only; or "auto": sparsity and values of each linear are chosen for the least
+        loss in `size_budget` and `read_budget` (without `num_clusters`)
     :param mask_structure: "row" (every neuron keeps the same number of weights per column block),
         "unstructured" (one threshold per column block, as SparseGPTModifier's "0:0"), or "N:M"
     :param values: how kept weights are stored: "auto" (in the model's dtype), "int8",
-        "int6", "int5", "int4", "int3" or "int2", rounded together with pruning; with integers
-        `sparsity` may be 0. With `sparsity: auto`, "auto" is any of them for each input group
-    :param value_group: columns of a row that share a scale, with integers
-    :param num_experts: experts per input group, at most 256; 1 is plain sparse
+        "int6", "int5", "int4", "int3" or "int2", rounded together with pruning. With
+        `sparsity: auto`, "auto" is any of them for each input group
+    :param value_group: columns of a row that share a scale, with integers; a multiple of 8 that
+        divides `block_size`
+    :param num_experts: experts per input group, at most 256; 1 is plain pruning or quantisation
     :param num_clusters: clusters with a bias each, which makes up for what a cluster's mean input
         loses; num_experts to 4096, and each expert is a set of them; 0 for no biases, and a cluster
         for each expert. A token reads one bias, and of a router with more than 32 clusters about
         2 sqrt(num_clusters) rows
     :param size_budget: bytes stored for the targeted linears over their dense bytes; null stores
-        every expert in full (the paper's method)
+        every expert in full (the paper's method). With one expert for `sparsity: auto` only, as
+        nothing else is left to choose; so is `read_budget`
     :param read_budget: bytes that a token reads of the targeted linears over their dense bytes, or
         null. With one expert all that is stored is read. With several and `sparsity: auto`, zeros
         and bits are chosen by it, and experts have the rest of `size_budget` (null: full expansion)
@@ -111,14 +114,16 @@ class SparseExpansionModifier(Modifier):
     :param shrinkage: weight of all tokens' Hessian in each expert's, in multiples of in_features
         tokens
     :param tune_epochs: passes of block tuning: after a block has been solved, its kept values,
-        scales and biases are trained to give the dense model's hidden states; 0 for none
+        scales and biases are trained to give the dense model's hidden states; 0 for none. With a
+        `size_budget` for experts, `budget_scope` has to be "layer"
     :param tune_lr: its learning rate (Adam, falling linearly), relative to the size of a linear's
-        weights (their root mean square); null chooses by `values`; int3 and int2 take 2 and 4
-        times as much
+        weights (their root mean square); null: 0.06, for integers 0.01. Linears in int3 and int2
+        take 2 and 4 times what is said
     :param tune_model_epochs: passes of tuning through the whole model, after its last block: the
         same is trained to give the dense model's predictions; 0 for none. Takes a model that fits
-        on its device, and about four times a pass of it for each epoch
-    :param tune_model_lr: its learning rate
+        on its device, and about four times a pass of it for each epoch; and blocks that follow
+        each other, all with targets
+    :param tune_model_lr: its learning rate, as `tune_lr`
     :param router_dims: PCA dimensions for clustering; in_features / 32, at least 8 (64 with
         num_clusters), if null
     :param router_samples: rows of an input group that are clustered; with many num_clusters up to

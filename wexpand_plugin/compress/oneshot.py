@@ -20,7 +20,7 @@ from ..method import ranks
 from .loading import DTYPES, load_dense, load_inputs
 from .precision import set_dtypes
 from .progress import resumable
-from .recipes import check_recipe, dial_recipe
+from .recipes import check_recipe, refuse_sizes, with_budgets
 from .recipes import recipe as find_recipe
 from .saved import check_saved
 
@@ -50,11 +50,12 @@ def compress(
 
     :param model: model directory or hub id
     :param recipe: YAML file of llm-compressor modifiers, ours among them or not, or the bare name
-        of a recipe of this package; None: recipe "dial", at `size` and `read`
+        of a recipe of this package; None: "dial", which needs `size` or `read`
     :param dataset: text file, .jsonl, .json, .csv, .parquet, saved dataset, or hub id; texts,
         chats, or rows of input_ids with or without masks
-    :param size: bytes of the compressed linears over their dense bytes; without a recipe only
-    :param read: those of them that a token reads, over the same; without a recipe only
+    :param size: bytes of the compressed linears over their dense bytes, in place of the recipe's
+        size_budget
+    :param read: those of them that a token reads, over the same, in place of its read_budget
     :param samples, max_seq_length: rows of calibration tokens and their length
     :param batch_size: rows at a time; a few make calibration faster
     :param dtype: what is computed in: "float32", "bfloat16", "float16", or "auto": the model's own
@@ -87,17 +88,18 @@ def compress(
         "dataset_config": dataset_config, "split": split, "text_column": text_column,
         "batch_size": batch_size, "dtype": dtype, "seed": seed,
     }  # fmt: skip
-    for key, value in (("size", size), ("read", read)):
-        if recipe is not None and value is not None:
-            raise WexpandError(
-                f"{key}: {value} is for compressing without a recipe; set {key}_budget in {recipe} "
-                "instead"
-            )
-    if recipe is None:
-        recipe = dial_recipe(size, read)
+    if recipe is None and size is None and read is None:
+        raise WexpandError("size: is missing; give a size, what a token reads, or a recipe")
+    refuse_sizes(size=size, read=read)
+    budgets = {"size_budget": size, "read_budget": read}
+    if recipe is not None:  # else nothing of the recipe's own holds
+        budgets = {key: value for key, value in budgets.items() if value is not None}
+    recipe = find_recipe(recipe or "dial")
+    check_recipe(recipe)
+    if budgets:
+        recipe = with_budgets(recipe, budgets)
+        options["stages"] = yaml.safe_load(recipe)
     else:
-        recipe = find_recipe(recipe)
-        check_recipe(recipe)
         options["stages"] = yaml.safe_load(Path(recipe).read_text(encoding="utf8"))
     inputs = load_inputs(
         model, dataset, samples=samples, max_seq_length=max_seq_length,

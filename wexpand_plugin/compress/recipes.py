@@ -1,12 +1,13 @@
 """Recipes: those that come with the package, and what is wrong with one before work starts."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import WexpandError
 
-__all__ = ["check_recipe", "dial_recipe", "recipe", "recipe_names"]
+__all__ = ["check_recipe", "recipe", "recipe_names", "refuse_sizes", "with_budgets"]
 
 
 def recipe_names() -> list[str]:
@@ -31,23 +32,35 @@ def recipe(name: str | Path) -> str:
     return str(found)
 
 
-def dial_recipe(size: float | None, read: float | None = None) -> str:
-    """The text of recipe "dial" with `size` for its size_budget and `read` for its read_budget.
+def refuse_sizes(**sizes: float | None) -> None:
+    """Refuse what is no size.
 
-    :raises WexpandError: a size that cannot be, or none
+    :param sizes: bytes over dense bytes, by the name of the option; None: not given
+    :raises WexpandError: one that is not above 0 and below 1
     """
-    import yaml
-
-    if size is None and read is None:
-        raise WexpandError("size: is missing; give a size, what a token reads, or a recipe")
-    for key, value in (("size", size), ("read", read)):
+    for key, value in sizes.items():
         if value is not None and not 0 < value < 1:
             raise WexpandError(
                 f"{key}: {value} should be above 0 and below 1, bytes over dense bytes"
             )
-    stages = yaml.safe_load(Path(recipe("dial")).read_text(encoding="utf8"))
-    ((_, modifiers),) = stages["dial_stage"].items()
-    modifiers["SparseExpansionModifier"] |= {"size_budget": size, "read_budget": read}
+
+
+def with_budgets(path: str | Path, budgets: Mapping[str, float | None]) -> str:
+    """The text of a recipe with these values of size_budget and read_budget.
+
+    :raises WexpandError: a recipe without SparseExpansionModifier
+    """
+    import yaml
+
+    path = Path(path)
+    stages = yaml.safe_load(path.read_text(encoding="utf8"))
+    found = [keys for name, keys in _modifiers(path, stages) if name == "SparseExpansionModifier"]
+    if not found:
+        raise WexpandError(
+            f"{path}: has no SparseExpansionModifier, whose budgets --size and --read set"
+        )
+    for keys in found:
+        keys |= budgets
     return yaml.safe_dump(stages, sort_keys=False)
 
 

@@ -45,19 +45,23 @@ def compress(
     size: Annotated[
         float | None,
         typer.Option(
-            help="Instead of a recipe: bytes of the blocks' linears over their dense bytes; 0.2 of "
-            "bfloat16 is 3.2 bits per weight."
+            help="Bytes of the blocks' linears over their dense bytes; 0.2 of bfloat16 is 3.2 bits "
+            "per weight. In place of a recipe, or of its size_budget."
         ),
     ] = None,
     read: Annotated[
         float | None,
         typer.Option(
-            help="The same for what a token reads of them; without experts that is all of --size."
+            help="The same for what a token reads of them, or a recipe's read_budget; without "
+            "experts that is all of --size."
         ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="YAML file, or a recipe of the package by its name."),
+        typer.Option(
+            "--recipe", "-r",
+            help="YAML file, or a recipe of the package by its name; \"dial\" if none is given.",
+        ),  # fmt: skip
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Rows of calibration tokens.")] = 128,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
@@ -144,7 +148,9 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option(help="A picture of the curve: .png, .svg or .pdf.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Rows of tokens; few do.")] = 16,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Rows of calibration tokens; some of them do for a plan.")
+    ] = 128,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 512,
     dataset_config: DatasetConfig = None,
     split: Split = "train",
