@@ -94,13 +94,13 @@ def real_model_short() -> str:
 
     tuned = [point for point in points["int3"][1:] if point]
     least = min((point[1] for point in tuned), default=None)
-    after = "" if least is None else f" Tuned, as in recipe `int3`, `values: int3` adds {least:.3f}."
+    after = "" if least is None else f" Tuned as in recipe `int3`, that adds {least:.3f}."
     return paragraph(
         "What SmolLM2-135M loses where its MLP linears alone are compressed, in nats per token "
         f"more than the dense model: `values: int4` {said('int4')} per weight (llm-compressor's "
-        f"GPTQModifier {said('GPTQ 4 bits')}); `values: int3` {said('int3')} (GPTQModifier "
-        f"{said('GPTQ 3 bits')}); half zeros with 4-bit values {said('50% int4')}. Nothing is "
-        f"tuned there.{after}"
+        f"GPTQModifier {said('GPTQ 4 bits')}); half zeros with 4-bit values "
+        f"{said('50% int4')}; `values: int3` {said('int3')} (GPTQModifier {said('GPTQ 3 bits')}). "
+        f"Nothing is tuned there.{after}"
     )
 
 

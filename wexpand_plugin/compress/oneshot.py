@@ -90,17 +90,18 @@ def compress(
     }  # fmt: skip
     if recipe is None and size is None and read is None:
         raise WexpandError("size: is missing; give a size, what a token reads, or a recipe")
-    refuse_sizes(size=size, read=read)
     budgets = {"size_budget": size, "read_budget": read}
-    if recipe is not None:  # else nothing of the recipe's own holds
+    if recipe is None:
+        refuse_sizes(size=size, read=read)
+    else:  # its own holds where nothing is given
         budgets = {key: value for key, value in budgets.items() if value is not None}
-    recipe = find_recipe(recipe or "dial")
-    check_recipe(recipe)
+    file = find_recipe(recipe or "dial")
+    check_recipe(file)
+    recipe = Path(file).read_text(encoding="utf8")
     if budgets:
-        recipe = with_budgets(recipe, budgets)
-        options["stages"] = yaml.safe_load(recipe)
-    else:
-        options["stages"] = yaml.safe_load(Path(recipe).read_text(encoding="utf8"))
+        recipe = with_budgets(file, budgets)
+        check_recipe(file, recipe)
+    options["stages"] = yaml.safe_load(recipe)
     inputs = load_inputs(
         model, dataset, samples=samples, max_seq_length=max_seq_length,
         dataset_config=dataset_config, split=split, text_column=text_column, seed=seed,

@@ -57,7 +57,7 @@ def with_budgets(path: str | Path, budgets: Mapping[str, float | None]) -> str:
     found = [keys for name, keys in _modifiers(path, stages) if name == "SparseExpansionModifier"]
     if not found:
         raise WexpandError(
-            f"{path}: has no SparseExpansionModifier, whose budgets --size and --read set"
+            f"{path}: has no SparseExpansionModifier, whose budgets size and read set"
         )
     for keys in found:
         keys |= budgets
@@ -70,9 +70,10 @@ def _folder() -> Path:
     return next(f for f in (package / "recipes", package.parent / "recipes") if f.is_dir())
 
 
-def check_recipe(path: str | Path) -> None:
+def check_recipe(path: str | Path, text: str | None = None) -> None:
     """Refuse a recipe that cannot be read, holds no modifier, or holds a wrong value.
 
+    :param text: what is checked in place of the file's
     :raises WexpandError: with the file, the key, its value and what would be right
     """
     import yaml
@@ -82,14 +83,15 @@ def check_recipe(path: str | Path) -> None:
 
     path = Path(path)
     try:
-        stages = yaml.safe_load(path.read_text(encoding="utf8"))
+        text = path.read_text(encoding="utf8") if text is None else text
+        stages = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise WexpandError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     for name, arguments in _modifiers(path, stages):
         if not isinstance(arguments, dict) or not arguments:
             raise WexpandError(f"{path}: {name} has no values; give at least one key, indented")
     try:
-        found = Recipe.create_instance(str(path))
+        found = Recipe.create_instance(text)
     except ValidationError as error:
         # a misspelt key is also a missing one; the misspelling is the mistake
         problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
