@@ -52,6 +52,26 @@ def test_rows_that_are_still_to_come(monkeypatch):
     assert "nothing has been measured yet" in accuracy.real_model_others()
 
 
+def test_more_text_stands_beside_fewer_epochs(monkeypatch):
+    """In a table of its own, and not among rows of the usual text."""
+    rows = {"dense": {"loss": 3.0}} | {
+        f"50% int4{how}": {"loss": loss, "bits_stored": 3.125}
+        for how, loss in (
+            ("", 3.5), (" tuned as a whole", 3.25), (" tuned in 4 epochs", 3.2),
+            (" tuned in 4 and 1 epochs, 131072 tokens", 3.125),
+        )
+    }  # fmt: skip
+    monkeypatch.setattr(accuracy, "results", lambda name: {"rows": rows})
+    assert accuracy.real_model_more_text().splitlines()[2:] == [
+        "| 50% zeros, int4 values | 65,536 | 4 | 0 | 0.200 |",
+        "| 50% zeros, int4 values | 65,536 | 8 | 2 | 0.250 |",
+        "| 50% zeros, int4 values | 131,072 | 4 | 1 | 0.125 |",
+    ]
+    assert list(accuracy.real_model_points()) == ["50% int4"]
+    monkeypatch.setattr(accuracy, "results", lambda name: {"rows": {"dense": {"loss": 3.0}}})
+    assert "has not been measured yet" in accuracy.real_model_more_text()
+
+
 def test_every_table_stands_somewhere():
     text = "".join(path.read_text(encoding="utf8") for path in DOCUMENTS)
     assert {name for name in TABLES if f"<!-- table: {name} -->" not in text} == set()
