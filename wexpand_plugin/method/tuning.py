@@ -6,7 +6,9 @@ contributed already: the inputs are those that the compressed model produces. So
 been solved, its kept values, biases and cluster biases are trained on the squared error between the
 block's output on those inputs and the dense model's output, each token's relative to the size of
 what the dense model gives: the next block normalises its input, and a few tokens that are a
-thousand times larger than the rest would else be all that counts.
+thousand times larger than the rest would else be all that counts. So would a token that only the
+compressed model makes so large: from the dense model's size on, an error counts by its size and no
+longer by its square (Huber's loss).
 
 A block cannot know which of its errors later blocks mend and which they blow up. Once all blocks
 are there, the same can be trained through the whole model, on the divergence of its predictions
@@ -40,7 +42,7 @@ def tune_block(
     :param counts: of each batch, which tokens count: booleans [...]; None: all
     :param how: see `training.train`; the learning rate is relative to the size of a linear's
         weights
-    :return: relative squared errors
+    :return: relative squared errors, as `_bounded` has them
     """
     counts = counts or [None] * len(targets)
 
@@ -48,7 +50,7 @@ def tune_block(
         y, target = run(number).float(), targets[number].float()
         size = target.square().sum(dim=-1)
         change = (y - target.to(y)).square().sum(dim=-1) / size.clamp(min=1e-12).to(y)
-        return _sum(change, counts[number])
+        return _sum(_bounded(change), counts[number])
 
     tokens = [
         target[..., 0].numel() if count is None else int(count.sum())
@@ -79,6 +81,11 @@ def tune_model(
 
     tokens = [int(count.sum()) for count in counts]
     return train(error, tokens, *_parameters(linears), what="Tuning the whole", **how)
+
+
+def _bounded(squares: Tensor) -> Tensor:
+    """Huber's loss of the roots of `squares`: what is below 1 as it is, x^2 above as 2x - 1."""
+    return torch.where(squares > 1, 2 * squares.clamp(min=1).sqrt() - 1, squares)
 
 
 def _sum(errors: Tensor, counts: Tensor | None) -> Tensor:
