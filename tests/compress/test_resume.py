@@ -64,8 +64,11 @@ class Death:
             return self.expand(model, block, *rest)
 
         self.patch.setattr(modifier, "expand_block", expand)
+        # a process that was started in the background ignores Ctrl-C
+        self.handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, kind, *_):
+        signal.signal(signal.SIGINT, self.handler)
         assert kind is KeyboardInterrupt
         self.patch.setattr(modifier, "expand_block", self.expand)
         return True
