@@ -42,7 +42,7 @@ def test_predicts_more_like_the_dense_model_at_the_same_bytes(tmp_path, kind, ke
     for epochs in (0, 8):
         torch.manual_seed(0)
         out = tmp_path / f"out{epochs}"
-        model = run(path, out, tune_model_epochs=epochs, tune_model_lr=0.02, **keys)
+        model = run(path, out, tune_model_epochs=epochs, tune_model_lr=0.01, **keys)
         found[epochs] = divergence(model, dense)
         sizes[epochs] = sum(m.stored_bytes() for m in routed(model))
         assert verify(out) == []
