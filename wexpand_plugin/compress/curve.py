@@ -108,7 +108,8 @@ def curve(
         raise WexpandError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     for size in sizes:
         refuse_sizes(size=size)
-    ((_, modifiers),) = yaml.safe_load(Path(recipe("dial")).read_text())["dial_stage"].items()
+    text = Path(recipe("dial")).read_text(encoding="utf8")
+    ((_, modifiers),) = yaml.safe_load(text)["dial_stage"].items()
     keys = modifiers["SparseExpansionModifier"]
     targets, ignore = keys.pop("targets"), keys.pop("ignore")
     inputs = load_inputs(
