@@ -7,15 +7,13 @@ float16, M as bfloat16. No checkpoint holds such a linear, so the model is measu
 memory.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evals.allocation import held_out_texts, training_texts
-from evals.perplexity import held_out_loss, load_model
-from evals.pocket import MODEL, corpus
-from evals.recipe import CONTEXT, TOKENS
+from evals.grounds import Ground
 from evals.tuning import GROUPS, Blocks
 from wexpand_plugin.method.inputs import record_inputs
 from wexpand_plugin.method.settings import Settings
@@ -91,17 +89,14 @@ class CorrectedBlocks(Blocks):
         return found
 
 
-def measure(sparsity: float, seed: int, epochs: int, rank: int) -> float:
-    """Held-out loss of the pocket model with its MLP linears replaced."""
-    from transformers import AutoTokenizer
-
-    tokenizer, model = AutoTokenizer.from_pretrained(MODEL), load_model(MODEL)
+def measure(
+    ground: Ground, chosen: Sequence[int], sparsity: float, seed: int, epochs: int, rank: int
+) -> float:
+    """Held-out loss of a model with the MLP linears of the `chosen` blocks replaced."""
+    model = ground.dense()
     model.requires_grad_(False)
-    windows = corpus.token_rows(training_texts("pocket", seed), tokenizer, CONTEXT)
-    blocks = CorrectedBlocks(model, windows[: TOKENS // CONTEXT], batch=1)
+    blocks = CorrectedBlocks(model, ground.windows(seed), ground.batch)
     blocks.rank = rank
     settings = Settings(sparsity=sparsity, num_experts=1, tune_epochs=epochs, seed=seed)
-    blocks.tuned(settings, len(model.model.layers))
-    return held_out_loss(
-        model, tokenizer, held_out_texts("pocket"), tokens=TOKENS, context=CONTEXT, progress=False
-    ).loss
+    blocks.tuned(settings, chosen)
+    return ground.loss(model)

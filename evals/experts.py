@@ -1,7 +1,8 @@
 """Do experts and clusters add anything, once all is tuned? At equal bytes, on the pocket model.
 
     python -m evals.experts [--sparsity 0.8] [--seeds 1] [--epochs 4] [--variant NAME ...]
-        [--random] [--model DIR --dataset TEXTS.json --targets REGEX] [--json FILE]
+        [--random] [--json FILE]
+        [--model DIR --data FOLDER --block NUMBER ...]
 
 Each way to spend bytes on top of one mask (biases for 16, 64 or 256 clusters, 16 experts in the
 dense size, both) is run end to end by its recipe, tuned; beside each stand plain masks, tuned
@@ -11,8 +12,8 @@ texts and the held-out loss of `evals.recipe`. `--random` sends tokens to cluste
 inputs drawn at random instead of k-means'. Equal masks are run once, and rows that the file has
 are not run again; seeds come one after another.
 
-Another model takes long: `--targets` can mean a few of its blocks, as the others then stay dense;
-and the low-rank correction is of the pocket model only.
+Another model is calibrated and measured on WikiText-2 (`--data` as in `evals.real_model`). It takes
+long: `--block` names those whose MLPs are compressed, and the others stay dense.
 """
 
 import itertools
@@ -25,11 +26,12 @@ from unittest.mock import patch
 
 import torch
 import typer
+from transformers import AutoConfig
 
 from evals import corrected
+from evals.grounds import PocketGround, RealGround
 from evals.paper.inputs import label
 from evals.pocket import MODEL
-from evals.recipe import held_out, measure
 from wexpand_plugin.method import clusters
 
 __all__ = ["VARIANTS"]
@@ -43,14 +45,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "16 experts, 64 cluster biases": {"num_experts": 16, "num_clusters": 64, **BUDGET},
 }
 MASK_BITS, VALUE_BITS = 1, 16
-SHAPE = (768, 256)
-"""out and in of the pocket model's MLP linears, or in and out"""
 
 
-def recipe(targets: str, epochs: int, **keys: Any) -> dict[str, Any]:
-    """A recipe for these linears with these keys."""
-    keys = {"targets": [targets], "tune_epochs": epochs} | keys
-    return {"compress_stage": {"compress_modifiers": {"SparseExpansionModifier": keys}}}
+def modifiers(targets: str, epochs: int, **keys: Any) -> dict[str, dict[str, Any]]:
+    """Of a recipe for these linears with these keys."""
+    return {"SparseExpansionModifier": {"targets": [targets], "tune_epochs": epochs} | keys}
 
 
 def sparsity_of(share: float) -> float:
@@ -73,16 +72,20 @@ def main(
     names: Annotated[list[str] | None, typer.Option("--variant")] = None,
     random: Annotated[bool, typer.Option(help="Random centres, too.")] = False,
     model: Annotated[Path, typer.Option(help="A model's directory.")] = MODEL,
-    dataset: Annotated[str, typer.Option(help="pocket, or a JSON list of texts.")] = "pocket",
-    targets: Annotated[str, typer.Option(help="The linears.")] = "re:.*mlp.*",
+    data: Annotated[Path | None, typer.Option(help="Folder with WikiText-2's files.")] = None,
+    blocks: Annotated[list[int] | None, typer.Option("--block")] = None,
 ) -> None:
     """Each variant, and what else as many bytes stored, and read, can be spent on."""
-    other = {} if model == MODEL else {"model": label(str(model)), "targets": targets}
+    ground = PocketGround() if model == MODEL else RealGround(model, data)
+    config = AutoConfig.from_pretrained(model)
+    chosen = blocks or list(range(config.num_hidden_layers))
+    targets = rf"re:.*layers\.({'|'.join(map(str, chosen))})\.mlp.*" if blocks else "re:.*mlp.*"
+    other = {} if model == MODEL else {"model": label(str(model)), "blocks": chosen}
     command = f"python -m evals.experts --epochs {epochs} --seeds {seeds}"
     command += "".join(f' --variant "{name}"' for name in names or ()) + " --random" * random
     if other:
-        command += f' --model {label(str(model))} --dataset {Path(dataset).name}'
-        command += f' --targets "{targets}"'
+        command += f" --model {label(str(model))}"
+    command += "".join(f" --block {number}" for number in blocks or ())
     rows: list[dict[str, Any]] = []
     if json_file.exists():
         rows = json.loads(json_file.read_text())["rows"]
@@ -99,24 +102,26 @@ def main(
         return rows[-1]
 
     def run(name: str, seed: int, sparsity: float, **keys: Any) -> dict[str, Any]:
-        asked = recipe(targets, epochs, seed=seed, sparsity=sparsity, **keys)
+        asked = modifiers(targets, epochs, seed=seed, sparsity=sparsity, **keys)
         about = {"name": name, "seed": seed, "sparsity": sparsity}
-        return row(about, lambda: measure(str(model), asked, dataset, seed))
+        return row(about, lambda: ground.measure(asked, seed))
 
     def low_rank(seed: int, share: float, mask: float) -> None:
-        weight = SHAPE[0] * SHAPE[1]
-        rank = int((share - mask) * weight / sum(SHAPE))
-        size = mask + rank * sum(SHAPE) / weight
+        # an MLP's linears all have these two widths
+        weight = config.hidden_size * config.intermediate_size
+        both = config.hidden_size + config.intermediate_size
+        rank = int((share - mask) * weight / both)
+        size = mask + rank * both / weight
 
         def found() -> dict[str, float]:
-            loss = corrected.measure(sparsity, seed, epochs, rank)
+            loss = corrected.measure(ground, chosen, sparsity, seed, epochs, rank)
             return {"loss": loss, "stored": size, "read": size}
 
         row({"name": f"low rank, {rank}", "seed": seed, "sparsity": sparsity}, found)
 
     if other:
         about = {"name": "dense", "seed": 0, "sparsity": 0.0}
-        row(about, lambda: {"loss": held_out(model, dataset), "stored": 1.0, "read": 1.0})
+        row(about, lambda: {"loss": ground.loss(ground.dense()), "stored": 1.0, "read": 1.0})
     for seed in range(seeds):
         plain = run("one mask", seed, sparsity, num_experts=1)
         for name in names or VARIANTS:
@@ -125,8 +130,7 @@ def main(
                 if found[what] < 1 - 1 / 256:  # else it is the dense model that is as large
                     own = round(sparsity_of(found[what]), 3)
                     run("one mask", seed, own, num_experts=1)
-                    if not other:
-                        low_rank(seed, found[what], plain["stored"])
+                    low_rank(seed, found[what], plain["stored"])
             if random:
                 with patch.object(clusters, "_k_means", random_centres):
                     run(f"{name}, random", seed, sparsity, **VARIANTS[name])

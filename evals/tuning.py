@@ -13,7 +13,7 @@ not run again.
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,13 +70,16 @@ class Blocks:
         found = block(hidden, **self.others)
         return found[0] if isinstance(found, tuple) else found
 
-    def tuned(self, settings: Settings, count: int) -> list[tuple[float, float]]:
-        """Solve and tune the MLPs of the first `count` blocks, in place; their errors."""
+    def tuned(self, settings: Settings, chosen: Sequence[int]) -> list[tuple[float, float]]:
+        """Solve and tune the MLPs of the blocks with these numbers, in place; their errors."""
         dense = list(self.batches)
         inputs, errors = list(dense), []
-        for block in self.model.model.layers[:count]:
+        for number, block in enumerate(self.model.model.layers[: max(chosen) + 1]):
             with torch.no_grad():
                 dense = [self.run(block, hidden) for hidden in dense]
+                if number not in chosen:
+                    inputs = [self.run(block, hidden) for hidden in inputs]
+                    continue
             linears = self._solved(block, inputs, settings)
             for name, linear in linears.items():
                 setattr(block.mlp, name, linear)
@@ -181,7 +184,7 @@ def main(
             for number in range(blocks):
                 layers[number] = deepcopy(own[number])
             begin = time.monotonic()
-            errors = calibration.tuned(settings, blocks)
+            errors = calibration.tuned(settings, range(blocks))
             seconds = time.monotonic() - begin
             added = {k: text_loss(dense, tokenizer, t) - base[k] for k, t in texts.items()}
             for number in range(blocks):
