@@ -82,7 +82,7 @@ class SparseExpansionModifier(Modifier):
     :param sparsity: fraction of weights pruned in each expert, below 1; N/M with a mask of N:M, and
         0 with integers only; or "auto": sparsity and values of each linear are chosen for the least
         loss in `size_budget` and `read_budget` (without `num_clusters`)
-    :param mask_structure: "row" (every neuron keeps the same number of weights per column block),
+    :param mask_structure: "row" (every neuron keeps the same number of weights),
         "unstructured" (one threshold per column block, as SparseGPTModifier's "0:0"), or "N:M"
     :param values: how kept weights are stored: "auto" (in the model's dtype), "int8",
         "int6", "int5", "int4", "int3" or "int2", rounded together with pruning. With

@@ -2,10 +2,10 @@
 
 A weight of a row version is q times a scale that it shares with the other columns of its group, q
 an integer of `bits` bits. The solver rounds column by column, and what a weight loses is made up
-for by the columns to its right (GPTQ, arXiv 2210.17323). So a group's scale is chosen when the
-solver reaches it, from the weights as they are by then, zeros where pruned: of a few scales, which
-clip the largest weight more or less, the one whose rounding error costs least, each column's error
-counting with the weight that the solver gives it.
+for by the columns that come later (GPTQ, arXiv 2210.17323). As it takes columns in an order of its
+own, a group's scale is chosen before, from the dense weights, zeros where they are likely to be
+pruned: of a few scales, which clip the largest weight more or less, the one whose rounding error
+costs least, each column's error counting with the weight that the solver gives it.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ class MaskStructure:
     """Which weights may be pruned together.
 
     `unstructured`: one threshold per column block over all rows of a linear, as upstream;
-    `row`: every row keeps the same number of weights in each column block;
+    `row`: every row keeps the same number of weights, wherever they are worth most;
     `n:m`: n of every m consecutive columns are pruned (2:4 keeps 2 of 4).
     """
 

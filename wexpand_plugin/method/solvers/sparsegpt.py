@@ -15,15 +15,20 @@ what the columns before a block b have lost, the error |T e|^2 is least for colu
 that gain T_bb^-1 T_b,<b e. Within it U_bb = T_bb^-T. So U itself, three times the work of T in a
 wide linear, is never made, and all that a block takes from those before it is one matrix product.
 
+Later columns have fewer left that could make up for them, so they lose more. So the weights that a
+row keeps are counted for each block by what removing any of its weights would cost, if no other
+changed; which ones go is decided when the block's turn comes.
+
 With a `Grid`, kept weights are rounded to it in the same loop, after the weights to their left and
 before those to their right, so that the same updates make up for pruning and for rounding (sparsity
-0 is GPTQ, arXiv 2210.17323). A weight that is rounded to zero need not be kept.
+0 is GPTQ, arXiv 2210.17323). A weight that is rounded to zero need not be kept. Every weight loses
+something then, and columns with large inputs, whose errors weigh most, come first, while all others
+can still make up for them; scales are chosen before. Pruning alone spares these columns by itself,
+and takes them as they come.
 
 T comes from one Cholesky factorisation: with J the reversal of rows, J H J = L L^T gives
 T = J L^T J.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -37,14 +42,20 @@ from ..versions import SolvedRows
 __all__ = ["chunk_bytes", "chunk_size", "error_factor", "solve"]
 
 SUB_BLOCK = 16
+ROWS = 1024
+"""whose weights are sorted at a time, over their whole width"""
 DAMPING_TRIES = 6
 
 
-def error_factor(hessians: Tensor, dampening: float, *, overwrite: bool = False) -> Tensor:
+def error_factor(
+    hessians: Tensor, dampening: float, *, order: Tensor | None = None, overwrite: bool = False
+) -> Tensor:
     """T [batch, in, in], lower triangular: H + damping = T^T T; with `overwrite` in the place of H.
 
     Damping is `dampening` times the mean of H's diagonal; if that does not make H positive
     definite it grows tenfold, a few times.
+
+    :param order: [batch, in], that H's rows and columns are taken in; None: as they are
 
     :raises WexpandError: H holds NaN or infinity, or stays singular with the largest damping tried
     """
@@ -54,8 +65,12 @@ def error_factor(hessians: Tensor, dampening: float, *, overwrite: bool = False)
             "overflow"
         )
     factors = hessians if overwrite else torch.empty_like(hessians)
-    for hessian, factor in zip(hessians, factors, strict=True):
-        factor.copy_(_reversed_cholesky(hessian.flip(0, 1), dampening).flip(0, 1).mT)
+    width = hessians.shape[-1]
+    last = torch.arange(width - 1, -1, -1, device=hessians.device).expand(len(hessians), -1)
+    for hessian, factor, own in zip(
+        hessians, factors, last if order is None else order.flip(1), strict=True
+    ):
+        factor.copy_(_reversed_cholesky(hessian[own.unsqueeze(1), own], dampening).flip(0, 1).mT)
     return factors
 
 
@@ -115,18 +130,25 @@ def solve(
                 )
     if isinstance(sparsity, Tensor) and structure.kind != "row":
         raise WexpandError(f"sparsity: one value per row needs mask_structure row, not {structure}")
-    columns = weight.t().float().expand(len(hessians), -1, -1)
-    columns = columns.clone(memory_format=torch.contiguous_format)
-    columns[hessians.diagonal(dim1=1, dim2=2) == 0] = 0
-    factor = error_factor(hessians, dampening, overwrite=overwrite)
+    diagonal = hessians.diagonal(dim1=1, dim2=2)
+    if grid is None or structure.kind == "n:m":  # whose columns stand together
+        order = torch.arange(width, device=weight.device).expand(len(hessians), -1)
+    else:
+        order = diagonal.argsort(dim=1, descending=True, stable=True)
+    columns = weight.t().float()[order]
+    columns[diagonal.gather(1, order) == 0] = 0
+    factor = error_factor(hessians, dampening, order=order, overwrite=overwrite)
     solved = weight.new_empty(len(hessians), rows, width)
-    scales = _solve_columns(columns, factor, solved, sparsity, structure, linears, block_size, grid)
+    scales = _solve_columns(
+        columns, factor, order, solved, sparsity, structure, linears, block_size, grid
+    )
     return SolvedRows(solved, scales)
 
 
 def chunk_bytes(rows: int, width: int) -> int:
     """Working memory of `solve` for each Hessian, in float32: a weight [rows, width], the Hessian,
-    its factor, and what one is mixed from or a block of columns takes, about as much again."""
+    its factor, and what one is mixed from or a block of columns takes, about as much again. A mask
+    of the weight, a byte each, is left out."""
     return 4 * width * (rows + 3 * width)
 
 
@@ -138,6 +160,7 @@ def chunk_size(rows: int, width: int, max_bytes: int) -> int:
 def _solve_columns(
     columns: Tensor,
     factor: Tensor,
+    order: Tensor,
     solved: Tensor,
     sparsity: float | Tensor,
     structure: MaskStructure,
@@ -145,50 +168,55 @@ def _solve_columns(
     block_size: int,
     grid: Grid | None,
 ) -> Tensor | None:
-    """The column loop, from `columns` [experts, in, rows] and `factor` T [experts, in, in] to
-    `solved` [experts, rows, in]. `columns` become what the rows have lost.
+    """The column loop, from `columns` [experts, in, rows] and `factor` T [experts, in, in], both in
+    `order` [experts, in], to `solved` [experts, rows, in]. `columns` become what the rows have
+    lost.
 
     Returns the grid's scales [experts, rows, groups].
     """
     width = columns.shape[1]
     sub_block = SUB_BLOCK - SUB_BLOCK % structure.m if structure.m else SUB_BLOCK
     sub_block = max(sub_block, structure.m)
-    if grid is not None:
-        sub_block = math.gcd(sub_block, grid.group)
     identity = torch.eye(block_size, dtype=factor.dtype, device=factor.device)
-    scales: list[Tensor] = []
+    d = 1 / factor.diagonal(dim1=1, dim2=2).unsqueeze(2)  # the diagonal of U
+    dense = not isinstance(sparsity, Tensor) and sparsity == 0
+    likely = None
+    if not dense and (grid is not None or structure.kind == "row"):
+        likely = _likely(columns, d, sparsity, structure, linears, block_size)
+    if grid is not None:
+        scales = _scales(columns, d, order, likely, grid)
+        groups, each = order // grid.group, torch.arange(len(order), device=order.device)
     for start in range(0, width, block_size):
         end = min(start + block_size, width)
         own = factor[:, start:end, start:end]
         unit = identity[: end - start, : end - start]
         u = torch.linalg.solve_triangular(own, unit, upper=False).mT
         lost, errors = columns[:, start:end], torch.empty_like(columns[:, start:end])
-        d = u.diagonal(dim1=1, dim2=2).unsqueeze(2)
+        u_own = d[:, start:end]
         # what the columns gain from those before the block; as the loop goes on, what they become
         block = torch.baddbmm(lost, u.mT @ factor[:, start:end, :start], columns[:, :start])
-        if structure.kind == "n:m":
-            pruned = torch.zeros_like(block, dtype=torch.bool)  # chosen group by group below
+        if dense or structure.kind == "n:m":  # of which each group's turn comes below
+            pruned = torch.zeros_like(block, dtype=torch.bool)
+        elif structure.kind == "row":
+            assert likely is not None
+            number = likely[:, start:end].sum(dim=1)
+            pruned = _cheapest((block / u_own).square_(), number)
         else:
-            pruned = _choose((block / d).square_(), start, sparsity, structure, linears)
+            pruned = _below((block / u_own).square_(), float(sparsity), linears)
         for s in range(0, end - start, sub_block):
             e = min(s + sub_block, end - start)
-            if grid is not None and s % grid.group == 0:
-                part = slice(s, min(s + grid.group, end - start))
-                gone = pruned[:, part]
-                if structure.kind == "n:m":  # what would be pruned if nothing changed any more
-                    gone = _lowest(block[:, part], d[:, part], structure)
-                scales.append(grid.scales(block[:, part].masked_fill(gone, 0), d[:, part] ** -2))
             for i in range(s, e):
                 if structure.kind == "n:m" and i % structure.m == 0:
                     few = slice(i, i + structure.m)
-                    pruned[:, few] = _lowest(block[:, few], d[:, few], structure)
+                    pruned[:, few] = _lowest(block[:, few], u_own[:, few], structure)
                 weight, gone = block[:, i], pruned[:, i]
                 if grid is None:
-                    error = torch.where(gone, weight, 0) / d[:, i]
+                    error = torch.where(gone, weight, 0) / u_own[:, i]
                     weight.masked_fill_(gone, 0)
                 else:
-                    value = grid.round(weight, scales[-1]).masked_fill_(gone, 0)
-                    error = (weight - value) / d[:, i]
+                    scale = scales[each, groups[:, start + i]]
+                    value = grid.round(weight, scale).masked_fill_(gone, 0)
+                    error = (weight - value) / u_own[:, i]
                     weight.copy_(value)
                 errors[:, i] = error
                 if i + 1 < e:
@@ -199,8 +227,53 @@ def _solve_columns(
                 block[:, e:].baddbmm_(u[:, s:e, e:].mT, errors[:, s:e], alpha=-1)
         lost -= block
         # a value that underflows in the weight's dtype may have become -0.0
-        solved[:, :, start:end] = block.transpose(1, 2).to(solved.dtype).add_(0.0)
-    return torch.stack(scales, dim=2).half() if grid is not None else None
+        found = block.transpose(1, 2).to(solved.dtype).add_(0.0)
+        solved.scatter_(2, order[:, None, start:end].expand_as(found), found)
+    return scales.transpose(1, 2).half() if grid is not None else None
+
+
+def _likely(
+    columns: Tensor,
+    d: Tensor,
+    sparsity: float | Tensor,
+    structure: MaskStructure,
+    linears: list[int],
+    block_size: int,
+) -> Tensor:
+    """What would be pruned if no weight changed: booleans like `columns` [experts, in, rows].
+
+    :param d: diagonal of U [experts, in, 1]
+    """
+    if structure.kind == "n:m":
+        return _lowest(columns, d, structure)
+    if structure.kind == "unstructured":
+        blocks = zip(columns.split(block_size, dim=1), d.split(block_size, dim=1), strict=True)
+        masks = [_below((part / own).square_(), float(sparsity), linears) for part, own in blocks]
+        return torch.cat(masks, dim=1)
+    experts, width, rows = columns.shape
+    share = torch.as_tensor(sparsity, dtype=torch.float64, device=columns.device)
+    number = torch.round(share * width).long().expand(experts, rows)
+    parts = zip(columns.split(ROWS, dim=2), number.split(ROWS, dim=1), strict=True)
+    return torch.cat([_cheapest((part / d).square_(), own) for part, own in parts], dim=2)
+
+
+def _scales(
+    columns: Tensor, d: Tensor, order: Tensor, gone: Tensor | None, grid: Grid
+) -> Tensor:
+    """The scales of each group of columns [experts, groups, rows].
+
+    :param columns: [experts, in, rows] in `order` [experts, in], as are `d` [experts, in, 1] and
+        `gone`, what is likely to be pruned
+    """
+    found = []
+    for own in order.argsort(dim=1).split(grid.group, dim=1):  # where they are now
+        place = own.unsqueeze(2)
+        several = place.expand(-1, -1, columns.shape[2])
+        part = columns.gather(1, several)
+        if gone is not None:
+            part.masked_fill_(gone.gather(1, several), 0)
+        found.append(grid.scales(part, d.gather(1, place) ** -2))
+    return torch.stack(found, dim=1)
 
 
 def _lowest(weights: Tensor, diagonal: Tensor, structure: MaskStructure) -> Tensor:
@@ -210,38 +283,30 @@ def _lowest(weights: Tensor, diagonal: Tensor, structure: MaskStructure) -> Tens
     return torch.zeros_like(cost, dtype=torch.bool).scatter_(2, lowest, True).flatten(1, 2)
 
 
-def _choose(
-    cost: Tensor,
-    start: int,
-    sparsity: float | Tensor,
-    structure: MaskStructure,
-    linears: list[int],
-) -> Tensor:
-    """Which weights of one block to prune: booleans like `cost` [experts, columns, rows]."""
-    experts, count, _ = cost.shape
-    if structure.kind == "row":
-        # the running total is rounded, so narrow last blocks keep the row's overall sparsity exact
-        # to one weight
-        share = torch.as_tensor(sparsity, dtype=torch.float64, device=cost.device)
-        number = torch.round(share * (start + count)) - torch.round(share * start)
-        number = number.long().expand(cost.shape[2])
-        ordered = _sorted(cost.transpose(1, 2))
-        last = (number - 1).clamp(min=0).view(1, -1, 1).expand(experts, -1, -1)
-        threshold = ordered.gather(2, last).squeeze(2).masked_fill_(number == 0, -1.0)
-        pruned = cost <= threshold.unsqueeze(1)
-        # of equal costs, zeros nearly always, the first
-        expert, row = (pruned.sum(dim=1) > number).nonzero(as_tuple=True)
-        if len(expert):
-            rank = cost[expert, :, row].argsort(dim=1, stable=True).argsort(dim=1)
-            pruned[expert, :, row] = rank < number[row].unsqueeze(1)
-        return pruned
-    if sparsity == 0:
-        return torch.zeros_like(cost, dtype=torch.bool)
+def _cheapest(cost: Tensor, number: Tensor) -> Tensor:
+    """The cheapest weights of each row: booleans like `cost` [experts, columns, rows].
+
+    :param number: how many [experts, rows]
+    """
+    last = (number - 1).clamp(min=0).unsqueeze(2)
+    threshold = _sorted(cost.transpose(1, 2)).gather(2, last).squeeze(2)
+    pruned = cost <= threshold.masked_fill_(number == 0, -1.0).unsqueeze(1)
+    # of equal costs, zeros nearly always, the first
+    expert, row = (pruned.sum(dim=1) > number).nonzero(as_tuple=True)
+    if len(expert):
+        rank = cost[expert, :, row].argsort(dim=1, stable=True).argsort(dim=1)
+        pruned[expert, :, row] = rank < number[expert, row].unsqueeze(1)
+    return pruned
+
+
+def _below(cost: Tensor, sparsity: float, linears: list[int]) -> Tensor:
+    """The cheapest weights of each linear in a block: booleans like `cost` [experts, columns,
+    rows]."""
     masks = []
     for part in cost.split(linears, dim=2):
         # upstream's rule, kept so that masks are equal: everything up to and including this order
         # statistic
-        flat = part.reshape(experts, -1)
+        flat = part.reshape(len(part), -1)
         threshold = _smallest(flat, int(flat.shape[1] * sparsity))
         masks.append(part <= threshold.view(-1, 1, 1))
     return torch.cat(masks, dim=2)
