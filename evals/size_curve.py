@@ -1,14 +1,15 @@
 """Loss against the size of the weights, on a real model: our dial beside what one would take.
 
     python -m evals.size_curve [NAME ...] [--data FOLDER] [--model DIR] [--llama PYTHON]
-                               [--keep FOLDER]
+                               [--keep FOLDER] [--tokens 65536]
     python -m evals.size_curve_picture FILE.png
 
 SmolLM2-135M-Instruct, calibrated and measured as in `evals.real_model`, on the same tokens in the
 same windows; `--data pocket --model evals/pocket/model --json FILE` is the pocket model on its own
 text. A NAME is one row, or a pattern of several as "mlp: ours*": a set of linears (all
 linears of the blocks; those of MLPs alone, the rest stays bfloat16), what was done to them, and how
-far. Each row is written to the JSON file as it comes, and those that it has are not run again.
+far. Each row is written to the JSON file as it comes, and those that it has are not run again. With
+another number of `--tokens` to calibrate on, rows are named by it, too; "tuned in 4" is 4 epochs.
 
 Bits are stored bits per targeted weight, everything that a value needs included:
 
@@ -89,6 +90,7 @@ def _modifiers() -> dict[str, tuple[dict[str, Any], float | None]]:
     for part, targets in TARGETS.items():
         found |= {f"{part}: ours {b:g}": (_dial(b, targets, 0), None) for b in SIZES}
         found |= {f"{part}: ours {b:g} tuned": (_dial(b, targets, 8), None) for b in SIZES}
+        found |= {f"{part}: ours {b:g} tuned in 4": (_dial(b, targets, 4), None) for b in SIZES}
         for bits in BITS:
             zeros = bits + (16 + bits) / 64
             found[f"{part}: GPTQ {bits}"] = gptq(bits, targets), bits + 16 / 64
@@ -132,11 +134,17 @@ def our_sizes(saved: Path, dense: Path, part: str) -> dict[str, Any]:
 
 
 def run(
-    name: str, model: Path, valid: str, test: str, out: Path, keep: Path | None = None
+    name: str,
+    model: Path,
+    valid: str,
+    test: str,
+    out: Path,
+    keep: Path | None = None,
+    tokens: int = TOKENS,
 ) -> dict[str, Any]:
     """A row of MODIFIERS. `keep` is a folder that the model goes to, under the row's name."""
     modifiers, bits = MODIFIERS[name]
-    tokens, context = TOKENS, _context(model)
+    context = _context(model)
     if "AWQModifier" in modifiers:
         tokens = AWQ_TOKENS
         _allow_awq()
@@ -256,6 +264,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where models go.")] = Path("runs/size_curve"),
     llama: Annotated[Path | None, typer.Option(help="Python with llama.cpp.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Folder for models, to be kept.")] = None,
+    tokens: Annotated[int, typer.Option(help="Ours, GPTQ's and SparseGPT's.")] = TOKENS,
     json_file: Annotated[Path, typer.Option("--json")] = RESULTS,
 ) -> None:
     """Loss and bits per weight of each row; the file is written after each."""
@@ -270,19 +279,21 @@ def main(
     for name in dict.fromkeys(["dense", *wanted]):
         # read again each time: another process may have added rows
         results = json.loads(json_file.read_text()) if json_file.exists() else begin
-        if (found := results["rows"].get(name)) is None:
+        plain = tokens == TOKENS or name == "dense" or name in LLAMA
+        row = name if plain else f"{name}, {tokens} tokens"
+        if (found := results["rows"].get(row)) is None:
             if name == "dense":
                 loss = held_out(directory, test, _context(directory))
                 found = {"loss": loss, "bits_stored": 16, "bits_read": 16}
             elif llama and name in LLAMA:
                 found = run_llama(name, llama, directory, valid, test, out)
             else:
-                found = run(name, directory, valid, test, out, keep)
+                found = run(name, directory, valid, test, out, keep, tokens)
             results = json.loads(json_file.read_text()) if json_file.exists() else begin
-            results["rows"][name] = found
+            results["rows"][row] = found
             json_file.write_text(json.dumps(results, indent=1) + "\n")
         added = found["loss"] - results["rows"]["dense"]["loss"]
-        print(f"{name:24} {found['bits_stored']:6.3f} bits ({added:+.4f})  {found}", flush=True)
+        print(f"{row:24} {found['bits_stored']:6.3f} bits ({added:+.4f})  {found}", flush=True)
 
 
 if __name__ == "__main__":
