@@ -122,6 +122,34 @@ def test_a_model_is_saved_in_its_own_dtype(inputs, tmp_path, monkeypatch, said, 
     assert 0.6 < sizes.linear_bytes / sizes.dense_bytes <= 0.7, "of what is saved"
 
 
+def test_tied_weights_stay_tied_in_another_dtype(inputs, tmp_path):
+    """The head and the embeddings, which are one parameter with two names."""
+    dense = tiny("Mistral", Path(inputs["model"]), torch.bfloat16)
+    compress(**inputs | {"recipe": None, "size": 0.4, "dtype": "float32"})
+    model = ModelDir(tmp_path / "out")
+    assert "lm_head.weight" not in model.headers
+    head = "model.embed_tokens.weight"
+    assert model.headers[head].dtype == torch.bfloat16
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    own = transformers.AutoModelForCausalLM.from_pretrained(dense)
+    assert torch.equal(loaded.get_parameter(head), own.get_parameter(head))
+
+
+def test_tokenised_rows_are_cut_and_batched(inputs, tmp_path):
+    """Of unequal lengths, with masks, and beside columns that are no tokens."""
+    lengths = [40, 8, 24, 33, 32, 16, 40, 40]
+    rows = [
+        {"input_ids": [(i * n + i) % 90 + 2 for i in range(n)], "text": "words", "labels": [1],
+         "loss_mask": [0] * 4 + [1] * (n - 4)}
+        for n in lengths
+    ]  # fmt: skip
+    data = tmp_path / "tokens.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compress(**inputs | {"dataset": str(data), "batch_size": 3})
+    about = inspect(tmp_path / "out").made_by["data"]
+    assert about["batches"] == 3 and about["tokens_counted"] == sum(min(n, 32) - 4 for n in lengths)
+
+
 def test_no_code_of_the_model_runs(inputs, tmp_path):
     """Neither its config's class nor its tokenizer's, although files and names are there."""
     model = Path(inputs["model"])

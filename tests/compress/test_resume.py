@@ -1,6 +1,7 @@
 """Runs that end early and go on: the same bytes as a run that nothing stopped."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -153,7 +154,7 @@ def test_another_run_is_refused_by_what_differs(call, dies, tmp_path):
     with dies():
         call("out", FEW)
     before = written(unfinished(tmp_path / "out"))
-    with pytest.raises(WexpandError, match=r"left 1 finished blocks in .*--resume"):
+    with pytest.raises(WexpandError, match=r"left 1 finished block in .*--resume"):
         call("out", FEW)
     for keys, arguments, message in [
         (FEW, dict(seed=1), "seed was 0 and is 1 now"),
@@ -216,6 +217,47 @@ def test_a_run_that_finished_nothing_leaves_nothing(call, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         call("deep/er/out", FEW)
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "deep").exists()
+
+
+def test_a_plan_is_kept_before_there_are_blocks(call, tmp_path, monkeypatch):
+    """It may have taken longer than any of them."""
+    keys = dict(sparsity="auto", num_experts=1, size_budget=0.3)
+    call("whole", keys)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modifier, "expand_block", stop)
+        with pytest.raises(KeyboardInterrupt):
+            call("out", keys)
+    with pytest.raises(WexpandError, match="left its plan in .*--resume"):
+        call("out", keys)
+    monkeypatch.setattr(modifier, "choose_settings", None)
+    call("out", keys, resume=True)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_killed_while_files_move_into_a_directory_that_was_there(call, tmp_path, monkeypatch):
+    call("whole", FEW)
+    (tmp_path / "out").mkdir()
+    replace = os.replace
+
+    def stop(source, target):
+        if Path(target).parent == tmp_path / "out" and Path(target).name == "config.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            call("out", FEW)
+    assert (tmp_path / "out" / "wexpand_checksums.json").exists()
+    with pytest.raises(WexpandError, match="is not empty"):
+        call("out", FEW)
+    call("out", FEW, resume=True)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
 def test_oneshot_goes_on_too(tmp_path, dies):

@@ -3,11 +3,14 @@
 import pytest
 import tiny as models
 import torch
-from test_modifier import logits, run, tiny
+from llmcompressor import oneshot
+from test_modifier import calibration, logits, run, tiny
 from test_tuning import routed
 from transformers import AutoModelForCausalLM
 
 from wexpand_plugin.compress import whole
+from wexpand_plugin.compress.modifier import SparseExpansionModifier
+from wexpand_plugin.compress.scoring import NeuronScoringModifier
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.tools.inspect import inspect
 from wexpand_plugin.tools.verify import verify
@@ -82,3 +85,30 @@ def test_blocks_without_targets_between_others_are_refused(tmp_path):
     with pytest.raises(WexpandError, match="tune_model_epochs: block 1 lies between others"):
         whole.refuse_gaps(models.dense(), [0, 2])
     whole.refuse_gaps(models.dense(), [1, 2])
+
+
+def test_another_modifier_that_runs_the_data_in_another_order(tmp_path):
+    """Each batch is trained on what the dense model made of this very batch."""
+    path = tiny("Llama", tmp_path / "dense")
+    keys = dict(sparsity=0.5, num_experts=1, tune_model_epochs=2, targets=["re:.*mlp.*"])
+    found = []
+    for others in ([], [NeuronScoringModifier(targets=["re:.*self_attn.*"])]):
+        torch.manual_seed(0)
+        oneshot(
+            model=str(path), dataset=calibration(), pipeline="independent", max_seq_length=64,
+            recipe=[SparseExpansionModifier(**keys), *others], num_calibration_samples=24,
+            output_dir=str(tmp_path / f"{len(others)}"), tokenizer=None,
+            processor=models.tokenizer(),
+        )  # fmt: skip
+        about = inspect(tmp_path / f"{len(others)}").made_by
+        found.append((about["tuned_model"], about["data"]))
+    assert found[0] == found[1]
+
+
+def test_dropout_is_off_while_the_whole_model_is_tuned():
+    model = models.dense().train()
+    model.model.norm.eval()  # what is not in training stays so
+    training = {name: module.training for name, module in model.named_modules()}
+    with whole._without_dropout(model):
+        assert not any(module.training for module in model.modules())
+    assert training == {name: module.training for name, module in model.named_modules()}

@@ -67,3 +67,14 @@ def test_a_forward_of_its_own_comes_back():
     with constant_parts(block, lambda number: block(torch.ones(1, 6))):
         assert block.before.forward is not own
     assert block.before.forward is own
+
+
+def test_no_more_is_kept_than_may_be():
+    block, inputs = Block(), [torch.randn(3, 6) for _ in range(4)]
+    expected = [block(x).detach() for x in inputs]
+    block.before.calls = 0
+    one = inputs[0].nbytes  # of two outputs a batch, the first three fit
+    with constant_parts(block, lambda number: block(inputs[number]), 3.5 * one) as run:
+        for number in (0, 1, 2, 3, 0, 1, 2, 3):
+            assert torch.equal(run(number), expected[number])
+    assert block.before.calls == 8 + 8 - 3

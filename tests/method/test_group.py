@@ -184,6 +184,15 @@ def test_a_layer_budget_is_met_by_each_linear(budget):
         assert spent(linear, len(weight)) <= budget * 2 * weight.numel()
 
 
+def test_linears_may_have_budgets_of_their_own():
+    values = dict(size_budget=9.0, budget_scope="layer")
+    own = [1.2, 1.7]
+    found = expand_group(WEIGHTS, BIASES, batches(), settings(**values), size_budgets=own)
+    for weight, linear, budget in zip(WEIGHTS, found.linears, own, strict=True):
+        share = spent(linear, len(weight)) / (2 * weight.numel())
+        assert budget - 0.1 < share <= budget
+
+
 def test_with_a_model_budget_nothing_is_stored_yet():
     kept = []
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import WexpandError
+from .data import padded
 from .loading import DTYPES, load_dense, load_inputs
 from .recipes import recipe, refuse_sizes
 
@@ -97,7 +98,6 @@ def curve(
     import yaml
 
     from ..method.prospects import Dial
-    from .calibration import MASKS
     from .checks import refuse_nonfinite, refuse_unrolled
     from .plan_batches import plan_batches, plan_tokens
     from .planning import plan_linears
@@ -127,14 +127,7 @@ def curve(
     linears = target_linears(dense, targets, ignore)
     refuse_unrolled(dense, linears)
     refuse_nonfinite(linears)
-    batches = [
-        {
-            key: torch.tensor([row[key][: inputs.length]])
-            for key in ("input_ids", *MASKS)
-            if row.get(key)
-        }
-        for row in inputs.rows
-    ]
+    batches = [padded([row]) for row in inputs.rows]
     dial = Dial.of(keys)
     drawn = plan_batches(batches, device, plan_tokens(linears.values()), dial.base.seed)
     plan = plan_linears(dense, linears, drawn, dial)

@@ -4,6 +4,7 @@ Texts are joined and cut into rows of equal length, so that no token is spent on
 is tokenised already is taken as it is; its masks say which of its tokens count.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ from ..errors import WexpandError, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
-__all__ = ["calibration_rows", "check_rows", "load_text"]
+__all__ = ["calibration_rows", "check_rows", "cut_rows", "load_text", "padded"]
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -74,13 +76,16 @@ def calibration_rows(
 
     Chats, lists of messages with a role and content, are rendered by the tokenizer's template.
 
-    :return: a data set with `input_ids` and `attention_mask`; `data` itself if it has `input_ids`
+    :return: a data set with `input_ids` and `attention_mask`; the rows of `data`, if they are
+        tokenised already, with their masks
     :raises WexpandError: neither text nor chat; the texts are too short for a single row
     """
     from datasets import Dataset
 
+    from .calibration import MASKS
+
     if "input_ids" in data.column_names:
-        return data
+        return data.select_columns([c for c in ("input_ids", *MASKS) if c in data.column_names])
     ids: list[int] = []
     for value in data.shuffle(seed=seed)[column]:
         ids += _tokens(value, tokenizer, column)
@@ -147,4 +152,28 @@ def check_rows(rows: "Dataset", vocabulary: int | None, length: int) -> int:
         counts = counted_tokens(tensors)
         assert counts is not None
         found += int(counts[:length].sum())
+    return found
+
+
+def cut_rows(rows: "Dataset", length: int) -> "Dataset":
+    """The first `length` tokens of each row, and what its masks say of them."""
+    if max(map(len, rows["input_ids"])) <= length:
+        return rows
+    return rows.map(lambda row: {key: value and value[:length] for key, value in row.items()})
+
+
+def padded(rows: Sequence[dict[str, Any]]) -> dict[str, "Tensor"]:
+    """A batch of `rows`, each tensor int64 [rows, longest row]: where one ends before others, no
+    mask counts what follows. Rows without a mask are counted whole."""
+    import torch
+
+    from .calibration import MASKS
+
+    longest = max(len(row["input_ids"]) for row in rows)
+    found: dict[str, Tensor] = {}
+    for key in ("input_ids", *MASKS):
+        if key == "loss_mask" and not any(row.get(key) for row in rows):
+            continue
+        values = [row.get(key) or [1] * len(row["input_ids"]) for row in rows]
+        found[key] = torch.tensor([value + [0] * (longest - len(value)) for value in values])
     return found

@@ -6,7 +6,7 @@ Inputs come from replaying a block (`replay`); what the method finds for an inpu
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -97,7 +97,7 @@ def expand_block(
         statistics = passing.take(whole) if passing else None
         for group, own in _alike(whole, targets, settings):
             found = _solve_group(model, group, replay, statistics, own)
-            solved.append(_Solved(group, whole.names[0], found, own))
+            solved.append(_Solved(group, whole.names[0], found, own[0]))
             del found  # what calibrates is copied next, and must not stay beside its copy
         if settings.num_experts > 1:
             _replace_groups(model, solved, targets)
@@ -116,21 +116,22 @@ def expand_block(
 
 def _alike(
     group: InputGroup, targets: Mapping[str, Target], settings: Settings
-) -> list[tuple[InputGroup, Settings]]:
-    """The linears of an input group that have the same settings, together."""
-    found: dict[tuple[str, float], tuple[Settings, list[int]]] = {}
-    for place, name in enumerate(group.names):
-        own = targets[name].settings or settings
-        found.setdefault((own.values, own.sparsity), (own, []))[1].append(place)
+) -> list[tuple[InputGroup, list[Settings]]]:
+    """The linears of an input group with the same settings, but for their size_budget, together;
+    and the settings of each."""
+    own = [targets[name].settings or settings for name in group.names]
+    found: dict[Settings, list[int]] = {}
+    for place, settings in enumerate(own):
+        found.setdefault(replace(settings, size_budget=None), []).append(place)
     return [
         (
             InputGroup(
                 tuple(group.names[place] for place in places),
                 tuple(group.linears[place] for place in places),
             ),
-            own,
+            [own[place] for place in places],
         )
-        for own, places in found.values()
+        for places in found.values()
     ]
 
 
@@ -149,9 +150,12 @@ def _solve_group(
     group: InputGroup,
     replay: BlockReplay,
     statistics: GroupStatistics | None,
-    settings: Settings,
+    settings: list[Settings],
 ) -> GroupResult:
-    """What expansion finds for a group; says so."""
+    """What expansion finds for a group; says so.
+
+    :param settings: of each linear, alike but for their size_budget
+    """
     start, first = time.perf_counter(), group.linears[0]
     weights = [linear.weight.detach() for linear in group.linears]
     biases: list[Tensor | None] = [
@@ -161,7 +165,7 @@ def _solve_group(
     try:
         result = expand_group(
             weights, biases, ReplayedInputs(replay, first),
-            settings_for(dtype, settings), statistics,
+            settings_for(dtype, settings[0]), statistics, [own.size_budget for own in settings],
         )  # fmt: skip
     except WexpandError as error:
         raise WexpandError(f"{group.label}: {error}") from None
@@ -170,7 +174,7 @@ def _solve_group(
     waits = any(found.stored is None for found in result.linears)
     which = " (full expansion, for calibration)" if waits else ""
     logger.info(
-        f"{group.label}: {parts(settings)}, tokens of each "
+        f"{group.label}: {parts(settings[0])}, tokens of each "
         f"{int(tokens.min())}/{int(tokens.median())}/{int(tokens.max())} (min/median/max), "
         f"relative error {errors}{which}, {time.perf_counter() - start:.1f} s"
     )

@@ -12,7 +12,7 @@ from ..errors import WexpandError, reason
 from ..format.model_dir import ModelDir
 from ..hf.hub import resolve
 from ..method import ranks
-from .data import calibration_rows, check_rows, load_text
+from .data import calibration_rows, check_rows, cut_rows, load_text
 from .precision import compute_dtype, own_dtypes, set_dtypes
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def load_inputs(
             f"{tokens} tokens in {len(rows)} rows calibrate, fewer than {samples} rows of "
             f"{max_seq_length}: the text is used up, or the model takes no longer rows"
         )
-    return Inputs(tokenizer, source, rows, length)
+    return Inputs(tokenizer, source, cut_rows(rows, length), length)
 
 
 def load_dense(model: str, dtype: str) -> tuple[Any, dict[str, "torch.dtype"]]:

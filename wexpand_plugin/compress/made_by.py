@@ -1,6 +1,7 @@
 """What config.json records of a run: enough to repeat it."""
 
 import zlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -8,22 +9,24 @@ from llmcompressor.modifiers import Modifier
 
 from .. import __version__
 from ..format.model_dir import checksum
-from .calibration import CalibrationBatches
 
 __all__ = ["crc_of_weights", "made_by"]
 
 
 def made_by(
-    modifier: Modifier, model: Any, batches: CalibrationBatches | None = None
+    modifier: Modifier, model: Any, data: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Every key of `modifier`, the versions at work, the model and what is known of the data."""
+    """Every key of `modifier`, the versions at work, the model and what is known of the data.
+
+    :param data: as of `CalibrationBatches.about`
+    """
     found = {
         "modifier": type(modifier).__name__,
         **modifier.model_dump(mode="json", exclude=set(Modifier.model_fields)),
         "model": str(getattr(model, "name_or_path", "")),
     }
-    if batches is not None and batches.known:
-        found["data"] = batches.about()
+    if data and data["batches"]:
+        found["data"] = dict(data)
     libraries = {name: version(name) for name in ("llmcompressor", "transformers", "torch")}
     return found | {"versions": {"wexpand": __version__} | libraries}
 

@@ -1,5 +1,6 @@
 """`SparseExpansionModifier`: the recipe entry that expands linears into sparse experts."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -174,6 +175,8 @@ class SparseExpansionModifier(Modifier):
     _replays: dict[str, BlockReplay] = PrivateAttr(default_factory=dict)
     _passing: dict[str, PassingStatistics] = PrivateAttr(default_factory=dict)
     _batches: CalibrationBatches = PrivateAttr(default_factory=CalibrationBatches)
+    _ran: list[Mapping[str, Any]] = PrivateAttr(default_factory=list)
+    _data: dict[str, Any] = PrivateAttr(default_factory=dict)
     _path: DensePath = PrivateAttr(default_factory=DensePath)
     _attention: FusedAttention = PrivateAttr(default_factory=FusedAttention)
     _bypass: Bypass = PrivateAttr(default_factory=Bypass)
@@ -327,6 +330,8 @@ class SparseExpansionModifier(Modifier):
         self._attention.remove()
         self._end_propagation()
         self._settle()
+        # a modifier after this one may run the data again, in another order
+        self._ran, self._data = self._batches.batches, self._batches.about()
         if any(target.candidates for target in self._targets.values()):
             allocate_targets(state.model, self._targets, self._settings)
         say_end(self._targets, self._choice)
@@ -340,7 +345,7 @@ class SparseExpansionModifier(Modifier):
             raise WexpandError("calibration reached none of the targeted linears")
         if dense:
             logger.warning(f"no calibration token reached {', '.join(dense)}: they stay dense")
-        about = made_by(self, state.model, self._batches)
+        about = made_by(self, state.model, self._data)
         about |= findings(
             self._targets, self._tuned if self._settings.tune_epochs else None, self._choice
         )
@@ -355,7 +360,7 @@ class SparseExpansionModifier(Modifier):
         routed = {n: t.routed for n, t in self._targets.items() if t.routed is not None}
         blocks = [block.module for block in self._blocks.values()]
         found, gained = tune_whole(
-            model, blocks, routed, self._batches.batches, self._path.states, self._settings
+            model, blocks, routed, self._ran, self._path.states, self._settings
         )
         for name, linear in found.items():
             self._targets[name].routed = linear
@@ -368,7 +373,7 @@ class SparseExpansionModifier(Modifier):
         self._attention.remove()
         self._batches.release()
         self._targets, self._blocks, self._replays, self._passing = {}, {}, {}, {}
-        self._path = DensePath()
+        self._path, self._ran = DensePath(), []
         return True
 
     def _one_pass(self) -> bool:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from ..errors import WexpandError
 from ..format.directories import partial_directory, require_empty
-from ..format.model_dir import CHECKSUMS, ModelDir
+from ..format.model_dir import CHECKSUMS, CONFIG, ModelDir
 from ..format.writer import copy_others
 from ..method import ranks
+from .data import padded
 from .loading import DTYPES, load_dense, load_inputs
 from .precision import set_dtypes
-from .progress import resumable
+from .progress import in_place, resumable
 from .recipes import check_recipe, refuse_sizes, with_budgets
 from .recipes import recipe as find_recipe
 from .saved import check_saved
@@ -79,9 +80,10 @@ def compress(
     several, first = ranks.count(), ranks.rank() == 0
     if resume and several > 1:
         raise WexpandError(f"resume: True is for one process, and torchrun started {several}")
-    if resume and (Path(output) / CHECKSUMS).is_file():
+    if resume and all((Path(output) / name).is_file() for name in (CHECKSUMS, CONFIG)):
         raise WexpandError(f"{output}: is complete; there is nothing to resume")
-    require_empty(output)
+    if not (resume and in_place(output)):  # whose own files may be in it already
+        require_empty(output)
     options = {
         "model": model, "recipe": None if recipe is None else str(recipe), "dataset": dataset,
         "size": size, "read": read, "samples": samples, "max_seq_length": max_seq_length,
@@ -122,7 +124,7 @@ def compress(
         oneshot(
             model=dense, tokenizer=inputs.tokenizer, dataset=rows, recipe=recipe,
             num_calibration_samples=len(rows), max_seq_length=inputs.length,
-            batch_size=batch_size, data_collator="padding",
+            batch_size=batch_size, data_collator=padded,
         )  # fmt: skip
         set_dtypes(dense, own)
         dense.save_pretrained(str(partial))

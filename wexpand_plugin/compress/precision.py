@@ -48,16 +48,30 @@ def stored_dtype(model: Any, weight: torch.Tensor) -> torch.dtype:
 
 
 def own_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Parameter -> its dtype."""
-    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+    """Parameter -> its dtype; one that is tied has several names."""
+    return {name: parameter.dtype for name, parameter in _named(model)}
 
 
 def set_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Give those parameters of `model` that are named, and float, these dtypes."""
-    for name, parameter in list(model.named_parameters()):
+    """Give those parameters of `model` that are named, and float, these dtypes.
+
+    Tied ones stay tied.
+    """
+    made: dict[int, nn.Parameter] = {}  # what has taken the place of a parameter, by its id
+    named = _named(model)  # keeps all of them alive, so that no id is used again
+    for name, parameter in named:
         dtype = dtypes.get(name, parameter.dtype)
-        if parameter.is_floating_point() and parameter.dtype != dtype:
-            owner, _, kind = name.rpartition(".")
-            module, value = model.get_submodule(owner), parameter.detach().to(dtype)
-            delattr(module, kind)  # an offloaded one would keep its dtype
-            setattr(module, kind, nn.Parameter(value, requires_grad=False))
+        if not parameter.is_floating_point() or parameter.dtype == dtype:
+            continue
+        if id(parameter) not in made:
+            value = parameter.detach().to(dtype)
+            made[id(parameter)] = nn.Parameter(value, requires_grad=False)
+        owner, _, kind = name.rpartition(".")
+        module = model.get_submodule(owner)
+        delattr(module, kind)  # an offloaded one would keep its dtype
+        setattr(module, kind, made[id(parameter)])
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """All names of all parameters."""
+    return list(model.named_parameters(remove_duplicate=False))

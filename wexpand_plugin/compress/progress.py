@@ -32,7 +32,7 @@ from ..format.directories import made_parents, sync, working_path
 from ..method import ranks
 from .records import find_records, read_record, write_record
 
-__all__ = ["Part", "Progress", "options_of", "resumable", "unfinished"]
+__all__ = ["Part", "Progress", "in_place", "options_of", "resumable", "unfinished"]
 
 _KIND = "unfinished"
 _current: ContextVar["Progress | None"] = ContextVar("progress", default=None)
@@ -43,6 +43,11 @@ def unfinished(output: str | Path) -> Path:
     target = Path(output).resolve()
     beside = target.parent / f".{target.name}.{_KIND}"
     return beside if beside.exists() else working_path(target, _KIND)
+
+
+def in_place(output: str | Path) -> bool:
+    """Whether an unfinished run of `output` lies in it, as it was there before."""
+    return unfinished(output).parent == Path(output).resolve() and bool(options_of(output))
 
 
 def options_of(output: str | Path) -> dict[str, Any]:
@@ -82,13 +87,12 @@ def resumable(
             progress.begin(resume, options or {})
             yield progress
         except BaseException:
-            if not progress.finished:
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
+            if kept := progress.kept():
                 logger.warning(
-                    f"{progress.finished} finished blocks are kept in {folder}; to go on: "
-                    f"wexpand compress --resume {output}"
+                    f"{kept} kept in {folder}; to go on: wexpand compress --resume {output}"
                 )
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         else:
             if Path(output).is_dir():
@@ -137,11 +141,16 @@ class Progress:
         self.parts = 0
         """modifiers that have begun"""
 
-    @property
-    def finished(self) -> int:
-        """Blocks that are finished, of all parts."""
+    def kept(self) -> str:
+        """What there is to go on from, of all parts, in words; empty if there is nothing."""
         # what the disk says: whoever interrupts may do so just after a record was written
-        return len(list(self.folder.glob("*-block-*-????????.safetensors")))
+        plans, blocks = (
+            len(list(self.folder.glob(f"*-{kind}-????????.safetensors")))
+            for kind in ("plan", "block-*")
+        )
+        if blocks:
+            return f"{blocks} finished block{'s' if blocks > 1 else ''}"
+        return "its plan" if plans else ""
 
     def begin(self, resume: bool, options: Mapping[str, Any]) -> None:
         """Look at what is there, and keep or check what the run was called with."""
@@ -151,14 +160,15 @@ class Progress:
                 continue
             logger.warning(f"{file}: is damaged, so {name} is done again")
             file.unlink()
-        if self.finished and not resume:
+        kept = self.kept()
+        if kept and not resume:
             raise WexpandError(
-                f"{self.output}: an earlier run ended early and left {self.finished} finished "
-                f"blocks in {self.folder}; go on with it (--resume {self.output}, in Python "
-                "resume=True), or remove that directory"
+                f"{self.output}: an earlier run ended early and left {kept} in {self.folder}; go "
+                f"on with it (--resume {self.output}, in Python resume=True), or remove that "
+                "directory"
             )
-        if self.finished:
-            logger.info(f"Going on with {self.output}: {self.finished} blocks are finished")
+        if kept:
+            logger.info(f"Going on with {self.output}, from {kept}")
         else:
             for file in self._files.values():
                 file.unlink()

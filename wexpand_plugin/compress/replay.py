@@ -115,10 +115,14 @@ class BlockReplay:
 
         :param max_bytes: of what may be kept of a part (`remembered_bytes`)
         """
-        most = remembered_bytes(max_bytes, hidden_states(self._arguments(0)).nbytes * len(self))
+        most = self.remembered_bytes(max_bytes)
         for part in self._parts() if self._ordered else ():
             end = self._ends.get(part)
             self._remembered.append(Remembered(part, self._runs_now, len(self), most, end))
+
+    def remembered_bytes(self, max_bytes: int) -> int:
+        """Bytes that may be kept of a part (`remembered.remembered_bytes`)."""
+        return remembered_bytes(max_bytes, hidden_states(self._arguments(0)).nbytes * len(self))
 
     def _parts(self) -> list[nn.Module]:
         return [

@@ -69,7 +69,8 @@ def tune(
     :return: the new linears, by name, and what was gained
     """
     with trainable(model, linears, replay.block) as tunable:
-        with constant_parts(replay.block, replay.output) as run:
+        most = replay.remembered_bytes(settings.max_bytes)
+        with constant_parts(replay.block, replay.output, most) as run:
             result = tune_block(
                 run, targets, list(tunable.values()), epochs=settings.tune_epochs,
                 lr=settings.learning_rate, seed=settings.seed,

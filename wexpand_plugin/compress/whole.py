@@ -73,7 +73,7 @@ def tune_whole(
     ]
     counts = [_predicted(batch) for batch in batches]
     head = model.get_output_embeddings()
-    with trainable(model, linears, model) as tunable:
+    with _without_dropout(model), trainable(model, linears, model) as tunable:
         read = [
             _read(model, head, blocks[-1], batch, state)
             for batch, state in zip(batches, states, strict=True)
@@ -122,6 +122,18 @@ def _read(
         for handle in handles:
             handle.remove()
     return found[0]
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """While it lasts, all of `model` is in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

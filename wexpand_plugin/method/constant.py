@@ -20,20 +20,22 @@ Run = Callable[[int], Tensor]
 
 
 @contextmanager
-def constant_parts(block: nn.Module, run: Run) -> Iterator[Run]:
+def constant_parts(block: nn.Module, run: Run, max_bytes: float = float("inf")) -> Iterator[Run]:
     """A `run` that gives the same, and computes constant parts of `block` once for each number.
 
     Parts are the children of `block` that hold a matrix and return tensors; their outputs are kept
     in main memory.
 
     :param run: output of the block, with trainable linears in it, for a numbered batch
+    :param max_bytes: of outputs that are kept; what would take more runs each time
     """
     parts = [m for m in block.children() if any(p.dim() > 1 for p in m.parameters())]
     varying, kept = set[nn.Module](), dict[tuple[nn.Module, int, int], _Kept]()
-    number, calls = 0, Counter[nn.Module]()
+    number, calls, left = 0, Counter[nn.Module](), max_bytes
 
     def remembering(part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run_once(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
             if part in varying:
                 return forward(*args, **kwargs)
             calls[part] += 1
@@ -43,7 +45,9 @@ def constant_parts(block: nn.Module, run: Run) -> Iterator[Run]:
                 if not _constant(found):
                     varying.add(part)
                     return found
-                kept[key] = _Kept(found)
+                keep = _Kept(found)
+                if keep.bytes <= left:
+                    kept[key], left = keep, left - keep.bytes
                 return found
             return kept[key].again()
 
@@ -80,6 +84,7 @@ class _Kept:
         parts = (found,) if self.single else found
         self.devices = [None if part is None else part.device for part in parts]
         self.tensors = [None if part is None else part.detach().cpu() for part in parts]
+        self.bytes = sum(tensor.nbytes for tensor in self.tensors if tensor is not None)
 
     def again(self) -> Any:
         """The same, on the devices where it was."""

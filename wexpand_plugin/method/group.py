@@ -5,8 +5,8 @@ runs whatever gives the inputs of the group's linears, as often as asked.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -83,6 +83,7 @@ def expand_group(
     batches: Batches,
     settings: Settings,
     statistics: GroupStatistics | None = None,
+    size_budgets: Sequence[float | None] | None = None,
 ) -> GroupResult:
     """Sparse experts for the linears that read one tensor.
 
@@ -90,6 +91,7 @@ def expand_group(
     :param biases: their biases [out_i], where they have one
     :param batches: their inputs, each read once
     :param statistics: with one expert, the statistics of the inputs where they are known already
+    :param size_budgets: the linears' own, in place of that of `settings`
     :raises WexpandError: inputs that are not finite or too few, a budget too small
     """
     width, device = weights[0].shape[1], weights[0].device
@@ -139,9 +141,11 @@ def expand_group(
             versions = RowVersions.full(experts, error, bias)
             linears.append(LinearResult(versions, versions))
     else:
-        for candidates in propose(weights, values, statistics, settings):
+        budgets = size_budgets or [settings.size_budget] * len(weights)
+        proposed = propose(weights, values, statistics, settings)
+        for candidates, budget in zip(proposed, budgets, strict=True):
             statistics.release()  # the versions are solved and weighed
-            linears.append(_within_budget(candidates, width, settings))
+            linears.append(_within_budget(candidates, width, replace(settings, size_budget=budget)))
     if cluster_expert is not None:
         cluster_expert = None if settings.num_experts == 1 else cluster_expert.to(device)
     return GroupResult(router, statistics.tokens, linears, cluster_expert)

@@ -92,6 +92,7 @@ class GroupStatistics:
         self._mirrored = True
         few = hold_out and self.experts > 1
         self._few: list[list[Tensor] | None] = [[] if few else None for _ in range(self.experts)]
+        self._joined = False
         self.held_out_sum: Tensor | None = None
         """sum of x x^T over all held-out rows [in, in], where not only biases need them"""
         if hold_out and not within:
@@ -190,9 +191,10 @@ class GroupStatistics:
             raise WexpandError("the calibration inputs hold NaN or infinite values")
 
     def join(self) -> None:
-        """Add up what all ranks have seen; once, after the last `flush`."""
-        if ranks.count() == 1:
+        """Add up what all ranks have seen, after the last `flush`; nothing if that is done."""
+        if ranks.count() == 1 or self._joined:
             return
+        self._joined = True
         self._few = [None] * self.experts
         own = self.solved_tokens.clone()
         ranks.total(self.tokens, self.solved_tokens)
