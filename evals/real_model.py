@@ -52,7 +52,7 @@ TOKENS, CONTEXT, HELD_OUT = 65536, 512, 16384
 RESULTS = ROOT / "evals" / "results" / "real_model.json"
 
 
-def _ours(sparsity: float, values: str, **more: Any) -> dict[str, Any]:
+def _ours(sparsity: float | str, values: str, **more: Any) -> dict[str, Any]:
     values = "auto" if values == "bfloat16" else values  # what the model is
     keys = {"sparsity": sparsity, "values": values, "num_experts": 1, "targets": MLP}
     return {"SparseExpansionModifier": keys | more}
@@ -72,6 +72,12 @@ def gptq(
     return {modifier: {"ignore": ["lm_head"], "config_groups": groups}}
 
 
+def _by_linear(values: str, bits: float) -> dict[str, Any]:
+    """Half zeros on average, in each linear as many as the dial finds best: in the bytes that half
+    zeros in each take, which are `bits` per weight."""
+    return _ours("auto", values, size_budget=bits / 16)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8": _ours(0.0, "int8"),
     "int4": _ours(0.0, "int4"),
@@ -86,6 +92,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for sparsity in (0.5, 0.8, 0.3, 0.7)
         for values in ("bfloat16", "int4", "int8")
     },
+    "50% bfloat16 by linear": _by_linear("float", 9.0),
+    "50% int4 by linear": _by_linear("int4", 3.1335),
     "2:4 bfloat16": _ours(0.5, "bfloat16", mask_structure="2:4"),
     "2:4 int4": _ours(0.5, "int4", mask_structure="2:4"),
 }
@@ -107,7 +115,7 @@ VARIANTS |= {
         ("4 and 1 epochs",
          {"tune_epochs": 4, "tune_model_epochs": 1, "tune_model_lr": 0.001}),
     )
-    for name in ("50% bfloat16", "50% int4")
+    for name in ("50% bfloat16", "50% int4", "50% bfloat16 by linear", "50% int4 by linear")
 }  # fmt: skip
 """name -> modifiers of its recipe"""
 

@@ -43,6 +43,7 @@ def planned(path, dial, **changes):
     [
         (0.15, dict()),
         (0.7, dict(tune_epochs=1)),
+        (0.6, dict(values="float", tune_epochs=1)),
         pytest.param(0.2, dict(values="int8"), marks=SLOW),
         pytest.param(0.2, dict(mask_structure="2:4", targets=["re:.*mlp.*"]), marks=SLOW),
         pytest.param(0.11, dict(mask_structure="unstructured"), marks=SLOW),
@@ -91,7 +92,8 @@ def test_meets_the_budget_saves_and_reloads_equal(kind, budget, keys, tmp_path, 
                         for n in targets if n.split(".")[2] == str(layer) and n.endswith(group)}
                 assert len(same) <= 1
     if "values" in keys:
-        assert {entry.values for entry in saved.linears.values()} == {keys["values"]}
+        kind = "float32" if keys["values"] == "float" else keys["values"]
+        assert {entry.values for entry in saved.linears.values()} == {kind}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
 
@@ -174,7 +176,7 @@ def test_hessians_in_turns_are_the_same(tmp_path, monkeypatch):
         (dict(size_budget=None), "size_budget: None should be above 0 and below 1 with sparsity"),
         (dict(size_budget=1.5), "size_budget: 1.5 should be above 0 and below 1 with sparsity"),
         (dict(budget_scope="layer"), "budget_scope: 'layer' should be model with sparsity auto"),
-        (dict(values="int7"), "values: 'int7' should be auto or one of int8, int6"),
+        (dict(values="int7"), "values: 'int7' should be auto, float or one of int8, int6"),
         (dict(value_group=12), "value_group: 12 should be a multiple of 8"),
         (dict(sparsity="much"), "should be a number, or auto"),
     ],

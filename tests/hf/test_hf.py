@@ -218,12 +218,16 @@ def test_a_float32_router_that_float16_cannot_hold_stays_as_it_is(tmp_path):
     assert torch.equal(loaded.router_weight, router)
 
 
-def test_a_cast_model_saves_a_float32_bias(tmp_path):
-    tiny.expanded(tmp_path / "a")
+def test_a_cast_model_keeps_its_routers_and_scales(tmp_path):
+    tiny.expanded(tmp_path / "a", values="int4", clusters=6)
     load(tmp_path / "a").to(torch.bfloat16).save_pretrained(tmp_path / "b")
     loaded = load(tmp_path / "b")
-    assert loaded.model.layers[0].mlp.up_proj.router_bias.dtype == torch.float32
     assert loaded.dtype == torch.bfloat16
+    a, b = (ModelDir(tmp_path / name) for name in "ab")
+    kinds = ("router_weight", "router_bias", "scale")
+    names = [name for name in a.headers if name.endswith(kinds)]
+    assert len(names) > 12 and all(torch.equal(a.read(name), b.read(name)) for name in names)
+    assert loaded.model.layers[0].mlp.up_proj.router_bias.dtype == torch.float32
 
 
 def test_generate_and_flags(tmp_path):

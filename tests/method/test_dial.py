@@ -45,7 +45,7 @@ def all_choices(groups):
     ways = []
     for group in groups:
         picks = product(*group.values())
-        ways.append([p for p in picks if len({c.setting.values for c in p}) == 1])
+        ways.append([p for p in picks if len({c.setting.kind for c in p}) == 1])
     for parts in product(*ways):
         yield totals([c for part in parts for c in part])
 
@@ -68,7 +68,7 @@ def test_against_every_choice(groups):
         found = allocate_settings(groups, budget)
         assert set(found) == {name for group in groups for name in group}
         for group in groups:
-            assert len({found[name].setting.values for name in group}) == 1
+            assert len({found[name].setting.kind for name in group}) == 1
             assert all(found[name] in own for name, own in group.items())
         stored = sum(c.stored for c in found.values())
         loss = sum(c.loss for c in found.values())
@@ -102,7 +102,7 @@ def test_two_budgets_against_every_choice(groups, a, b):
         assert read < reachable and reachable in reads
         return
     for group in groups:
-        assert len({found[name].setting.values for name in group}) == 1
+        assert len({found[name].setting.kind for name in group}) == 1
     sizes = totals(found.values())
     assert sizes[0] <= stored and sizes[2] <= read
     assert sizes[1] >= best - 1e-9
@@ -158,9 +158,9 @@ def test_a_group_has_one_kind_of_values():
     whole = Candidate(Setting("int8", 0), 0.0, 80, 80)
     fine, coarse = ([whole, Candidate(Setting("int4", 0), x, 40, 40)] for x in (0.5, 0.1))
     apart = allocate_settings([{"a": fine}, {"b": coarse}], 120)
-    assert [c.setting.values for c in apart.values()] == ["int8", "int4"]
+    assert [c.setting.kind for c in apart.values()] == ["int8", "int4"]
     together = allocate_settings([{"a": fine, "b": coarse}], 120)
-    assert [c.setting.values for c in together.values()] == ["int4", "int4"]
+    assert [c.setting.kind for c in together.values()] == ["int4", "int4"]
 
 
 def test_two_prices_choose_what_neither_alone_does():

@@ -14,7 +14,7 @@ from wexpand_plugin.method.settings import Settings
     [
         (dict(sparsity=1.5), "sparsity: 1.5 should be above 0 (0 with integer values) and"),
         (dict(sparsity=0.0), "sparsity: 0.0 should be above 0"),
-        (dict(values="int7"), "values: 'int7' should be auto or one of int8, int6, int5, int4"),
+        (dict(values="int7"), "values: 'int7' should be auto, float or one of int8, int6, int5"),
         (dict(values="int4", value_group=48), "value_group: 48 should be a multiple of 8 that"),
         (dict(values="int4", value_group=256), "value_group: 256 should be"),
         (dict(sparsity=0.6, mask_structure="2:4"), "sparsity: 0.6 should be 0.5"),

@@ -1,10 +1,19 @@
 """inspect counts what is on disk, and what a token reads."""
 
+import random
+import shutil
 
 import pytest
 import tiny
 import torch
-from corruptions import corrupted, flip_bit, map_out_of_range, shards
+from corruptions import (
+    corrupted,
+    edit_config,
+    edit_tensors,
+    flip_bit,
+    map_out_of_range,
+    shards,
+)
 from transformers import AutoModelForCausalLM
 
 from wexpand_plugin.errors import WexpandError
@@ -15,6 +24,8 @@ from wexpand_plugin.hf.linear import RoutedLinear
 from wexpand_plugin.hf.saving import wrap_save_pretrained
 from wexpand_plugin.tools.inspect import inspect
 from wexpand_plugin.tools.inspect_table import table
+from wexpand_plugin.tools.report.data import collect
+from wexpand_plugin.tools.report.numbers import tuned
 from wexpand_plugin.tools.verify import verify
 
 
@@ -133,3 +144,23 @@ def test_inspect_reads_no_values(sound, tmp_path):
     path = corrupted(sound, tmp_path / "b", map_out_of_range, 0)
     with pytest.raises(WexpandError, match="row_map"):
         inspect(path)
+
+
+def test_inspect_of_an_expert_that_is_not_there(tmp_path):
+    tiny.expanded(tmp_path / "a", experts=2, clusters=8)
+    edit_tensors(tmp_path / "a", random.Random(0), ("cluster_expert",), lambda t: t + 9)
+    with pytest.raises(WexpandError, match="cluster_expert: 8 of 0 to 10 should be 8 of 0 to 1"):
+        inspect(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "said", [{"dial": None}, {"dial": {"linears": [1]}}, {"predicted_loss": {"a": "x"}},
+             {"predicted_loss": [1]}, {"tuned": {"a": 1}}, {"tuned": [2]}],
+)  # fmt: skip
+def test_whatever_is_said_of_how_it_was_made(sound, tmp_path, said):
+    """Nothing depends on it, so it may be anything."""
+    path = shutil.copytree(sound, tmp_path / "a")
+    edit_config(path, lambda v: v["quantization_config"]["made_by"].update(said), seal=True)
+    assert verify(path) == []
+    assert "all tensors" in table(inspect(path))
+    assert not tuned(collect(path))

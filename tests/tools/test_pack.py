@@ -240,6 +240,9 @@ def test_leftovers_are_dropped_and_said(tmp_path, leftover):
         ({"quant_method": "compressed-tensors", "config_groups": {"a": {}}}, "config_groups"),
         ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"a": 1}}, "kv_cache_scheme"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+        ({"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
+         "transforms inputs"),
+        ({"transform_config": {"config_groups": [1]}}, "transforms inputs"),
         ({"quant_method": "wexpand"}, "packed or expanded already"),
     ],
 )
@@ -267,6 +270,15 @@ def test_bad_weights_and_models(tmp_path):
     bad[0, 0] = float("nan")
     save_file(good | {name: bad}, file)
     attempt(f"{name}: holds NaN")
+    norm = "model.norm.weight"
+    save_file({key: value for key, value in good.items() if key != norm}, file)
+    attempt(f"{norm}: missing; LlamaForCausalLM has it")
+    save_file(good | {norm: torch.ones(100)}, file)
+    attempt(rf"{norm}: shape \[100\] should be \[40\]")
+    save_file(good | {norm: good[norm] * float("inf")}, file)
+    attempt(f"{norm}: holds NaN")
+    save_file(good | {name: good[name].flatten()}, file)
+    attempt(rf"{name}: shape \[2080\] should be")
     file.write_bytes(b"\x00" * 40)
     attempt("not a complete safetensors file")
     file.unlink()
@@ -413,3 +425,46 @@ def test_experts_of_a_mixture_stay_dense_and_that_is_said(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     with torch.no_grad():
         torch.testing.assert_close(loaded(tiny.tokens()).logits, model(tiny.tokens()).logits)
+
+
+def test_gates_of_one_output_stay_dense(tmp_path):
+    """As vLLM has them, though pruning has put zeros into them."""
+    import transformers
+
+    config = transformers.Qwen2MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=1,
+        shared_expert_intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, num_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = tiny.prune(transformers.AutoModelForCausalLM.from_config(config), 0.7)
+    model.save_pretrained(tmp_path / "dense")
+    done = pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    assert gate not in done.packed and "model.layers.0.mlp.shared_expert.up_proj" in done.packed
+    assert ModelDir(tmp_path / "packed").headers[f"{gate}.weight"].shape == (1, 64)
+
+
+def test_one_scale_a_row_however_wide_the_group(tmp_path):
+    pruned(tmp_path / "dense")
+    for name, group in (("row", 56), ("wide", 1 << 20)):
+        pack(tmp_path / "dense", tmp_path / name, values="int4", value_group=group, quiet=True)
+        assert verify(tmp_path / name) == []
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)(tiny.tokens()).logits
+        for name in ("row", "wide")
+    )
+    assert torch.equal(one, other)
+    with pytest.raises(WexpandError, match="value_group: 10000000 should be at most"):
+        pack(tmp_path / "dense", tmp_path / "no", values="int4", value_group=10**7, quiet=True)
+
+
+def test_weights_that_no_scale_of_16_bits_reaches(tmp_path):
+    pruned(tmp_path / "dense")
+    file, name = tmp_path / "dense" / "model.safetensors", "model.layers.0.mlp.up_proj"
+    tensors = load_file(file)
+    tensors[f"{name}.weight"][3, 4] = 1e7
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(WexpandError, match=f"{name}.weight_scale: holds NaN, infinite"):
+        pack(tmp_path / "dense", tmp_path / "packed", values="int4", quiet=True)
+    assert not (tmp_path / "packed").exists()

@@ -79,3 +79,48 @@ def test_what_cannot_be_packed_exactly_is_refused(tmp_path, change, message):
 def test_integers_are_not_rounded_again(tmp_path):
     with pytest.raises(WexpandError, match="integers already"):
         pack(quantised(tmp_path / "q"), tmp_path / "packed", values="int4", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "message"),
+    [
+        ("weight_scale", lambda t: -t, "weight_scale: holds NaN, infinite or negative scales"),
+        ("weight_scale", lambda t: t[:3], r"weight_scale: \[3, 5\] are not so many scales"),
+        ("weight_scale", lambda t: t[:, :0], "are not so many scales for each of 56 rows"),
+        ("weight_scale", lambda t: t[:, :3], "groups of their 40 columns are equally wide"),
+        ("weight_shape", lambda t: t[:1], r"weight_shape: \[56\] should be \[56, 40\]"),
+        ("weight_shape", lambda t: t - 1, r"weight_shape: \[55, 39\] should be \[56, 40\]"),
+        ("weight_packed", lambda t: t[0], "weight_packed: .* holds no"),
+        ("weight_packed", lambda t: t.float(), "weight_packed: .* holds no"),
+    ],
+)  # fmt: skip
+def test_damaged_tensors_are_named(tmp_path, part, damage, message):
+    from safetensors.torch import load_file, save_file
+
+    source = quantised(tmp_path / "q")
+    file, name = source / "model.safetensors", f"model.layers.1.mlp.up_proj.{part}"
+    tensors = load_file(file)
+    tensors[name] = damage(tensors[name]).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(WexpandError, match=message):
+        pack(source, tmp_path / "packed", quiet=True)
+    assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
+         "transforms inputs"),
+        ({"config_groups": [1]}, "config_groups: should be an object"),
+        ({"config_groups": {"a": {"weights": "int4", "format": "pack-quantized"}}},
+         "weights 'int4' should be an object"),
+    ],
+)  # fmt: skip
+def test_configs_that_say_something_else(tmp_path, change, message):
+    source = quantised(tmp_path / "q")
+    values = json.loads((source / "config.json").read_text())
+    values["quantization_config"] |= change
+    (source / "config.json").write_text(json.dumps(values))
+    with pytest.raises(WexpandError, match=message):
+        pack(source, tmp_path / "packed", quiet=True)

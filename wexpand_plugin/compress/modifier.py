@@ -85,9 +85,9 @@ class SparseExpansionModifier(Modifier):
         loss in `size_budget` and `read_budget` (without `num_clusters`)
     :param mask_structure: "row" (every neuron keeps the same number of weights),
         "unstructured" (one threshold per column block, as SparseGPTModifier's "0:0"), or "N:M"
-    :param values: how kept weights are stored: "auto" (in the model's dtype), "int8",
+    :param values: how kept weights are stored: "float" or "auto" (in the model's dtype), "int8",
         "int6", "int5", "int4", "int3" or "int2", rounded together with pruning. With
-        `sparsity: auto`, "auto" is any of them for each input group
+        `sparsity: auto`, "auto" is any of them for each linear, and others leave zeros to choose
     :param value_group: columns of a row that share a scale, with integers; a multiple of 8 that
         divides `block_size`
     :param num_experts: experts per input group, at most 256; 1 is plain pruning or quantisation

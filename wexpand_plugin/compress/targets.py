@@ -19,7 +19,8 @@ HEADS = ("re:.*lm_head", "re:.*embed_out")
 def target_linears(
     model: nn.Module, targets: str | list[str], ignore: str | list[str]
 ) -> dict[str, nn.Linear]:
-    """The linears that `targets` name, themselves or by a module that contains them.
+    """The linears that `targets` name, themselves or by a module that contains them, but for those
+    of one output: gates, which vLLM keeps dense.
 
     A target that matches nothing is logged; a typo should be seen although others match.
 
@@ -37,7 +38,7 @@ def target_linears(
         for inner, child in module.named_modules():
             full = f"{name}.{inner}" if inner else name
             out = any(full == i or full.startswith(f"{i}.") for i in ignored)
-            if isinstance(child, nn.Linear) and not out:
+            if isinstance(child, nn.Linear) and child.out_features > 1 and not out:
                 found[full] = child
     if not found:
         others = [n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import WexpandError
 from .values import ValueCodec
 
 __all__ = ["MAX_CLUSTERS", "ClusterBias", "expert_of", "tokens_per_expert"]
@@ -116,8 +117,16 @@ def expert_of(clusters: Tensor, cluster_expert: Tensor | None, experts: int) -> 
 def tokens_per_expert(
     tokens: Sequence[int], cluster_expert: Tensor | None, experts: int
 ) -> Tensor:
-    """Tokens of each expert, int64 [experts], of those of each cluster."""
+    """Tokens of each expert, int64 [experts], of those of each cluster.
+
+    :raises WexpandError: a cluster of an expert that there is not
+    """
     counts = torch.tensor(tokens, dtype=torch.int64)
     if cluster_expert is None:
         return counts if experts > 1 else counts.sum(dim=0, keepdim=True)
+    if len(cluster_expert) != len(counts) or int(cluster_expert.max()) >= experts:
+        raise WexpandError(
+            f"cluster_expert: {len(cluster_expert)} of 0 to {int(cluster_expert.max())} should be "
+            f"{len(counts)} of 0 to {experts - 1}, the experts of the linear"
+        )
     return counts.new_zeros(experts).index_add(0, cluster_expert.long().cpu(), counts)

@@ -371,6 +371,8 @@ class RowPool:
 
 def finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; as isfinite().all(), in one pass and without copies."""
+    if values.dtype.itemsize == 1:  # for those of 8 bits torch knows no smallest
+        values = values.float()
     return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 

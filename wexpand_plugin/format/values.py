@@ -44,6 +44,8 @@ INTEGERS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "int2": 2}
 CODECS = (*FLOATS, *INTEGERS)
 GROUP = 128
 """columns that share a scale, unless said otherwise"""
+WIDEST = 1 << 20
+"""columns that may; no linear has more"""
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,9 @@ class ValueCodec:
     def scale_of(self, rows: Tensor) -> Tensor:
         """Scales that reach the largest weight of each group: float16 [n, groups] of `rows`."""
         count = self.scales(rows.shape[1])
-        padded = torch.nn.functional.pad(
-            rows.abs().float(), (0, count * self.group - rows.shape[1])
-        )
-        largest = padded.view(len(rows), count, self.group).amax(dim=2)
+        group = min(self.group, rows.shape[1])
+        padded = torch.nn.functional.pad(rows.abs().float(), (0, count * group - rows.shape[1]))
+        largest = padded.view(len(rows), count, group).amax(dim=2)
         return (largest / self.largest).clamp(max=torch.finfo(torch.float16).max).half()
 
     def pack(self, q: Tensor, keep: Tensor) -> Tensor:
@@ -141,7 +142,8 @@ class ValueCodec:
         return q.float() * self._per_column(scale, q.shape[1])
 
     def _per_column(self, scale: Tensor, in_features: int) -> Tensor:
-        return scale.float().repeat_interleave(self.group, dim=1)[:, :in_features]
+        group = min(self.group, in_features)
+        return scale.float().repeat_interleave(group, dim=1)[:, :in_features]
 
     def __str__(self) -> str:
         return f"{self.name}, groups of {self.group}" if self.scaled else self.name
@@ -150,7 +152,8 @@ class ValueCodec:
 def codec(name: str, group: int = GROUP) -> ValueCodec:
     """The codec of this name; `group` matters for integers only.
 
-    :raises WexpandError: no such codec, or a group that is not a positive multiple of 8
+    :raises WexpandError: no such codec, or a group that is not a positive multiple of 8, or is
+        wider than any linear
     """
     if name in FLOATS:
         return ValueCodec(name)
@@ -158,6 +161,8 @@ def codec(name: str, group: int = GROUP) -> ValueCodec:
         raise WexpandError(f"values: {name!r} is not one of {', '.join(CODECS)}")
     if group < 8 or group % 8:
         raise WexpandError(f"value_group: {group} should be a multiple of 8, such as 32 or 128")
+    if group > WIDEST:
+        raise WexpandError(f"value_group: {group} should be at most {WIDEST}")
     return ValueCodec(name, group)
 
 

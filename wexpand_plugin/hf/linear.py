@@ -6,6 +6,7 @@ mistaken for an ordinary linear's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +211,18 @@ class RoutedLinear(nn.Module):
             shift = None if biases is None else biases.of(clusters)
         y = reference.biased(y, self.bias, shift)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RoutedLinear":
+        """As of every module, but for casts: routers and scales stay float32, so that after
+        `model.to(torch.bfloat16)` tokens are routed, and values scaled, as before."""
+        wide = {kind: p for kind in WIDENED if (p := getattr(self, kind)) is not None}
+        values = {kind: parameter.data for kind, parameter in wide.items()}
+        super()._apply(fn, recurse)
+        for kind, value in values.items():
+            found = getattr(self, kind)
+            if found.dtype != value.dtype:
+                found.data = value.to(found.device)
+        return self
 
     def extra_repr(self) -> str:
         return (

@@ -183,8 +183,8 @@ def empty_model(class_: type["PreTrainedModel"], config: Any) -> "PreTrainedMode
 
 def linear_tensors(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
     """Tensor of a dense checkpoint -> linear, both by checkpoint names, for the linears of `model`
-    that can be packed: all but the output embedding (and those that share its weight). In the
-    model's order.
+    that can be packed: all but the output embedding (and those that share its weight), and those
+    of one output, gates, which vLLM keeps dense. In the model's order.
     """
     head = model.get_output_embeddings()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -195,6 +195,6 @@ def linear_tensors(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, 
         module_name, _, kind = target.rpartition(".")
         module = model.get_submodule(module_name)
         if kind == "weight" and type(module) is nn.Linear and module is not head:
-            if target not in tied:
+            if target not in tied and module.out_features > 1:
                 found[name] = name.removesuffix(".weight")
     return found

@@ -35,9 +35,14 @@ class Setting(NamedTuple):
     sparsity: float
     """fraction of weights pruned; 0 and "auto": dense, as it was"""
 
+    @property
+    def kind(self) -> str:
+        """What linears that are run as one layer have in common: their values, or being dense."""
+        return "dense" if self == ("auto", 0.0) else self.values
+
     def __str__(self) -> str:
         """Like "int4, 50% zeros"."""
-        if self == ("auto", 0.0):
+        if self.kind == "dense":
             return "dense"
         kind = "values as they are" if self.values == "auto" else self.values
         return f"{kind}, {self.sparsity:.0%} zeros" if self.sparsity else kind
@@ -217,11 +222,11 @@ def _first(cost: Tensor, second: Tensor) -> Tensor:
 
 
 def _kinds(group: Group) -> list[Group]:
-    """The candidates of a group by their values, those that all of its linears have."""
-    values = dict.fromkeys(c.setting.values for own in group.values() for c in own)
+    """The candidates of a group by their kind, those that all of its linears have."""
+    kinds = dict.fromkeys(c.setting.kind for own in group.values() for c in own)
     found = (
-        {name: [c for c in own if c.setting.values == kind] for name, own in group.items()}
-        for kind in values
+        {name: [c for c in own if c.setting.kind == kind] for name, own in group.items()}
+        for kind in kinds
     )
     return [of for of in found if all(of.values())]
 
@@ -257,7 +262,7 @@ def _filled(
             ((found[name].loss - c.loss) / size, name, c)
             for name, own in candidates.items()
             for c in own
-            if c.setting.values == found[name].setting.values
+            if c.setting.kind == found[name].setting.kind
             and 0 < (size := step(found[name], c)) < gap
             and c.loss < found[name].loss
         ]

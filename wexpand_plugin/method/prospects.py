@@ -55,7 +55,7 @@ class Dial:
     read_budget: float | None
     """bytes that a token reads over dense bytes; None: as many as it takes"""
     values: str
-    """one of GRIDS, or "auto": any of them, or the dense dtype"""
+    """one of GRIDS, "float": the dense dtype, or "auto": any of these"""
     base: Settings
     """everything else; its own sparsity and values mean nothing"""
 
@@ -117,7 +117,9 @@ class Dial:
         """The settings that a linear may have: kind of values -> sparsities."""
         structure = self.base.structure
         of_structure = (0.0, structure.n / structure.m) if structure.m else None
-        kinds = SPARSITIES if self.values == "auto" else {self.values: ALONE}
+        kinds = SPARSITIES
+        if self.values != "auto":
+            kinds = {DENSE.values if self.values == "float" else self.values: ALONE}
         return {kind: list(of_structure or sparsities) for kind, sparsities in kinds.items()}
 
     def settings(self, setting: Setting) -> Settings:
@@ -177,9 +179,7 @@ def prospects(
         parts = solved.split(linears)
         every = zip(found, weights, parts, sensitivities, strict=True)
         for place, (own, dense, part, sensitivity) in enumerate(every):
-            # a group whose first linear stays dense may have a router, too
-            router = place == 0 or setting.values == DENSE.values
-            stored, read = dial.bytes_of(setting, dense.shape, weighs, router)
+            stored, read = dial.bytes_of(setting, dense.shape, weighs, router=place == 0)
             loss = 0.0
             if setting != DENSE:
                 loss = added_loss((part - dense).float(), unseen, sensitivity)

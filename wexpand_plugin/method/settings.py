@@ -40,7 +40,8 @@ class Settings:
     mask_structure: str = "row"
     """see `MaskStructure.parse`"""
     values: str = "auto"
-    """how kept weights are stored: one of GRIDS, or "auto": in the dtype of the dense weight"""
+    """how kept weights are stored: one of GRIDS, or "auto", or "float", which becomes "auto": in
+    the dtype of the dense weight"""
     value_group: int = 128
     """columns of a row that share a scale, with a grid"""
     num_experts: int = 16
@@ -89,8 +90,10 @@ class Settings:
     def __post_init__(self) -> None:
         structure = MaskStructure.parse(self.mask_structure)
         object.__setattr__(self, "structure", structure)
+        if self.values == "float":
+            object.__setattr__(self, "values", "auto")
         if self.values not in ("auto", *GRIDS):
-            self._refuse("values", f"auto or one of {', '.join(GRIDS)}")
+            self._refuse("values", f"auto, float or one of {', '.join(GRIDS)}")
         if self.grid is not None and (
             self.value_group < 8 or self.value_group % 8 or self.block_size % self.value_group
         ):

@@ -22,7 +22,7 @@ from ..format.problems import ROUTER
 from ..format.router import rows_read
 from ..format.rowpool import RowPool, kept
 
-__all__ = ["Inspection", "LinearInspection", "inspect"]
+__all__ = ["Inspection", "LinearInspection", "inspect", "is_number"]
 
 KINDS = ("values", "mask", "scale", "row_map", "router", "cluster_bias", "bias")
 
@@ -102,6 +102,12 @@ class Inspection:
         weights = sum(linear.versions * linear.in_features for linear in self.linears)
         return 1 - sum(linear.nnz for linear in self.linears) / weights if weights else 0.0
 
+    def made(self, key: str) -> dict[str, Any]:
+        """An object that config.json says of how the model was made; empty if it says another
+        thing, as nothing depends on it."""
+        found = self.made_by.get(key)
+        return found if isinstance(found, dict) else {}
+
     def bytes_by_kind(self) -> dict[str, int]:
         """`stored_bytes` of all `linears`, split by kind."""
         return {kind: sum(linear.bytes[kind] for linear in self.linears) for kind in KINDS}
@@ -123,6 +129,11 @@ class Inspection:
                 for linear in self.linears
             ],
         }
+
+
+def is_number(value: Any) -> bool:
+    """Whether JSON has a number there."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def inspect(directory: str | Path, linears: Collection[str] | None = None) -> Inspection:

@@ -1,6 +1,6 @@
 """An inspection as text, for the terminal."""
 
-from .inspect import Inspection, LinearInspection
+from .inspect import Inspection, LinearInspection, is_number
 
 __all__ = ["readable_bytes", "table"]
 
@@ -37,14 +37,16 @@ def table(found: Inspection) -> str:
             f"one token reads {readable_bytes(found.bytes_per_token)} of them, "
             f"{found.bytes_per_token / dense:.2f} x dense",
         ]
-    chosen = found.made_by.get("dial", {}).get("linears", {})
-    if left := sorted(set(chosen) - {linear.name for linear in found.linears}):
+    chosen = found.made("dial").get("linears")
+    chosen = set(chosen) if isinstance(chosen, dict) else set()
+    if left := sorted(chosen - {linear.name for linear in found.linears}):
         some = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
         lines.append(f"{len(left)} more stay dense, which the size asked for counts too: {some}")
-    if losses := found.made_by.get("predicted_loss"):
+    losses = {k: v for k, v in found.made("predicted_loss").items() if is_number(v)}
+    if losses:
         lines.append(
             f"predicted to add {sum(losses.values()):.3g} nats per token, before tuning; the most "
-            f"in {max(losses, key=losses.get)}"
+            f"in {max(losses, key=losses.__getitem__)}"
         )
     lines.append(f"all tensors: {readable_bytes(found.disk_bytes)} on disk")
     return "\n".join(lines)

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import WexpandError
+from ..format.checks import check_pool
 from ..format.config import GroupEntry
 from ..format.directories import partial_directory, require_empty
 from ..format.linear import StoredLinear
 from ..format.model_dir import ModelDir
-from ..format.rowpool import RowPool, kept
+from ..format.rowpool import RowPool, finite, kept
 from ..format.sizes import row_bytes
 from ..format.values import FLOATS, GROUP, ValueCodec, codec, codec_of
 from ..format.writer import (
@@ -96,6 +97,8 @@ def pack(
     :raises WexpandError: the model is packed already, quantised in a way that cannot be packed
         exactly, not sparse enough, or has no class in transformers; or `output` is not empty
     """
+    from ..hf.names import check_fit
+
     require_empty(output)
     if values not in (None, *GRIDS):
         raise WexpandError(f"values: {values!r} should be {' or '.join(GRIDS)}, or left out")
@@ -118,6 +121,7 @@ def pack(
         }  # fmt: skip
         order = [packer.groups[n] for n in packer.linears.values() if n in packer.groups]
         seal(partial, order, made_by, checksums=writer.checksums)
+        check_fit(ModelDir(partial))
         write_card(partial, output, made_by, [source.path])
         if left_out := copy_others(source.path, partial):
             done.notes.append(f"not copied, as loading them runs code: {', '.join(left_out)}")
@@ -136,7 +140,7 @@ class _Packer:
     """Decides for each tensor of a model what is written in its place."""
 
     def __init__(self, source: ModelDir, how: ValueCodec | None, keep_negative_zeros: bool):
-        from ..hf.names import linear_tensors, module_tensor_names, skeleton
+        from ..hf.names import check_headers, linear_tensors, module_tensor_names, skeleton
 
         self.source, self.how, self.keep_negative_zeros = source, how, keep_negative_zeros
         self.done = Packed()
@@ -153,8 +157,16 @@ class _Packer:
         self.done.notes += drop_leftovers(self.config_json, source.path)
         names = [*source.headers, *(f"{name}.weight" for name in self.parts.values())]
         model = skeleton(source.path)
+        if not self.parts:
+            check_headers(model, source)
         self.linears = linear_tensors(model, names)
         """tensor of a dense weight -> linear"""
+        state = model.state_dict()
+        self.sizes = {
+            self.linears[name]: (state[target].shape[0], state[target].shape[1])
+            for name, target in module_tensor_names(model, self.linears).items()
+        }
+        """linear -> (out, in)"""
         self._say_mixtures(set(module_tensor_names(model, source.headers)))
 
     def _say_mixtures(self, single: set[str]) -> None:
@@ -184,9 +196,12 @@ class _Packer:
                     raise WexpandError(
                         f"{quantised}: is quantised, but no linear of the model's blocks", name
                     )
-                pool, dtype = quantised_pool(self.source, quantised)
+                pool, dtype = quantised_pool(self.source, quantised, self.sizes[quantised])
                 self._store(quantised, pool, dtype, 0.0, writer)
         elif linear is None:
+            if tensor.is_floating_point() and not finite(tensor):
+                file = self.source.headers[name].file
+                raise WexpandError(f"{file}: {name}: holds NaN or infinite values", name)
             writer.add(name, tensor)
         else:
             keep, zeros = self._kept(name, tensor)
@@ -237,6 +252,7 @@ class _Packer:
     def _store(
         self, linear: str, pool: RowPool, dtype: torch.dtype, zeros: float, writer: TensorWriter
     ) -> None:
+        check_pool(pool, linear)
         self.done.packed[linear] = zeros
         stored = StoredLinear(pool)
         has_bias = f"{linear}.bias" in self.source.headers  # which is copied as it is

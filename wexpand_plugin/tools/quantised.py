@@ -21,6 +21,7 @@ from ..errors import WexpandError
 from ..format.model_dir import ModelDir
 from ..format.rowpool import RowPool
 from ..format.values import codec
+from .sources import transforms_inputs
 
 __all__ = ["is_quantised", "quantised_linears", "quantised_pool"]
 
@@ -47,6 +48,12 @@ def quantised_linears(model: ModelDir) -> dict[str, str]:
         )
     if found.get("kv_cache_scheme"):
         raise WexpandError(f"{where}: has a kv_cache_scheme, which would be lost")
+    if transforms_inputs(found):
+        raise WexpandError(
+            f"{where}: its transform_config transforms inputs while serving, which would be lost"
+        )
+    if not isinstance(found["config_groups"], dict):
+        raise WexpandError(f"{where}.config_groups: should be an object")
     for name, group in found["config_groups"].items():
         if reason := _unlike_ours(group if isinstance(group, dict) else {}, found):
             raise WexpandError(f"{where}.config_groups.{name}: {reason}; cannot be packed exactly")
@@ -68,7 +75,9 @@ def quantised_linears(model: ModelDir) -> dict[str, str]:
 
 def _unlike_ours(group: dict[str, Any], found: dict[str, Any]) -> str | None:
     """Why linears of this scheme cannot be packed; None if they can."""
-    weights = group.get("weights") or {}
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        return f"weights {weights!r} should be an object"
     stored = group.get("format") or found.get("format")
     if stored != "pack-quantized":
         return f"format {stored!r} is not 'pack-quantized'"
@@ -86,13 +95,24 @@ def _unlike_ours(group: dict[str, Any], found: dict[str, Any]) -> str | None:
     return None
 
 
-def quantised_pool(model: ModelDir, name: str) -> tuple[RowPool, torch.dtype]:
+def quantised_pool(
+    model: ModelDir, name: str, size: tuple[int, int]
+) -> tuple[RowPool, torch.dtype]:
     """The pool of a quantised linear, full rows, and the dtype of the weights it stands for.
 
+    :param size: of the linear, (out, in)
     :raises WexpandError: tensors that contradict each other, or a scale that float16 cannot hold
     """
     packed, scale, shape = (model.read(f"{name}.{part}") for part in _PARTS)
-    out_features, in_features = (int(size) for size in shape)
+    found = shape.tolist() if shape.shape == (2,) else None
+    if found != list(size):
+        raise WexpandError(
+            f"{name}.weight_shape: {shape.tolist()} should be {list(size)}, as the model has it",
+            f"{name}.weight_shape",
+        )
+    out_features, in_features = size
+    if packed.dim() != 2:
+        packed = packed.reshape(1, -1)  # of no linear: refused next
     bits = next((b for b in (4, 8) if packed.shape[1] == -(-in_features * b // 32)), None)
     if bits is None or packed.dtype != torch.int32 or len(packed) != out_features:
         raise WexpandError(
@@ -100,16 +120,19 @@ def quantised_pool(model: ModelDir, name: str) -> tuple[RowPool, torch.dtype]:
             f"{[out_features, in_features]} of 4 or 8 bits",
             f"{name}.weight_packed",
         )
-    scale = scale.view(out_features, -1)
-    group = -(-in_features // scale.shape[1])
-    if scale.shape[1] == 1:
-        group = -(-in_features // 8) * 8
-    how = codec(f"int{bits}", group)
-    half = scale.half()
-    if how.scales(in_features) != scale.shape[1] or not torch.equal(half.to(scale.dtype), scale):
+    groups = scale.shape[1] if scale.dim() == 2 else scale.numel() // out_features
+    # a last group that is not full is in no model of compressed-tensors
+    if scale.numel() != out_features * groups or not groups or in_features % groups:
         raise WexpandError(
-            f"{name}.weight_scale: {scale.shape[1]} scales a row, {scale.dtype}, are not what "
-            "float16 holds exactly for groups of equal width",
+            f"{name}.weight_scale: {list(scale.shape)} are not so many scales for each of "
+            f"{out_features} rows that groups of their {in_features} columns are equally wide",
+            f"{name}.weight_scale",
+        )
+    scale, half = scale.view(out_features, groups), scale.view(out_features, groups).half()
+    how = codec(f"int{bits}", in_features // groups if groups > 1 else -(-in_features // 8) * 8)
+    if not torch.equal(half.to(scale.dtype), scale):
+        raise WexpandError(
+            f"{name}.weight_scale: holds values of {scale.dtype} that float16 does not",
             f"{name}.weight_scale",
         )
     q = _unpack(packed, bits)[:, :in_features]

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import WexpandError
 from ..format.config import QUANT_METHOD
 
-__all__ = ["drop_leftovers"]
+__all__ = ["drop_leftovers", "transforms_inputs"]
 
 
 def drop_leftovers(values: dict[str, Any], source: Path) -> list[str]:
@@ -27,6 +27,22 @@ def drop_leftovers(values: dict[str, Any], source: Path) -> list[str]:
     return notes
 
 
+def transforms_inputs(found: Mapping[str, Any]) -> bool:
+    """Whether a config of compressed-tensors says that inputs are transformed, too (rotations of
+    SpinQuant and QuIP, say): its weights alone are another model. Those that weights have taken up
+    need nothing."""
+    nested = found.get("quantization_config")
+    if isinstance(nested, Mapping) and transforms_inputs(nested):
+        return True
+    config = found.get("transform_config")
+    groups = config.get("config_groups", config) if isinstance(config, Mapping) else config
+    try:
+        places = [place["location"] for one in (groups or {}).values() for place in one["apply"]]
+    except (AttributeError, KeyError, TypeError):
+        return True  # who knows
+    return bool({*places} - {"weight_input", "weight_output"})
+
+
 def _needed(found: Mapping[str, Any], key: str) -> str | None:
     """Why a config left by another tool cannot be dropped, or None if the weights are plain."""
     method = found.get("quant_method")
@@ -37,6 +53,8 @@ def _needed(found: Mapping[str, Any], key: str) -> str | None:
     for part in ("config_groups", "kv_cache_scheme"):
         if found.get(part):
             return f"the model is quantised ({method or 'compressed-tensors'}, {part} is not empty)"
+    if transforms_inputs(found):
+        return "its transform_config transforms inputs while serving, which would be lost"
     sparsity = found if key == "sparsity_config" else found.get("sparsity_config")
     stored = sparsity.get("format") if isinstance(sparsity, Mapping) else None
     if stored not in (None, "dense"):

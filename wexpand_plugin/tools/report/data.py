@@ -99,7 +99,7 @@ class ReportData:
 def collect(directory: str | Path) -> ReportData:
     """Read a checkpoint; WexpandError if the directory holds none of ours, or a damaged one."""
     model = ModelDir(directory)
-    config = model.config
+    config, sizes = model.config, inspect(directory)  # which looks at every header
     sharing = {}
     for name, entry in config.linears.items():
         row_map = torch.zeros(1, entry.out_features, dtype=torch.uint8)
@@ -109,7 +109,7 @@ def collect(directory: str | Path) -> ReportData:
     return ReportData(
         model.path,
         {key: value for key, value in model.config_json.items() if key != "quantization_config"},
-        inspect(directory),
+        sizes,
         sharing,
         [_group(model, group) for group in config.groups],
     )

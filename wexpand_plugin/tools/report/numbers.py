@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...method.neurons import wasserstein_neurons
-from ..inspect import LinearInspection
+from ..inspect import LinearInspection, is_number
 from .data import Group, ReportData
 from .measure import Measurement, r_squared
 
@@ -64,8 +64,12 @@ def shares(counted: Sequence[Group]) -> Shares:
 
 def tuned(data: ReportData) -> list[tuple[str, float, float]]:
     """The blocks that were tuned: name, error of its outputs one-shot and tuned."""
-    blocks = data.sizes.made_by.get("tuned", {})
-    return [(name, *errors) for name, errors in blocks.items() if errors]
+    blocks = data.sizes.made("tuned")
+    return [
+        (name, errors[0], errors[1])
+        for name, errors in blocks.items()
+        if isinstance(errors, list) and len(errors) == 2 and all(map(is_number, errors))
+    ]
 
 
 class Spread(NamedTuple):
