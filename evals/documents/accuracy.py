@@ -96,7 +96,7 @@ def real_model_short() -> str:
 
     tuned = [point for point in points["int3"][1:] if point]
     least = min((point[1] for point in tuned), default=None)
-    after = "" if least is None else f" Tuned as in recipe `int3`, that adds {least:.3f}."
+    after = "" if least is None else f" Tuned as in recipe `int3`, `values: int3` adds {least:.3f}."
     return paragraph(
         "What SmolLM2-135M loses where its MLP linears alone are compressed, in nats per token "
         f"more than the dense model: `values: int4` {said('int4')} per weight (llm-compressor's "

@@ -67,8 +67,8 @@ def size_curve_short() -> str:
             lines[size][place : place + 2] = [loss, beside]
     setting = paragraph(
         f"Loss added to {found['model']} by the dial, nats per token, and by the best other that "
-        "was measured in at most as many bits: of llm-compressor's GPTQModifier and AWQModifier "
-        "(which had an eighth of the calibration text), and of llama.cpp's types "
+        "was measured in as many bits (up to 1% more): of llm-compressor's GPTQModifier and "
+        "AWQModifier (which had an eighth of the calibration text), and of llama.cpp's types "
         f"(`{found['command']}`, evals/results/size_curve.json):"
     )
     head = ["bits per weight", "MLP linears", "best other", "all linears", "best other"]

@@ -79,7 +79,8 @@ def scores() -> str:
         f"Accuracy, with standard errors up to {error:.3f}, on {items} items of each task, "
         f"{TASKS['blimp']} on {found['rows']['dense']['blimp']['items']}, without examples, by "
         f"lm-eval through vLLM (`{found['command']}`, evals/results/lm_tasks.json). "
-        "SmolLM2-135M-Instruct, all linears of the blocks, as above:"
+        "SmolLM2-135M-Instruct, all linears of the blocks; ours are of before columns with large "
+        "inputs came first:"
     )
     guess, dense = found["guess"], found["rows"]["dense"]
     tell = [t for t in TASKS if dense[t]["acc"] > guess[t] + 2 * dense[t]["acc_stderr"]]

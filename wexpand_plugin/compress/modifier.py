@@ -81,13 +81,14 @@ class SparseExpansionModifier(Modifier):
         - make `save_pretrained` write the packed checkpoint
 
     :param sparsity: fraction of weights pruned in each expert, below 1; N/M with a mask of N:M, and
-        0 with integers only; or "auto": sparsity and values of each linear are chosen for the least
-        loss in `size_budget` and `read_budget` (without `num_clusters`)
+        0 with integers only; or "auto": chosen, with `values`, for the least loss in `size_budget`
+        and `read_budget` (without `num_clusters`; with several experts it takes a `read_budget`)
     :param mask_structure: "row" (every neuron keeps the same number of weights),
         "unstructured" (one threshold per column block, as SparseGPTModifier's "0:0"), or "N:M"
     :param values: how kept weights are stored: "float" or "auto" (in the model's dtype), "int8",
         "int6", "int5", "int4", "int3" or "int2", rounded together with pruning. With
-        `sparsity: auto`, "auto" is any of them for each linear, and others leave zeros to choose
+        `sparsity: auto`, "auto" is any of them for each input group; others leave only zeros to
+        choose
     :param value_group: columns of a row that share a scale, with integers; a multiple of 8 that
         divides `block_size`
     :param num_experts: experts per input group, at most 256; 1 is plain pruning or quantisation
@@ -96,14 +97,15 @@ class SparseExpansionModifier(Modifier):
         for each expert. A token reads one bias, and of a router with more than 32 clusters about
         2 sqrt(num_clusters) rows
     :param size_budget: bytes stored for the targeted linears over their dense bytes; null stores
-        every expert in full (the paper's method). With one expert for `sparsity: auto` only, as
-        nothing else is left to choose; so is `read_budget`
+        every expert in full (the paper's method). One expert may have it, and `read_budget`, with
+        `sparsity: auto` only, as nothing else is left to choose
     :param read_budget: bytes that a token reads of the targeted linears over their dense bytes, or
         null. With one expert all that is stored is read. With several and `sparsity: auto`, zeros
         and bits are chosen by it, and experts have the rest of `size_budget` (null: full expansion)
     :param budget_scope: "layer" meets the budgets in each linear, "model" over all of them, with
         more for early blocks, whose errors reach further, and calibrates on full expansions until
-        then (better; keeps twice the budget in memory until the end)
+        then (better; keeps up to twice the budget until the end, on disk if the run can be resumed
+        and else in memory)
     :param allocate_by: what the budget is spent on; "gain" (error removed per byte) or one of
         "wasserstein", "gain_wasserstein", "kurtosis", "gain_kurtosis", "random"
     :param share_versions: let similar experts share a version (on), or give an expert its own

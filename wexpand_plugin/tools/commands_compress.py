@@ -159,7 +159,7 @@ def plan(
     seed: Annotated[int, typer.Option(help="Which texts are taken, and their order.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Predict what MODEL loses at a dozen sizes, before compressing it to one.
+    """Predict what MODEL loses at a range of sizes, before compressing it to one.
 
     One backward pass says what errors of each linear cost, and trials say what errors each choice
     of zeros and bits makes. The loss is in nats per token, added to the dense model's, and before

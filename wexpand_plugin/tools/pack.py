@@ -3,7 +3,7 @@
 A model pruned by SparseGPT, Wanda or magnitude is usually saved dense, zeros included. `pack`
 writes the same weights as row pools with one expert and no router: 2(1-s) + 1/8 bytes per weight in
 bfloat16 at sparsity s; `unpack` gives the dense model back, bit for bit. With `values` the kept
-weights are rounded to 8, 4, 3 or 2 bits, each group's scale being the one that loses least; a
+weights are rounded to 8 to 2 bits, each group's scale being the one that loses least; a
 recipe with calibration data loses less. Models that compressed-tensors quantised to W4A16 or W8A16
 are packed as they are. Everything is read and written tensor by tensor.
 """
