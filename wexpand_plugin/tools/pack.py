@@ -45,6 +45,9 @@ __all__ = ["Packed", "break_even", "pack", "progress_bar"]
 FEW_ZEROS = 0.01
 """share of zeros that a codec without a zero rounds like other weights: a mask is a bit for each"""
 
+AT_ONCE = 1 << 22
+"""weights that are rounded at a time: what that takes is many times their bytes"""
+
 
 @dataclass
 class Packed:
@@ -238,16 +241,19 @@ class _Packer:
         """The pool of a dense weight, and the relative error of rounding it, if it is rounded."""
         if self.how is None:
             return RowPool.pack(tensor, keep=keep), None
-        grid, weight = Grid(self.how.bits, self.how.group), tensor.float()
+        grid, change, energy, parts = Grid(self.how.bits, self.how.group), 0.0, 0.0, []
         if self.how.odd and int((~keep).sum()) < FEW_ZEROS * keep.numel():
             keep = torch.ones_like(keep)
-        scales = []
-        for columns in weight.t().unsqueeze(0).split(self.how.group, dim=1):
-            scales.append(grid.scales(columns, torch.ones(1, 1, 1)))
-        scale = torch.cat(scales).t().half().contiguous()
-        pool = RowPool.pack(weight, keep=keep, codec=self.how, scale=scale).smallest()
-        change = (pool.rows() - weight).norm() / weight.norm().clamp(min=1e-30)
-        return pool, float(change)
+        some = max(1, AT_ONCE // tensor.shape[1])
+        for rows, own in zip(tensor.split(some), keep.split(some), strict=True):
+            weight, scales = rows.float(), []
+            for columns in weight.t().unsqueeze(0).split(self.how.group, dim=1):
+                scales.append(grid.scales(columns, torch.ones(1, 1, 1)))
+            scale = torch.cat(scales).t().half().contiguous()
+            parts.append(RowPool.pack(weight, keep=own, codec=self.how, scale=scale))
+            change += float((parts[-1].rows() - weight).double().square().sum())
+            energy += float(weight.double().square().sum())
+        return RowPool.concat(parts).smallest(), (change / max(energy, 1e-60)) ** 0.5
 
     def _store(
         self, linear: str, pool: RowPool, dtype: torch.dtype, zeros: float, writer: TensorWriter
