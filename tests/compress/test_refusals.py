@@ -92,11 +92,18 @@ def test_unrolled_experts_are_refused_with_what_to_ignore(modifier, tmp_path, no
     assert r"ignore: ['re:.*\.experts\..*']" in str(refused.value)
 
 
-def test_a_plan_refuses_what_compressing_does(tmp_path):
-    tokenizer().save_pretrained(moe("qwen3_moe", tmp_path))
+def test_experts_of_a_mixture_stay_dense_in_a_plan(tmp_path):
+    """As in the recipe; what the host would save under other names is refused there, too."""
     (tmp_path / "text.txt").write_text("t3 t4 t5 " * 20)
-    with pytest.raises(WexpandError, match=r"experts.0.* has no such linear but one module of all"):
-        curve(str(tmp_path), str(tmp_path / "text.txt"), samples=2, max_seq_length=8)
+    for kind in ("qwen3_moe", "mixtral"):
+        tokenizer().save_pretrained(moe(kind, tmp_path / kind))
+    where = str(tmp_path / "text.txt")
+    found = curve(str(tmp_path / "qwen3_moe"), where, samples=2, max_seq_length=8)
+    names = found.points[0].linears
+    assert len(names) == 8 and not any("experts" in name for name in names)
+    assert 0.1 < found.share < 0.5
+    with pytest.raises(WexpandError, match="unrolls the experts of a MixtralForCausalLM"):
+        curve(str(tmp_path / "mixtral"), where, samples=2, max_seq_length=8)
 
 
 def test_what_two_modifiers_mean_is_refused(tmp_path, no_calibration):

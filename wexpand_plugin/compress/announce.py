@@ -41,6 +41,7 @@ def say_beginning(
         weight.numel() * stored_dtype(model, weight).itemsize
         for weight in (linear.weight for linear in linears.values())
     )
+    whole = sum(w.numel() * stored_dtype(model, w).itemsize for w in model.parameters())
     held = {
         block.module: {n: li for n, li in linears.items() if targets[n].block == name}
         for name, block in blocks.items()
@@ -49,8 +50,8 @@ def say_beginning(
     size = settings.size_budget if dial is None else dial.size_budget
     known = expected(model, held, tokens, batches, settings, size, tried, on_disk)
     logger.info(
-        f"Compressing {len(linears)} linears ({dense / 2**20:.1f} MiB dense) of {len(blocks)} "
-        f"blocks: {_how(settings, dial)}; {known}"
+        f"Compressing {len(linears)} linears ({dense / 2**20:.1f} MiB dense, {dense / whole:.0%} "
+        f"of the model) of {len(blocks)} blocks: {_how(settings, dial)}; {known}"
     )
 
 

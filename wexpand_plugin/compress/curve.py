@@ -63,6 +63,8 @@ class Curve:
     """that the plan was made from"""
     dense_bits: float
     """per weight"""
+    share: float
+    """of the model's parameters that are weights of these linears"""
     least: float
     """the smallest size that can be reached"""
     seconds: float
@@ -135,8 +137,9 @@ def curve(
     wanted = sorted(sizes or (bits / dense_bits for bits in BITS), reverse=True)
     if not sizes:
         wanted = [size for size in wanted if plan.least <= size < 1]
+    share = plan.weights / sum(parameter.numel() for parameter in dense.parameters())
     return Curve(
-        model, plan.tokens, dense_bits, plan.least, time.monotonic() - begin,
+        model, plan.tokens, dense_bits, share, plan.least, time.monotonic() - begin,
         _seconds(plan), [_point(plan, size, dense_bits) for size in wanted],
     )  # fmt: skip
 

@@ -38,8 +38,8 @@ def table(curve: "Curve", width: int | None = None) -> str:
             "",
             f"added loss: predicted, nats per token, before tuning, from {curve.tokens} tokens; "
             "above about 0.3 an order rather than a number",
-            f"size: bytes of these linears over their dense {curve.dense_bits:.0f} bits per "
-            f"weight; {curve.least:.4f} is the smallest",
+            f"size: bytes of these linears, {curve.share:.0%} of the model, over their dense "
+            f"{curve.dense_bits:.0f} bits per weight; {curve.least:.4f} is the smallest",
             "bits per weight: stored, and read by a token",
             f"compressing at any size, tuned: about {_minutes(curve.seconds_to_compress)} on this "
             f"machine (the plan took {_minutes(curve.seconds)})",
