@@ -160,6 +160,27 @@ def test_dead_columns_are_pruned_and_harmless():
     assert (sparse[0, :, 5] == 0).all() and torch.isfinite(sparse).all()
 
 
+@pytest.mark.parametrize("grid", [None, Grid(3, 32)], ids=["floats", "int3"])
+def test_the_size_of_inputs_means_nothing_beside_dead_columns(grid):
+    weight, hessian = weights(16, 64), hessians(1, 64)
+    hessian[:, 5] = hessian[:, :, 5] = 0
+    one, other = (
+        solve(weight, hessian * size, 0.5, MaskStructure.parse("row"), grid=grid)
+        for size in (1.0, 2.0**-20)
+    )
+    assert torch.equal(one, other)
+
+
+def test_a_group_that_is_likely_to_go_as_a_whole_keeps_what_is_kept_of_it():
+    """Its scale is chosen before it is known what is."""
+    weight, hessian = weights(48, 256), hessians(1, 256)
+    hessian[:, :, :] *= torch.linspace(0.05, 4, 256).outer(torch.linspace(0.05, 4, 256))
+    solved = solve(weight, hessian, 0.8, MaskStructure.parse("row"), grid=Grid(4, 8))
+    kept = (solved[0] != 0).sum(dim=1)
+    # a weight may be rounded to zero, but not all of a group
+    assert kept.float().mean() > 0.97 * (256 - round(0.8 * 256))
+
+
 def test_singular_hessians_are_damped_until_they_work():
     x = torch.randn(4, 64)
     sparse = solve(

@@ -70,17 +70,25 @@ class RowPool:
         :param scale: of an integer codec [versions, groups]; by default the largest weight's
         """
         codec = codec or codec_of(rows.dtype)
-        keep = kept(rows) if keep is None else keep
-        if codec.scaled:
-            scale = codec.scale_of(rows) if scale is None else scale
-            rows = codec.quantise(rows, scale)
+        values, masks, scales, full = [], [], [], True
+        some = max(1, _CHUNK // rows.shape[1])  # integers on their way take many bytes a weight
+        for first in range(0, max(1, len(rows)), some):
+            part = rows[first : first + some]
+            own = kept(part) if keep is None else keep[first : first + some]
+            if codec.scaled:
+                own_scale = None if scale is None else scale[first : first + some]
+                scales.append(codec.scale_of(part) if own_scale is None else own_scale)
+                part = codec.quantise(part, scales[-1])
+            values.append(codec.pack(part, own))
+            masks.append(pack_bits(own))
+            full = full and bool(own.all())
         return cls(
             codec,
             rows.shape[1],
-            codec.pack(rows, keep),
-            None if bool(keep.all()) else pack_bits(keep),
+            torch.cat(values),
+            None if full else torch.cat(masks),
             None if row_map is None or len(row_map) == 1 else row_map.to(torch.uint8).contiguous(),
-            scale if codec.scaled else None,
+            torch.cat(scales) if scales else None,
         )
 
     @classmethod

@@ -167,7 +167,7 @@ inline void fill(Pool& pool, const Source& source) {
             std::memcpy((void*)row.mask, source.mask + v * bytes, bytes);
         }
         if (!pool.masked || pool.type != INT4) {
-            std::memcpy(to, values, sizes.stored);
+            if (sizes.stored) std::memcpy(to, values, sizes.stored);
             continue;
         }
         for (int64_t k = 0; k < sizes.kept; ++k) {

@@ -56,6 +56,8 @@ class RowSample:
 
     def add(self, rows: Tensor, batch: int) -> None:
         """Take in `rows` [n, in] of the batch with this identity."""
+        if not len(rows):
+            return
         generator = generator_of(self.seed, batch)
         keys = torch.rand(len(rows), generator=generator, dtype=torch.float64)
         better = keys > self._lowest_key

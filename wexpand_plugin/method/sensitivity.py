@@ -54,6 +54,8 @@ def added_loss(change: Tensor, hessian: Tensor, sensitivity: Sensitivity) -> flo
     """
     errors = output_errors(change, hessian)
     apart = float((errors * sensitivity.squares.to(errors)).sum(dtype=torch.float64)) / 2
+    if not sensitivity.inputs.numel():  # no token of the sample reached the linear
+        return apart
     g, x = sensitivity.gradients.to(errors), sensitivity.inputs.to(errors)
     together = float(((x @ change.to(errors).t()) * g).sum(dim=1).square().sum(dtype=torch.float64))
     alone = float((g.square() @ errors).sum(dtype=torch.float64))

@@ -76,9 +76,11 @@ def error_factor(
 
 def _reversed_cholesky(hessian: Tensor, dampening: float) -> Tensor:
     """L of H + damping = L L^T; H is overwritten."""
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1
-    mean, damping = diagonal.mean(), dampening
+    diagonal, damping = hessian.diagonal(), dampening
+    live = diagonal != 0
+    # of columns with inputs, so that damping goes with their size; others get any positive value
+    mean = torch.where(live.any(), diagonal.sum() / live.sum().clamp(min=1), 1.0)
+    diagonal[~live] = mean
     diagonal += damping * mean
     for _ in range(DAMPING_TRIES):
         factor, info = torch.linalg.cholesky_ex(hessian)
@@ -271,7 +273,9 @@ def _scales(
         several = place.expand(-1, -1, columns.shape[2])
         part = columns.gather(1, several)
         if gone is not None:
-            part.masked_fill_(gone.gather(1, several), 0)
+            likely = gone.gather(1, several)
+            # something of a group may be kept after all, and then needs a scale
+            part.masked_fill_(likely & ~likely.all(dim=1, keepdim=True), 0)
         found.append(grid.scales(part, d.gather(1, place) ** -2))
     return torch.stack(found, dim=1)
 
