@@ -119,6 +119,7 @@ def compressing(name: str, ranks: int) -> dict[str, float]:
     from wexpand_plugin.compress.estimate import TRAINED, kept_bytes, working_bytes
     from wexpand_plugin.compress.plan_batches import PLAN_TOKENS_PER_COLUMN
     from wexpand_plugin.compress.planning import HESSIAN_BYTES
+    from wexpand_plugin.compress.sensitivity import SAMPLE_TOKENS
 
     settings, linears, groups, others, rows, _, tried = plan(name)
     block, _, whole = _whole()
@@ -147,15 +148,19 @@ def compressing(name: str, ranks: int) -> dict[str, float]:
     gpu = block + working_bytes(linears, replace(settings, budget_scope="layer"), tokens)
     if settings.tune_epochs:
         gpu = max(gpu, 2 * block + TRAINED * weights)
+    # hidden states before, after and beside a block, and what is kept of it
+    beside = kept + 3 * 2 * rows * LENGTH * HIDDEN
     if tried:  # a backward pass keeps the weights that it went through
         gpu = max(gpu, whole)
+        # and rows of every linear's inputs and gradients, up to twice those that it samples
+        sampled = sum(sum(linear.weight.shape) for linear in linears.values())
+        beside = max(beside, LAYERS * sampled * 2 * SAMPLE_TOKENS * 2)
     return {
         "tokens": rows * LENGTH,
         "plan_hours": planned / 3600,
         "hours": (planned + LAYERS * taken + moved + 2 * whole / _OF["disk"]) / 3600,
         "gpu_bytes": gpu,
-        # hidden states before, after and beside a block, and what is kept of it
-        "main_bytes": whole + kept + 3 * 2 * rows * LENGTH * HIDDEN,
+        "main_bytes": whole + beside,
     }
 
 
