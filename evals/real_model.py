@@ -114,6 +114,8 @@ VARIANTS |= {
         ("4 epochs", {"tune_epochs": 4}),
         ("4 and 1 epochs",
          {"tune_epochs": 4, "tune_model_epochs": 1, "tune_model_lr": 0.001}),
+        ("4 and 2 epochs at 0.02",
+         {"tune_epochs": 4, "tune_lr": 0.02, "tune_model_epochs": 2, "tune_model_lr": 0.001}),
     )
     for name in ("50% bfloat16", "50% int4", "50% bfloat16 by linear", "50% int4 by linear")
 }  # fmt: skip

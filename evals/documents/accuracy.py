@@ -114,7 +114,9 @@ def real_model_more_text() -> str:
         plain, found, how = name.partition(FEWER)
         if found:
             epochs, _, tokens = how.partition(", ")
-            by_blocks, _, whole = epochs.removesuffix(" epochs").partition(" and ")
+            epochs, _, rate = epochs.partition(" epochs")
+            by_blocks, _, whole = epochs.partition(" and ")
+            by_blocks += rate.replace("at", "at a rate of")
             tokens = tokens.removesuffix(" tokens") or str(TOKENS)
             lines.append((plain, int(tokens), by_blocks, whole or "0", row["loss"] - dense))
     for plain in {line[0] for line in lines}:
