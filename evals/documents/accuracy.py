@@ -35,7 +35,7 @@ def _label(name: str) -> str:
         return f"`values: {' '.join([f'{kind}`', *rest])}"
     zeros = f"{kind} zeros" if kind.endswith("%") else kind
     if rest[1:] == ["by", "linear"]:
-        return f"{zeros} on average, {rest[0]} values, by `sparsity: auto`"
+        return f"{zeros} on average, {rest[0]} values"
     return f"{zeros}, {' '.join(rest)} values" if rest else zeros
 
 
