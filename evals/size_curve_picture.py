@@ -48,9 +48,9 @@ Rows = dict[str, dict[str, Any]]
 
 
 def series_of(name: str) -> tuple[str, str] | None:
-    """(part, series) of a row; None: of no part."""
+    """(part, series) of a row; None: of no part, or tuned in another way than the others."""
     part, found, what = name.partition(": ")
-    if not found:
+    if not found or "tuned in" in what:
         return None
     first = what.split()[0]
     return part, "ours, tuned" if first == "ours" and what.endswith("tuned") else first

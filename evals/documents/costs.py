@@ -26,7 +26,7 @@ def _bits() -> dict[str, list[str]]:
     rows: dict[str, Any] = {
         f"dial, {name.split()[-1]} bits": row
         for name, row in results("size_curve")["rows"].items()
-        if name.startswith("mlp: ours") and not name.endswith("tuned")
+        if name.startswith("mlp: ours") and "tuned" not in name
     }
     served = results("serve_contenders")["models"]
     rows |= {name: row for name, row in results("real_model")["rows"].items() if name in served}

@@ -34,8 +34,9 @@ def _size_curve(part: str, what: str, file: str = "size_curve") -> str:
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["bits_stored"]):
         predicted = f"{row['predicted']:.3f}" if "predicted" in row else ""
         own = name.startswith("ours")
-        label = f"**{name.replace('ours', 'dial at')} bits**" if own else name
-        label = label.replace(" tuned bits", " bits, tuned")
+        size, tuned, how = name.partition(" tuned")
+        tuned = f",{tuned}{how}" if tuned else ""
+        label = f"**{size.replace('ours', 'dial at')} bits{tuned}**" if own else name
         lines.append([label, f"{row['bits_stored']:.2f}", f"{row['loss'] - dense:.3f}", predicted])
     head = ["", "bits per weight", "loss added", "predicted, untuned"]
     setting = (

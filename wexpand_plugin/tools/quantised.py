@@ -21,7 +21,7 @@ from ..errors import WexpandError
 from ..format.model_dir import ModelDir
 from ..format.rowpool import RowPool
 from ..format.values import codec
-from .sources import transforms_inputs
+from .sources import TRANSFORMED, transforms_inputs
 
 __all__ = ["is_quantised", "quantised_linears", "quantised_pool"]
 
@@ -49,9 +49,7 @@ def quantised_linears(model: ModelDir) -> dict[str, str]:
     if found.get("kv_cache_scheme"):
         raise WexpandError(f"{where}: has a kv_cache_scheme, which would be lost")
     if transforms_inputs(found):
-        raise WexpandError(
-            f"{where}: its transform_config transforms inputs while serving, which would be lost"
-        )
+        raise WexpandError(f"{where}: {TRANSFORMED}")
     if not isinstance(found["config_groups"], dict):
         raise WexpandError(f"{where}.config_groups: should be an object")
     for name, group in found["config_groups"].items():

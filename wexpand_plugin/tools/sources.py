@@ -8,7 +8,9 @@ from typing import Any
 from ..errors import WexpandError
 from ..format.config import QUANT_METHOD
 
-__all__ = ["drop_leftovers", "transforms_inputs"]
+__all__ = ["TRANSFORMED", "drop_leftovers", "transforms_inputs"]
+
+TRANSFORMED = "its transform_config transforms inputs while serving, which would be lost"
 
 
 def drop_leftovers(values: dict[str, Any], source: Path) -> list[str]:
@@ -54,7 +56,7 @@ def _needed(found: Mapping[str, Any], key: str) -> str | None:
         if found.get(part):
             return f"the model is quantised ({method or 'compressed-tensors'}, {part} is not empty)"
     if transforms_inputs(found):
-        return "its transform_config transforms inputs while serving, which would be lost"
+        return TRANSFORMED
     sparsity = found if key == "sparsity_config" else found.get("sparsity_config")
     stored = sparsity.get("format") if isinstance(sparsity, Mapping) else None
     if stored not in (None, "dense"):
