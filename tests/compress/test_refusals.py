@@ -18,7 +18,7 @@ from wexpand_plugin.compress.packing import PackModifier
 from wexpand_plugin.compress.scoring import NeuronScoringModifier
 from wexpand_plugin.compress.targets import target_linears
 from wexpand_plugin.errors import WexpandError
-from wexpand_plugin.hf.linear import RoutedLinear
+from wexpand_plugin.hf.linear import RoutedLinear, replaceable
 
 MODIFIERS = [
     SparseExpansionModifier(sparsity=0.5, num_experts=2, ignore=["lm_head"]),
@@ -121,6 +121,21 @@ def test_linears_that_torch_does_not_have(tmp_path):
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2)
     with pytest.raises(WexpandError, match="c_attn: is a Conv1D of transformers, as all linears"):
         target_linears(transformers.GPT2LMHeadModel(config), ["Linear"], ["re:.*lm_head"])
+
+
+def test_routers_are_no_linears_though_derived_from_one():
+    """They return more than a product; Falcon's linears compute what torch's do, in other words."""
+    config = transformers.PhimoeConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, vocab_size=VOCAB, pad_token_id=0,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    found = target_linears(model, ["Linear"], ["lm_head"])
+    assert isinstance(model.model.layers[0].mlp.router, torch.nn.Linear)
+    assert len(found) == 4 and all("self_attn" in name for name in found)
+    read = torch.nn.MultiheadAttention(4, 2).out_proj  # its weight is read, it is never called
+    assert isinstance(read, torch.nn.Linear) and not replaceable(read)
 
 
 @pytest.mark.parametrize("kind", ["Bloom", "Falcon", "GPTNeoX"])

@@ -6,6 +6,7 @@ from typing import Any
 from loguru import logger
 from torch import nn
 
+from ..hf.names import unserved
 from ..method.prospects import Dial
 from ..method.settings import Settings
 from .choosing import Choice
@@ -14,10 +15,6 @@ from .expansion import Block, Target, parts
 from .precision import stored_dtype
 
 __all__ = ["findings", "say_beginning", "say_end", "warn_unserved"]
-
-UNSERVED = {"bloom", "falcon"}
-"""model types whose fused qkv vLLM rearranges by rows while it loads, which packed rows forbid"""
-
 
 def say_beginning(
     model: nn.Module,
@@ -72,12 +69,10 @@ def _how(settings: Settings, dial: Dial | None) -> str:
 
 def warn_unserved(model: nn.Module, linears: Iterable[str]) -> None:
     """Linears that can be compressed and reloaded, and that vLLM will refuse to load."""
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    fused = [name for name in linears if name.endswith("query_key_value")]
-    if fused and kind in UNSERVED:
+    if refused := unserved(model, linears):
         logger.warning(
-            f"{fused[0]}: vLLM does not load a {kind} model whose fused qkv is compressed; to "
-            "serve it, use a recipe with ignore: ['re:.*query_key_value']"
+            f"{refused[0]}: vLLM does not load a {type(model).__name__} whose fused qkv is "
+            "compressed; to serve it, use a recipe with ignore: ['re:.*query_key_value']"
         )
 
 

@@ -8,6 +8,7 @@ from loguru import logger
 from torch import nn
 
 from ..errors import WexpandError
+from ..hf.linear import replaceable
 from .expansion import Block, Target
 
 __all__ = ["HEADS", "find_targets", "target_linears"]
@@ -38,7 +39,7 @@ def target_linears(
         for inner, child in module.named_modules():
             full = f"{name}.{inner}" if inner else name
             out = any(full == i or full.startswith(f"{i}.") for i in ignored)
-            if isinstance(child, nn.Linear) and child.out_features > 1 and not out:
+            if replaceable(child) and child.out_features > 1 and not out:
                 found[full] = child
     if not found:
         others = [n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"]

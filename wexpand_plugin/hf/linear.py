@@ -5,11 +5,13 @@ names of the checkpoint's tensors, so a state dict is a checkpoint. A weight tha
 mistaken for an ordinary linear's.
 """
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..format.clusters import ClusterBias, expert_of
 from ..format.config import KINDS, LinearEntry
@@ -19,10 +21,32 @@ from ..format.rowpool import RowPool
 from ..format.values import codec_of
 from ..kernels import reference
 
-__all__ = ["RoutedLinear"]
+__all__ = ["RoutedLinear", "replaceable"]
 
 # loaded in float32, which every device computes with, whatever they are stored in
 WIDENED = ("router_weight", "router_bias", "weight_scale", "cluster_bias_scale")
+
+
+def replaceable(module: Any) -> TypeGuard[nn.Linear]:
+    """Whether a routed linear can take the place of `module`, on any device.
+
+    That is a torch.nn.Linear, or of a class derived from it that computes the same, as Falcon's
+    does: it is tried with a small weight. Routers of mixtures are derived from it and return more;
+    the output projection of torch's own attention has its weight read and is never called.
+    """
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    x = torch.arange(-3.0, 3.0, device="cpu").reshape(2, 3)
+    weight, bias = x.square(), None if module.bias is None else x[0, :2].clone()
+    tried = copy.copy(module)
+    tried.__dict__["_parameters"] = {"weight": weight, "bias": bias}
+    try:
+        found = type(module).forward(tried, x)
+    except Exception:  # another class's forward raises what it likes about sizes it does not have
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, nn.functional.linear(x, weight, bias))
 
 
 class RoutedLinear(nn.Module):

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..errors import WexpandError, reason
 from ..format.config import CheckpointConfig
 from ..format.model_dir import ModelDir
-from .linear import RoutedLinear
+from .linear import RoutedLinear, replaceable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +36,11 @@ __all__ = [
     "module_tensor_names",
     "saved_names",
     "skeleton",
+    "unserved",
 ]
+
+REARRANGED = {"bloom", "falcon"}
+"""model types whose fused qkv vLLM rearranges by rows"""
 
 
 def module_tensor_names(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
@@ -77,7 +80,7 @@ def install_linears(model: "PreTrainedModel", config: CheckpointConfig) -> None:
         for name, entry in group.linears.items():
             target = renamed.get(f"{name}.weight", "").removesuffix(".weight")
             old = model.get_submodule(target) if target else None
-            if not isinstance(old, nn.Linear):
+            if not replaceable(old):
                 found = f"a {type(old).__name__}" if old is not None else "nothing"
                 raise WexpandError(
                     f"config.json: quantization_config.groups: {name} should be a linear of "
@@ -181,6 +184,13 @@ def empty_model(class_: type["PreTrainedModel"], config: Any) -> "PreTrainedMode
         return class_._from_config(config)
 
 
+def unserved(model: Any, linears: Iterable[str]) -> list[str]:
+    """Those of `linears` that vLLM would refuse to load packed: fused qkv whose rows it rearranges
+    while it loads them, as those of a dense matrix."""
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    return [name for name in linears if name.endswith("query_key_value") and kind in REARRANGED]
+
+
 def linear_tensors(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
     """Tensor of a dense checkpoint -> linear, both by checkpoint names, for the linears of `model`
     that can be packed: all but the output embedding (and those that share its weight), and those
@@ -194,7 +204,7 @@ def linear_tensors(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, 
     for name, target in sorted(targets.items(), key=lambda pair: order[pair[1]]):
         module_name, _, kind = target.rpartition(".")
         module = model.get_submodule(module_name)
-        if kind == "weight" and type(module) is nn.Linear and module is not head:
+        if kind == "weight" and replaceable(module) and module is not head:
             if target not in tied and module.out_features > 1:
                 found[name] = name.removesuffix(".weight")
     return found

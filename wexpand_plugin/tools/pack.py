@@ -143,7 +143,13 @@ class _Packer:
     """Decides for each tensor of a model what is written in its place."""
 
     def __init__(self, source: ModelDir, how: ValueCodec | None, keep_negative_zeros: bool):
-        from ..hf.names import check_headers, linear_tensors, module_tensor_names, skeleton
+        from ..hf.names import (
+            check_headers,
+            linear_tensors,
+            module_tensor_names,
+            skeleton,
+            unserved,
+        )
 
         self.source, self.how, self.keep_negative_zeros = source, how, keep_negative_zeros
         self.done = Packed()
@@ -162,7 +168,14 @@ class _Packer:
         model = skeleton(source.path)
         if not self.parts:
             check_headers(model, source)
-        self.linears = linear_tensors(model, names)
+        found = linear_tensors(model, names)
+        refused = unserved(model, found.values())
+        if refused and not self.parts:
+            self.done.notes.append(
+                f"left dense, as vLLM does not load it packed: fused qkv (such as {refused[0]})"
+            )
+            found = {name: linear for name, linear in found.items() if linear not in refused}
+        self.linears = found
         """tensor of a dense weight -> linear"""
         state = model.state_dict()
         self.sizes = {
