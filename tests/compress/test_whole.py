@@ -12,6 +12,8 @@ from wexpand_plugin.compress import whole
 from wexpand_plugin.compress.modifier import SparseExpansionModifier
 from wexpand_plugin.compress.scoring import NeuronScoringModifier
 from wexpand_plugin.errors import WexpandError
+from wexpand_plugin.hf.linear import RoutedLinear
+from wexpand_plugin.method.settings import Settings
 from wexpand_plugin.tools.inspect import inspect
 from wexpand_plugin.tools.verify import verify
 
@@ -105,10 +107,22 @@ def test_another_modifier_that_runs_the_data_in_another_order(tmp_path):
     assert found[0] == found[1]
 
 
-def test_dropout_is_off_while_the_whole_model_is_tuned():
-    model = models.dense().train()
+def test_dropout_is_off_while_the_whole_model_is_tuned(monkeypatch):
+    model = models.expand(models.dense(), experts=1, match="up_proj").train()
     model.model.norm.eval()  # what is not in training stays so
-    training = {name: module.training for name, module in model.named_modules()}
-    with whole._without_dropout(model):
-        assert not any(module.training for module in model.modules())
-    assert training == {name: module.training for name, module in model.named_modules()}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, RoutedLinear)}
+
+    def in_training() -> list[str]:
+        return [n for n, m in model.named_modules() if m.training and n not in linears]
+
+    def tune_model(*args, **keys):
+        seen.append(in_training())
+        return tune(*args, **keys)
+
+    before, seen, tune = in_training(), list[list[str]](), whole.tune_model
+    monkeypatch.setattr(whole, "tune_model", tune_model)
+    batch = {"input_ids": models.tokens()}
+    states = [torch.zeros(*models.tokens().shape, model.config.hidden_size)]
+    settings = Settings(sparsity=0.5, num_experts=1, tune_model_epochs=1)
+    whole.tune_whole(model, list(model.model.layers), linears, [batch], states, settings)
+    assert seen == [[]] and in_training() == before != []
