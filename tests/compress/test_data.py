@@ -60,6 +60,10 @@ def test_only_tokens_that_no_mask_leaves_out_are_counted():
         ({"input_ids": [[1], [2, 7]]}, "row 1 holds token id 7, outside the 7 of the model's"),
         ({"input_ids": [[-1, 2]]}, "row 0 holds token id -1"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, r"attention_mask \[1\] should"),
+        ({"input_ids": ["1 2"]}, "column 'input_ids' holds string where lists of whole numbers"),
+        ({"input_ids": [[1.5]]}, "column 'input_ids' holds (float|double)"),
+        ({"input_ids": [[[1]]]}, "column 'input_ids' holds List"),
+        ({"input_ids": [[1]], "loss_mask": [[0.5]]}, "column 'loss_mask' holds (float|double)"),
     ],
 )
 def test_rows_that_would_fail_later(data, problem):

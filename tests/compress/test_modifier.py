@@ -299,7 +299,7 @@ def test_yaml_recipe_with_unquoted_mask_structure(tmp_path):
     assert {"block_size", "dampening_frac", "shrinkage", "router_dims", "max_bytes"} <= set(made_by)
     assert made_by["model"] == str(tmp_path / "dense")
     assert made_by["data"]["batches"] == 24 and made_by["data"]["tokens_counted"] == 24 * 48
-    assert set(made_by["versions"]) == {"wexpand", "llmcompressor", "transformers", "torch"}
+    assert set(made_by["versions"]) > {"wexpand", "llmcompressor", "transformers", "torch"}
 
 
 @pytest.mark.slow

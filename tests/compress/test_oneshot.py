@@ -1,12 +1,14 @@
 """`compress`: what is refused before work starts, and one run from files to a directory."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_modifier import logits, tiny
 from tiny import tokenizer
 
@@ -41,6 +43,10 @@ def test_from_files_to_a_directory(inputs, tmp_path):
     assert not list(tmp_path.glob(".out*"))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert logits(model).isfinite().all()
+    called = inspect(tmp_path / "out").made_by["compress"]
+    assert {key: called[key] for key in ("dataset", "samples", "max_seq_length")} == {
+        key: inputs[key] for key in ("dataset", "samples", "max_seq_length")
+    }
     # and the result is refused as an input, by its name
     with pytest.raises(WexpandError, match="already compressed .*wexpand"):
         compress(**inputs | {"model": str(tmp_path / "out"), "output": tmp_path / "again"})
@@ -74,6 +80,8 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
     (tmp_path / "short.txt").write_text("t1 t2")
     (tmp_path / "strange.jsonl").write_text('{"input_ids": [5, 96]}\n{"input_ids": [96]}\n')
     (tmp_path / "empty").mkdir()
+    strange = tmp_path / "strange.yaml"
+    strange.write_text(GOOD, encoding="utf16")
     untold = tiny("Llama", tmp_path / "untold")
     damaged = shutil.copytree(inputs["model"], tmp_path / "damaged")
     with open(damaged / "model.safetensors", "r+b") as file:
@@ -93,11 +101,39 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
         ({"model": str(tmp_path / "full")}, "full: holds no config.json"),
         ({"dataset": str(tmp_path / "empty")}, "a directory that holds no saved data set"),
         ({"dataset": str(tmp_path / "strange.jsonl")}, "holds token id 96, outside the 96 of"),
+        ({"recipe": strange}, "strange.yaml: not text in UTF-8"),
+        ({"seed": -1}, "seed: -1 should be 0 or above"),
         ({"dtype": "bf16"}, "dtype: 'bf16' is not one of auto, float32, bfloat16, float16"),
     ]:
         with pytest.raises(WexpandError, match=message):
             compress(**inputs | change)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("layers.1.mlp.up_proj", lambda w: None, r"{} is missing from its files; LlamaFor"),
+        ("layers.0.mlp.up_proj", lambda w: w[:8].clone(), r"{}: shape \[8, 24\] should be \["),
+        ("norm", lambda w: w * torch.nan, "{} holds NaN or infinite values; repair"),
+    ],
+    ids=["missing", "misshapen", "nan"],
+)
+def test_a_model_whose_files_are_not_whole(inputs, tmp_path, name, change, problem):
+    """transformers would go on with random values, and what is no target is saved hours later."""
+    file, name = Path(inputs["model"]) / "model.safetensors", f"model.{name}.weight"
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name])
+    save_file({n: t for n, t in tensors.items() if t is not None}, file, {"format": "pt"})
+    with pytest.raises(WexpandError, match=problem.format(re.escape(name))):
+        compress(**inputs)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*out*"))
+
+
+def test_a_dtype_that_nothing_is_stored_in(inputs):
+    tiny("Llama", Path(inputs["model"]), torch.float64)
+    with pytest.raises(WexpandError, match="embed_tokens.weight is in torch.float64; convert"):
+        compress(**inputs)
 
 
 def test_fewer_tokens_than_asked_for_are_said(inputs, said):

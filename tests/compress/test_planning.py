@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from wexpand_plugin import SparseExpansionModifier, recipe
 from wexpand_plugin.compress.plan_batches import plan_batches
-from wexpand_plugin.compress.planning import plan_linears
+from wexpand_plugin.compress.planning import Plan, plan_linears
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.format.model_dir import ModelDir
 from wexpand_plugin.hf.linear import RoutedLinear
+from wexpand_plugin.method.dial import Candidate, Setting
 from wexpand_plugin.method.prospects import Dial
 from wexpand_plugin.tools.inspect import inspect
 from wexpand_plugin.tools.inspect_table import table
@@ -143,6 +144,14 @@ def test_a_plan_changes_nothing_and_more_bytes_cost_less(tmp_path):
             assert of["int4", 0.5] > of["int4", 0.0] > 20 * of["int8", 0.0] > 0
     with pytest.raises(WexpandError, match="size_budget: 0.01 is below 0.0"):
         plan.choose(0.01)
+
+
+def test_the_least_size_can_be_chosen():
+    """Divided by the dense bytes and multiplied again, a size of whole bytes may come out lower."""
+    for dense in range(2, 3000, 7):
+        groups = [{"a": [Candidate(Setting("int2", 0.9), 1.0, dense // 2 - 1 or 1, 1)]}]
+        plan = Plan(groups, {"a": dense}, 1, 1, 1.0, 1.0)
+        assert list(plan.choose(plan.least)) == ["a"]
 
 
 def test_hessians_in_turns_are_the_same(tmp_path, monkeypatch):

@@ -129,6 +129,24 @@ def test_defects_keep_their_traceback(tmp_path, monkeypatch):
     assert isinstance(result.exception, RuntimeError)
 
 
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (MemoryError("no"), r"out of memory \(.*no\); lower --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory .*; lower --batch-size"),
+        (torch.AcceleratorError("unspecified launch failure", 719), "the device failed .*launch"),
+    ],
+)
+def test_what_the_machine_could_not_do_is_said(error, problem):
+    assert re.match(problem, sentence_of(error))
+
+
+def test_memory_that_the_system_does_not_give():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert sentence_of(error.value).startswith("out of memory (")
+
+
 def test_recipe_values_are_named():
     """pydantic's errors, as those of recipes, become one sentence with the key and the value."""
     from wexpand_plugin.format.config import LinearEntry

@@ -345,6 +345,8 @@ def test_what_is_not_ours_is_refused(made, tmp_path):
         (dict(dataset="missing.jsonl"), "there is no such file"),
         (dict(dataset="short.jsonl"), "too few"),
         (dict(dense=None), "pass --dense MODEL"),
+        (dict(dense=None, baseline=None), "--dataset: needs --dense MODEL beside it"),
+        (dict(dataset=None, baseline=None), "--dense: needs --dataset TEXT beside it"),
         (dict(tokens=0), "tokens: 0"),
     ],
 )

@@ -1,5 +1,7 @@
 """`wexpand synth`: models of random weights that are sound, and as large as asked for."""
 
+import math
+
 import pytest
 import torch
 from commands import run
@@ -112,6 +114,9 @@ def test_synth_command(tmp_path):
         ({}, dict(values="int4", value_group=12), "value_group: 12 should be a multiple of 8"),
         ({}, dict(targets="head"), "targets: 'head' is not one of mlp, all"),
         ({}, dict(budget=0.1), "budget: 0.1 is below 0.29"),
+        ({}, dict(budget=math.inf), "budget: inf should be above 0 and finite"),
+        ({}, dict(budget=0.5, experts=1), "budget: 0.5 should be left out with one expert"),
+        ({}, dict(seed=2**70), "seed: .* should be 0 or above"),
     ],
 )
 def test_synth_refuses(tmp_path, shape, options, match):

@@ -26,6 +26,7 @@ __all__ = [
     "refuse_nonfinite",
     "refuse_shared",
     "refuse_same_rows",
+    "refuse_small",
     "refuse_unrolled",
 ]
 
@@ -74,35 +75,45 @@ def refuse_shared(modifier: Modifier, targets: Mapping[str, Any]) -> None:
                 )
 
 
-def refuse_misfit(
-    name: str, shape: torch.Size, dtype: torch.dtype, settings: Settings, *, budgeted: bool
-) -> None:
-    """A linear that the mask's structure does not divide, or whose base versions are too large.
-
-    :param shape: [out, in] of its weight
-    :param dtype: that it is stored in
-    :param budgeted: whether `size_budget` is to be met at the settings' own sparsity
-    """
-    structure, (out, width) = settings.structure, shape
+def refuse_misfit(name: str, width: int, settings: Settings) -> None:
+    """A linear of `width` inputs that the mask's structure does not divide."""
+    structure = settings.structure
     if structure.m and width % structure.m:
         raise WexpandError(
             f"mask_structure: {structure} needs in_features that {structure.m} divides; "
             f"{name} has {width}"
         )
-    if settings.size_budget is None or not budgeted:
+
+
+def refuse_small(
+    shapes: Mapping[str, tuple[torch.Size, torch.dtype]], settings: Settings
+) -> None:
+    """A `size_budget` that the base versions alone do not fit: of a linear if each has its own
+    budget, else of all together.
+
+    :param shapes: of each linear [out, in] of its weight, and the dtype it is stored in
+    """
+    if settings.size_budget is None:
         return
-    # row versions of a neuron are alike in size, so the base versions' size is known beforehand
-    own = settings_for(dtype, settings)
-    kept = torch.tensor([round(width * (1 - settings.sparsity))])
-    base = out * int(own.weighs.row(kept, width)) + own.fixed_bytes(out, width)
-    least, biased = base / own.weighs.dense(out, width), settings.biased
-    if settings.size_budget < least:
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, ((out, width), dtype) in shapes.items():
+        # row versions of a neuron are alike in size, so the base versions' size is known beforehand
+        own = settings_for(dtype, settings)
+        kept = torch.tensor([round(width * (1 - settings.sparsity))])
+        base = out * int(own.weighs.row(kept, width)) + own.fixed_bytes(out, width)
+        sizes[name] = base, own.weighs.dense(out, width)
+    if settings.budget_scope == "layer":
+        worst = max(sizes, key=lambda name: sizes[name][0] / sizes[name][1])
+        base, dense, whose = *sizes[worst], f"of {worst} alone"
+    else:
+        base, dense = (sum(column) for column in zip(*sizes.values(), strict=True))
+        whose = f"of the {len(sizes)} linears"
+    biases, fewer = (" and biases", "clusters") if settings.biased else ("", "experts")
+    if settings.size_budget < base / dense:
         raise WexpandError(
-            f"size_budget: {settings.size_budget} is below {least:.3f}, the size of the base "
-            f"versions, row map{', router and cluster biases' if biased else ' and router'} "
-            f"of {name} alone (sparsity {settings.sparsity}, {parts(settings)}, {dtype}); "
-            f"raise the budget or the sparsity, or use fewer "
-            f"{'clusters' if biased else 'experts'}"
+            f"size_budget: {settings.size_budget} is below {base / dense:.3f}, the size of the "
+            f"base versions with row maps, routers{biases} {whose} (sparsity {settings.sparsity}, "
+            f"{parts(settings)}); raise the budget or the sparsity, or use fewer {fewer}"
         )
 
 

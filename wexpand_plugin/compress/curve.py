@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,8 @@ __all__ = ["Curve", "Point", "Share", "curve"]
 
 BITS = (8.25, 6, 5, 4.5, 4.25, 4, 3.5, 3.25, 3, 2.75, 2.5, 2.25, 2, 1.75, 1.5)
 """per weight, of the sizes that are looked at if none are asked for"""
-TOKENS, EPOCHS = 128 * 512, 8
-"""what `wexpand compress --size` does if nothing else is said"""
+EPOCHS = 8
+"""of the recipe "dial" if nothing else is said"""
 PASSES_PER_EPOCH = 4
 
 
@@ -70,7 +70,10 @@ class Curve:
     seconds: float
     """that the plan took"""
     seconds_to_compress: float
-    """what `wexpand compress --size` is expected to take on this machine, at any size"""
+    """what `wexpand compress --size` is expected to take on this machine, at any size, with the
+    same calibration text"""
+    memory: int
+    """bytes beside the model that it is expected to take, at most"""
     points: list[Point]
     """largest size first"""
 
@@ -98,12 +101,16 @@ def curve(
     """
     import torch
     import yaml
+    from compressed_tensors.utils import match_named_modules
+    from llmcompressor.utils.pytorch.module import infer_sequential_targets
 
     from ..method.prospects import Dial
     from .checks import refuse_nonfinite, refuse_unrolled
+    from .choosing import refuse_unreachable
+    from .estimate import expected
     from .plan_batches import plan_batches, plan_tokens
     from .planning import plan_linears
-    from .targets import target_linears
+    from .targets import find_targets
 
     begin = time.monotonic()
     if dtype not in DTYPES:
@@ -126,11 +133,15 @@ def curve(
     accelerator = torch.accelerator.current_accelerator()
     device = torch.device("cpu") if accelerator is None else accelerator
     dense.to(device)
-    linears = target_linears(dense, targets, ignore)
+    blocks = dict(match_named_modules(dense, infer_sequential_targets(dense, None)))
+    held, found = find_targets(dense, blocks, targets, ignore)
+    linears = {name: t.linear for name, t in found.items() if t.linear is not None}
     refuse_unrolled(dense, linears)
     refuse_nonfinite(linears)
     batches = [padded([row]) for row in inputs.rows]
     dial = Dial.of(keys)
+    for size in sizes:
+        refuse_unreachable(dense, linears, replace(dial, size_budget=size))
     drawn = plan_batches(batches, device, plan_tokens(linears.values()), dial.base.seed)
     plan = plan_linears(dense, linears, drawn, dial)
     dense_bits = 8 * plan.dense_bytes / plan.weights
@@ -138,9 +149,15 @@ def curve(
     if not sizes:
         wanted = [size for size in wanted if plan.least <= size < 1]
     share = plan.weights / sum(parameter.numel() for parameter in dense.parameters())
+    tokens = sum(len(row["input_ids"]) for row in inputs.rows)
+    of_blocks = {
+        block.module: {n: linears[n] for n, t in found.items() if t.block == name}
+        for name, block in held.items()
+    }
+    memory = expected(dense, of_blocks, tokens, len(batches), dial.base, 0.5).memory
     return Curve(
         model, plan.tokens, dense_bits, share, plan.least, time.monotonic() - begin,
-        _seconds(plan), [_point(plan, size, dense_bits) for size in wanted],
+        _seconds(plan, tokens), memory, [_point(plan, size, dense_bits) for size in wanted],
     )  # fmt: skip
 
 
@@ -155,11 +172,11 @@ def _point(plan: "Plan", size: float, dense_bits: float) -> Point:
     return Point(size, stored, stored * dense_bits, reading * dense_bits, loss, linears)
 
 
-def _seconds(plan: "Plan") -> float:
-    """Of compressing: the plan again, and so many forwards of all calibration tokens.
+def _seconds(plan: "Plan", tokens: int) -> float:
+    """Of compressing: the plan again, and so many forwards of all calibration `tokens`.
 
     Blocks run once to calibrate, once to propagate and once on the dense path; an epoch of tuning
     takes about PASSES_PER_EPOCH forwards, backward included.
     """
     forwards = 3 + PASSES_PER_EPOCH * EPOCHS
-    return plan.seconds + TOKENS * forwards * plan.seconds_per_token
+    return plan.seconds + tokens * forwards * plan.seconds_per_token

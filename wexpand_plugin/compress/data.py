@@ -130,13 +130,20 @@ def check_rows(rows: "Dataset", vocabulary: int | None, length: int) -> int:
     """How many tokens of `rows` count: of each row's first `length`, those that no mask leaves out.
 
     :param vocabulary: how many tokens the model knows, None: not known
-    :raises WexpandError: a row without tokens, a mask of another length, a token that the model
-        does not know
+    :raises WexpandError: what are no lists of whole numbers; a row without tokens, a mask of
+        another length, a token that the model does not know
     """
     import torch
 
     from .calibration import MASKS, counted_tokens
 
+    for name in ("input_ids", *MASKS):
+        feature = rows.features.get(name)
+        kind = str(getattr(getattr(feature, "feature", feature), "dtype", feature))
+        if feature is not None and not kind.startswith(("int", "uint", "bool", "null")):
+            raise WexpandError(
+                f"dataset: column {name!r} holds {kind} where lists of whole numbers should be"
+            )
     found = 0
     for number, row in enumerate(rows):
         ids = row["input_ids"]

@@ -86,11 +86,11 @@ def expected(
             rows, width = linear.weight.shape
             kept = torch.tensor([width - round(width * settings.sparsity)])
             each, versions = int(own.weighs.row(kept, width)), float(settings.num_experts * rows)
+            whole = versions * each + own.fixed_bytes(rows, width)
             if size is not None:
-                stored += size * own.weighs.dense(rows, width)
-                versions = min(versions, max(rows, size * own.weighs.dense(rows, width) / each))
-            else:
-                stored += versions * each + own.fixed_bytes(rows, width)
+                dense = size * own.weighs.dense(rows, width)
+                versions, whole = min(versions, max(rows, dense / each)), min(whole, dense)
+            stored += whole
             weights += versions * width
         trained.append(weights)
     tuned = sum(trained) if settings.tune_model_epochs else max(trained)

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import WexpandError, reason
 from ..format.model_dir import ModelDir
+from ..format.rowpool import finite
+from ..format.values import FLOATS
+from ..hf.complete import refuse_incomplete
 from ..hf.hub import resolve
 from ..method import ranks
+from ..method.settings import refuse_seed
 from .data import calibration_rows, check_rows, cut_rows, load_text
 from .precision import compute_dtype, own_dtypes, set_dtypes
 
@@ -59,6 +63,7 @@ def load_inputs(
     from loguru import logger
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    refuse_seed(seed)
     source = resolve(model, weights=False)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
@@ -106,12 +111,15 @@ def load_dense(model: str, dtype: str) -> tuple[Any, dict[str, "torch.dtype"]]:
     Several ranks have it in memory once, read by the first.
 
     :param dtype: one of DTYPES; see `precision.compute_dtype`
+    :raises WexpandError: a model that cannot be loaded, lacks tensors or has misshapen ones, or
+        holds values that are not finite or of a dtype that nothing is stored in
     """
     from compressed_tensors.offload import load_offloaded_model
     from loguru import logger
     from transformers import AutoModelForCausalLM
 
     try:
+        refuse_incomplete(model)
         with load_offloaded_model() if ranks.count() > 1 else nullcontext():
             # where to is not left to transformers, which would count on all memory at once
             where: dict[str, Any] = {}
@@ -120,13 +128,32 @@ def load_dense(model: str, dtype: str) -> tuple[Any, dict[str, "torch.dtype"]]:
             dense = AutoModelForCausalLM.from_pretrained(
                 model, dtype="auto", trust_remote_code=False, **where
             )
+    except WexpandError:
+        raise
     except Exception as error:
         if any(Path(model).glob("*.safetensors")):
             list(ModelDir(model).headers)  # names a file that is damaged, as transformers does not
         raise WexpandError(f"model: {model!r} cannot be loaded ({reason(error)})") from error
+    _refuse_values(model, dense)
     own, computing = own_dtypes(dense), compute_dtype(dtype, dense.dtype)
     if computing != dense.dtype:
         why = f", as this CPU has no {dense.dtype} instructions" if dtype == "auto" else ""
         logger.info(f"Computing in {computing}{why}; saving in {dense.dtype}, as the model is")
         set_dtypes(dense, {n: computing if d == dense.dtype else d for n, d in own.items()})
     return dense, own
+
+
+def _refuse_values(model: str, dense: Any) -> None:
+    """What could not be saved again, wherever it is: hours later, that would be known too late."""
+    for name, values in dense.named_parameters():
+        if not values.is_floating_point() or values.is_meta:
+            continue
+        if values.dtype not in FLOATS.values():
+            raise WexpandError(
+                f"model: {model!r}: {name} is in {values.dtype}; convert the model to "
+                f"{', '.join(FLOATS)} first"
+            )
+        if not finite(values.detach()):
+            raise WexpandError(
+                f"model: {model!r}: {name} holds NaN or infinite values; repair the model"
+            )

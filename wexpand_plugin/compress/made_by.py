@@ -12,6 +12,8 @@ from ..format.model_dir import checksum
 
 __all__ = ["crc_of_weights", "made_by"]
 
+LIBRARIES = ("llmcompressor", "compressed-tensors", "transformers", "torch", "scikit-learn")
+
 
 def made_by(
     modifier: Modifier, model: Any, data: Mapping[str, Any] | None = None
@@ -27,7 +29,7 @@ def made_by(
     }
     if data and data["batches"]:
         found["data"] = dict(data)
-    libraries = {name: version(name) for name in ("llmcompressor", "transformers", "torch")}
+    libraries = {name: version(name) for name in LIBRARIES}
     return found | {"versions": {"wexpand": __version__} | libraries}
 
 

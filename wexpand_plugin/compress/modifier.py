@@ -31,6 +31,7 @@ from .checks import (
     refuse_nonfinite,
     refuse_same_rows,
     refuse_shared,
+    refuse_small,
     refuse_unrolled,
 )
 from .choosing import Choice, choose_settings, refuse_unreachable, use_settings
@@ -220,25 +221,24 @@ class SparseExpansionModifier(Modifier):
         refuse_shared(self, self._targets)
         for name, target in self._targets.items():
             assert target.linear is not None
-            weight = target.linear.weight
-            refuse_misfit(
-                name, weight.shape, stored_dtype(model, weight), self._settings,
-                budgeted=self._dial is None,
-            )  # fmt: skip
+            refuse_misfit(name, target.linear.weight.shape[1], self._settings)
         linears = {n: t.linear for n, t in self._targets.items() if t.linear is not None}
         refuse_unrolled(model, linears)
         refuse_nonfinite(linears)
         if self._dial is not None:
             refuse_unreachable(model, linears, self._dial)
         else:
+            weights = {name: linear.weight for name, linear in linears.items()}
+            shapes = {n: (w.shape, stored_dtype(model, w)) for n, w in weights.items()}
+            refuse_small(shapes, self._settings)
             refuse_unreadable(model, linears, self._settings)
         refuse_same_rows(kwargs.get("calib_data"))
         tokens, batches = count_tokens(state.data.calib or (), self._settings)
         self._part = Part.begin()
         if self._part.kept:
             data = {"data": about_rows(kwargs.get("calib_data"))}
-            weights = {"weights": crc_of_weights(model)}
-            self._part.same_run(made_by(self, model) | data | weights)
+            crc = {"weights": crc_of_weights(model)}
+            self._part.same_run(made_by(self, model) | data | crc)
         self._batches = CalibrationBatches.watch(kwargs.get("calib_data"))
         if self._settings.tune_model_epochs:
             refuse_gaps(model, [block.place for block in self._blocks.values()])

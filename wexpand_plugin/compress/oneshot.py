@@ -16,6 +16,7 @@ from ..errors import WexpandError
 from ..format.directories import partial_directory, require_empty
 from ..format.model_dir import CHECKSUMS, CONFIG, ModelDir
 from ..format.writer import copy_others
+from ..hf.saving import add_made_by
 from ..method import ranks
 from .data import padded
 from .loading import DTYPES, load_dense, load_inputs
@@ -127,6 +128,7 @@ def compress(
             batch_size=batch_size, data_collator=padded,
         )  # fmt: skip
         set_dtypes(dense, own)
+        add_made_by(dense, compress=options)
         dense.save_pretrained(str(partial))
         if first:
             if left_out := copy_others(inputs.source, partial):

@@ -77,8 +77,9 @@ class Plan:
                 f"size_budget: {size_budget} is below {self.least:.4f}, the smallest that the "
                 "linears can be made; raise it"
             )
+        # to a thousandth of a byte: a size of whole bytes, divided and multiplied again, is whole
         stored, read = (
-            float("inf") if budget is None else budget * self.dense_bytes
+            float("inf") if budget is None else round(budget * self.dense_bytes, 3)
             for budget in (size_budget, read_budget)
         )
         if read_budget is not None and read < (least := least_read(self.groups, stored)):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import WexpandError
+from ..errors import WexpandError, reason
 
 __all__ = ["check_recipe", "recipe", "recipe_names", "refuse_sizes", "with_budgets"]
 
@@ -85,6 +85,8 @@ def check_recipe(path: str | Path, text: str | None = None) -> None:
     try:
         text = path.read_text(encoding="utf8") if text is None else text
         stages = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise WexpandError(f"{path}: not text in UTF-8 ({reason(error)})") from None
     except yaml.YAMLError as error:
         raise WexpandError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     for name, arguments in _modifiers(path, stages):

@@ -22,6 +22,7 @@ from ..errors import WexpandError
 from ..method.inputs import Readers, token_rows
 from ..method.neurons import MAX_BYTES, MIN_TOKENS, NeuronScores, neuron_scores
 from ..method.row_sample import RowSample
+from ..method.settings import SEEDS
 from .calibration import CalibrationBatches
 from .checks import refuse_distributed, refuse_nonfinite
 from .neuron_scores import FOLDER, ModelScores, ScoredLinear, fingerprint, save_scores
@@ -85,7 +86,7 @@ class NeuronScoringModifier(Modifier):
     sample_tokens: int = Field(default=16384, ge=MIN_TOKENS)
     pairs: int = Field(default=50_000, ge=1)
     percent: float = Field(default=3.0, gt=0, le=100)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
     max_bytes: int = Field(default=MAX_BYTES, ge=1 << 20)
     output_dir: str | None = None
 

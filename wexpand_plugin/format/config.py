@@ -258,6 +258,8 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Check
     :param values: as they stand in the file: `digest` is that of the keys that are there, so that
         a writer may leave out those that have a default
     """
+    if not isinstance(values, Mapping):
+        raise WexpandError(f"{where}: quantization_config: {values!r} should be an object")
     if values.get("quant_method") == QUANT_METHOD:
         version = values.get("format_version")
         if version != FORMAT_VERSION:

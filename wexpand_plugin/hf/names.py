@@ -32,6 +32,7 @@ __all__ = [
     "empty_model",
     "install_linears",
     "linear_tensors",
+    "merged_tensors",
     "missing_tensors",
     "module_tensor_names",
     "saved_names",
@@ -120,6 +121,11 @@ def check_headers(model: "PreTrainedModel", directory: ModelDir) -> None:
         raise WexpandError(
             f"{missing[0]}: missing; {type(model).__name__} has it by config.json", missing[0]
         )
+
+
+def merged_tensors(model: "PreTrainedModel", names: Iterable[str]) -> set[str]:
+    """Those of a checkpoint's tensors that `model` merges with others while loading: experts."""
+    return {name for name, _, merged in _renamed(model, names) if merged}
 
 
 def missing_tensors(model: "PreTrainedModel", names: Iterable[str]) -> list[str]:

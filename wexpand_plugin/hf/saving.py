@@ -26,7 +26,13 @@ from .card import write_card
 from .linear import WIDENED, RoutedLinear
 from .names import check_fit, module_tensor_names
 
-__all__ = ["wrap_save_pretrained"]
+__all__ = ["add_made_by", "wrap_save_pretrained"]
+
+
+def add_made_by(model: Any, **more: Any) -> None:
+    """Record `more` of how a model was made, if it is one whose `save_pretrained` is wrapped."""
+    if hasattr(model, "_wexpand_made_by"):
+        model._wexpand_made_by |= more
 
 
 def wrap_save_pretrained(

@@ -101,6 +101,8 @@ def choose(device: torch.device, dtype: torch.dtype, shape: LayerShape) -> tuple
     :raises WexpandError: the kernel that it names cannot run, or no fast one can and this is no CPU
     """
     forced = os.environ.get("WEXPAND_KERNEL")
+    if forced and forced not in NAMES:
+        raise WexpandError(f"WEXPAND_KERNEL: {forced!r} is not one of {', '.join(NAMES)}")
     refused: list[str] = []
     # the reference synchronises with a GPU, which a CUDA graph refuses: there only if asked for
     own = NAMES if device.type == "cpu" else NAMES[:-1]

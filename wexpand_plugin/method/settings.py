@@ -14,11 +14,19 @@ from .grids import GRIDS, Grid
 from .masks import MaskStructure
 from .versions import Rows, SolvedRows, StoredBytes
 
-__all__ = ["MAX_CLUSTERS", "MAX_EXPERTS", "Settings"]
+__all__ = ["MAX_CLUSTERS", "MAX_EXPERTS", "SEEDS", "Settings", "refuse_seed"]
 
 MAX_EXPERTS = 256
 """A row map has one byte for each expert and neuron."""
 MAX_CLUSTERS = 4096
+SEEDS = 2**32
+"""how many there are: as many as numpy, and so scikit-learn, has"""
+
+
+def refuse_seed(seed: int) -> None:
+    """Raise WexpandError for a number that some library would not take as a seed."""
+    if not 0 <= seed < SEEDS:
+        raise WexpandError(f"seed: {seed} should be 0 or above, and below {SEEDS}")
 SAMPLES_PER_CLUSTER = 32
 """rows of an input group that k-means sees for each cluster, if it has so many"""
 MAX_SAMPLES = 65536
@@ -111,6 +119,7 @@ class Settings:
         for key in ("num_experts", "block_size", "router_samples", "router_restarts", "max_bytes"):
             if getattr(self, key) < 1:
                 self._refuse(key, "at least 1")
+        refuse_seed(self.seed)
         if self.num_experts > MAX_EXPERTS:
             self._refuse("num_experts", f"at most {MAX_EXPERTS}")
         if self.num_clusters and not self.num_experts <= self.num_clusters <= MAX_CLUSTERS:
@@ -138,14 +147,14 @@ class Settings:
             if self.num_experts == 1:
                 right = "null: with one expert a token reads all there is, at any sparsity but auto"
                 self._refuse("read_budget", right)
-            if not self.read_budget > 0:
-                self._refuse("read_budget", "above 0, or null for no bound")
+            if not 0 < self.read_budget < math.inf:
+                self._refuse("read_budget", "above 0 and finite, or null for no bound")
         if self.size_budget is not None:
             if self.num_experts == 1:
                 right = "null: one expert and this sparsity leave nothing to choose (auto does)"
                 self._refuse("size_budget", right)
-            if not self.size_budget > 0:
-                self._refuse("size_budget", "above 0, or null for full expansion")
+            if not 0 < self.size_budget < math.inf:
+                self._refuse("size_budget", "above 0 and finite, or null for full expansion")
             if self.tune_epochs and self.budget_scope == "model":
                 right = "layer with tune_epochs: a block is tuned before the model shares a budget"
                 self._refuse("budget_scope", right)

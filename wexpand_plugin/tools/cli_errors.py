@@ -41,6 +41,8 @@ def sentence(error: Exception) -> str | None:
     """What to tell the user, or None for a defect of ours."""
     if isinstance(error, WexpandError):
         return " ".join(str(error).split())
+    if (problem := _machine(error)) is not None:
+        return problem
     # not imported unless something used it
     pydantic = sys.modules.get("pydantic")
     if pydantic is not None and isinstance(error, pydantic.ValidationError):
@@ -56,4 +58,19 @@ def sentence(error: Exception) -> str | None:
         extra = _EXTRAS[error.name]
         how = f"in a clone of wexpand-plugin: pip install -e '.[{extra}]'"
         return f"{error.name} is not installed; {how}"
+    return None
+
+
+def _machine(error: Exception) -> str | None:
+    """What to tell of memory that ran out, or of a device that failed."""
+    torch = sys.modules.get("torch")
+    ended = () if torch is None else (torch.OutOfMemoryError, torch.AcceleratorError)
+    if isinstance(error, ended[1:]):
+        return f"the device failed ({reason(error)}); see that it works, and run this again"
+    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if allocator or isinstance(error, (MemoryError, *ended)):
+        return (
+            f"out of memory ({reason(error)}); lower --batch-size, --max-seq-length or --samples, "
+            "max_bytes or num_experts of the recipe, or end other programs"
+        )
     return None

@@ -248,6 +248,12 @@ def _dense(model: ModelDir, only: Collection[str] | None) -> list[LinearInspecti
     # only on a terminal: scripts read what is printed
     for tensor, weight in tqdm(weights, "inspect", len(wanted), leave=False, disable=None):
         name, nnz = wanted[tensor], int(kept(weight).sum())
+        if weight.dim() != 2:
+            raise WexpandError(
+                f"{headers[tensor].file}: {tensor}: shape {list(weight.shape)} is no matrix; a "
+                "model of wexpand's says so in quantization_config of config.json",
+                tensor,
+            )
         sizes = dict.fromkeys(KINDS, 0)
         bias = headers.get(f"{name}.bias")
         sizes |= {"values": weight.nbytes, "bias": bias.nbytes if bias else 0}

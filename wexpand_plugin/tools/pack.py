@@ -146,6 +146,7 @@ class _Packer:
         from ..hf.names import (
             check_headers,
             linear_tensors,
+            merged_tensors,
             module_tensor_names,
             skeleton,
             unserved,
@@ -183,25 +184,29 @@ class _Packer:
             for name, target in module_tensor_names(model, self.linears).items()
         }
         """linear -> (out, in)"""
-        self._say_mixtures(set(module_tensor_names(model, source.headers)))
+        self._say_dense(
+            merged_tensors(model, source.headers), set(module_tensor_names(model, source.headers))
+        )
 
-    def _say_mixtures(self, single: set[str]) -> None:
-        """Note what is left dense as the model has it fused: the experts of a mixture.
+    def _say_dense(self, merged: set[str], single: set[str]) -> None:
+        """Note what is left dense, as the model has it fused, experts of a mixture, or not at all.
 
-        :param single: tensors that are one tensor of the model each
+        :param merged: tensors that the model merges with others
+        :param single: those that are one tensor of the model each
         """
-        fused = {
-            name: header.nbytes
-            for name, header in self.source.headers.items()
-            if len(header.shape) > 2 or (len(header.shape) == 2 and name not in single)
-            if name not in self.parts
-        }
-        if fused:
-            size, every = sum(fused.values()), self.source.disk_bytes
-            self.done.notes.append(
-                f"left dense: {len(fused)} tensors of experts of a mixture, "
-                f"{readable_bytes(size)}, {size / every:.0%} of the model (such as {min(fused)})"
-            )
+        headers = {n: h for n, h in self.source.headers.items() if n not in self.parts}
+        fused = {n for n, h in headers.items() if n in merged or (n in single and len(h.shape) > 2)}
+        unknown = {n for n, h in headers.items() if len(h.shape) > 1} - merged - single
+        for what, names in (
+            ("of experts of a mixture", fused),
+            ("that the model's class does not load", unknown),
+        ):
+            if names:
+                size, every = sum(headers[n].nbytes for n in names), self.source.disk_bytes
+                self.done.notes.append(
+                    f"left dense: {len(names)} tensors {what}, {readable_bytes(size)}, "
+                    f"{size / every:.0%} of the model (such as {min(names)})"
+                )
 
     def add(self, name: str, tensor: Tensor, writer: TensorWriter) -> None:
         """Write a tensor of the source, or the row pool that takes its place."""
@@ -235,8 +240,8 @@ class _Packer:
         label = f"{self.source.headers[name].file}: {name}"
         if tensor.dtype not in FLOATS.values():
             raise WexpandError(
-                f"{label}: dtype {tensor.dtype} is that of a quantised model; only float32, "
-                "bfloat16 and float16 weights can be packed",
+                f"{label}: dtype {tensor.dtype} cannot be packed; convert the model to "
+                f"{', '.join(FLOATS)} first",
                 name,
             )
         if not bool(torch.isfinite(tensor).all()):

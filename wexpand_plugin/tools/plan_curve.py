@@ -41,8 +41,9 @@ def table(curve: "Curve", width: int | None = None) -> str:
             f"size: bytes of these linears, {curve.share:.0%} of the model, over their dense "
             f"{curve.dense_bits:.0f} bits per weight; {curve.least:.4f} is the smallest",
             "bits per weight: stored, and read by a token",
-            f"compressing at any size, tuned: about {_minutes(curve.seconds_to_compress)} on this "
-            f"machine (the plan took {_minutes(curve.seconds)})",
+            f"compressing at any size, tuned, with the same text: about "
+            f"{_minutes(curve.seconds_to_compress)} and {curve.memory / 2**30:.2g} GiB beside the "
+            f"model on this machine (the plan took {_minutes(curve.seconds)})",
         ]
     )
 

@@ -9,6 +9,7 @@ neurons and experts, and all others share the neuron's base row. A compressed mo
 bytes where they help, so how rows are shared, and what its caches make of that, may differ.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from ..format.sizes import StoredBytes
 from ..format.values import FLOATS, GROUP, ValueCodec, codec
 from ..format.writer import SHARD_BYTES, TensorWriter, seal
 from ..method.clusters import parents_of
+from ..method.settings import refuse_seed
 
 __all__ = ["Shape", "synth"]
 
@@ -124,6 +126,10 @@ def synth(
         raise WexpandError(f"clusters: {clusters} should be {experts} (experts) to {MAX_CLUSTERS}")
     if not 0 <= sparsity < 1:
         raise WexpandError(f"sparsity: {sparsity} should be at least 0 and below 1")
+    if budget is not None and (experts == 1 or not 0 < budget < math.inf):
+        right = "left out with one expert" if experts == 1 else "above 0 and finite"
+        raise WexpandError(f"budget: {budget} should be {right}")
+    refuse_seed(seed)
     how = codec(values or dtype, value_group)
     shape = shape or Shape()
     generator = torch.Generator().manual_seed(seed)

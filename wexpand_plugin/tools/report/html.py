@@ -55,6 +55,9 @@ def write(
     wanted = " and ".join(option for option, value in missing.items() if value is None)
     if baseline is not None and wanted:
         raise WexpandError(f"baseline: {baseline} can only be compared on some text; pass {wanted}")
+    if len(wanted.split(" and ")) == 1 and wanted:
+        given = next(f"{option}" for option, value in missing.items() if value is not None)
+        raise WexpandError(f"{given.split()[0]}: needs {wanted} beside it")
     data = collect(directory)
     page = _target(data.directory, output)
     measured = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import WexpandError, reason
 from ...format.model_dir import ModelDir
+from ...hf.complete import refuse_incomplete
 from ...hf.hub import resolve
 from ...hf.names import module_tensor_names
 from ...method.inputs import record_inputs, token_rows
@@ -37,6 +38,7 @@ class DenseModel:
             raise WexpandError(
                 f"dense: {source} is compressed ({method}); give the model as it was before"
             )
+        refuse_incomplete(self.directory)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = AutoModelForCausalLM.from_pretrained(
             self.directory,
