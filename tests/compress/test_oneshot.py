@@ -114,7 +114,7 @@ def test_mistakes_are_found_before_work(inputs, tmp_path):
     ("name", "change", "problem"),
     [
         ("layers.1.mlp.up_proj", lambda w: None, r"{} is missing from its files; LlamaFor"),
-        ("layers.0.mlp.up_proj", lambda w: w[:8].clone(), r"{}: shape \[8, 24\] should be \["),
+        ("layers.0.mlp.up_proj", lambda w: w[:8].clone(), r"{}: shape \[8, 32\] should be \["),
         ("norm", lambda w: w * torch.nan, "{} holds NaN or infinite values; repair"),
     ],
     ids=["missing", "misshapen", "nan"],
