@@ -1,9 +1,9 @@
 """The main job on the embedded model: `make demo`, or python -m evals.demo --serve-env DIR
 
-Dense, SparseGPT and expanded, at the sparsity and on the linears that the two recipes name: the
-held-out loss of each with transformers, a completion of the expanded model from `vllm serve`, and
-dense and expanded scored by `lm_eval --model vllm`. Every step is a command that one could type; it
-is printed, and its output goes to a log beside the results.
+Dense; SparseGPT and expanded, at the sparsity and on the linears that the two recipes name; and all
+linears by the dial: the held-out loss of each with transformers, a completion of the dial's model
+from `vllm serve`, and dense and dial scored by `lm_eval --model vllm`. Every step is a command that
+one could type; it is printed, and its output goes to a log beside the results.
 """
 
 import importlib.metadata
@@ -92,9 +92,10 @@ class Demo:
             "dense": MODEL,
             "sparsegpt": self.out / "sparsegpt",
             "expanded": self.out / "expanded",
+            "dial": self.out / "dial",
         }
         self.results: dict[str, Any] = {name: {} for name in self.models}
-        self.step, self.steps = 0, 11
+        self.step, self.steps = 0, 13
         for path in (self.serve_bin / "vllm", self.serve_bin / "lm_eval"):
             if not path.exists():
                 raise StepFailed(f"{path} does not exist; run 'make env-serve' first")
@@ -111,21 +112,23 @@ class Demo:
             texts = corpus.excerpts("train", count=160, characters=1000)
             calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         with self.announce("SparseGPT: prune, dense with zeros", "1 minute"):
-            self.compress("pruned", "sparsegpt.yaml", calibration)
+            self.compress("pruned", "sparsegpt", calibration)
         with self.announce("... and packed, as vLLM serves it", "10 seconds"):
             pack = [self.compress_bin / "wexpand", "pack", self.out / "pruned"]
             self.command("pack", [*pack, self.models["sparsegpt"]])
         with self.announce("Sparse Expansion: 16 experts in the dense model's size", "2-10 min"):
-            self.compress("expanded", "sparse_expansion_budget.yaml", calibration)
+            self.compress("expanded", "sparse_expansion_budget", calibration)
+        with self.announce("the dial: all linears in a fifth of their bytes, tuned", "2-5 min"):
+            self.compress("dial", "dial", calibration, "--size", "0.2")
         for name in self.models:
             with self.announce(f"held-out loss, {name}, with transformers", "1 minute"):
                 self.loss(name)
-        with self.announce("vllm serve: the expanded model over HTTP", "2 minutes"):
+        with self.announce("vllm serve: the dial's model over HTTP", "2 minutes"):
             self.results["served"] = served(
-                self.serve_bin / "vllm", self.models["expanded"], self.dtype, self.log("serve")
+                self.serve_bin / "vllm", self.models["dial"], self.dtype, self.log("serve")
             )
             print(f"    {PROMPT!r} -> {self.results['served']['text']!r}")
-        for name in ("dense", "expanded"):
+        for name in ("dense", "dial"):
             with self.announce(f"lm_eval --model vllm: {name}", "2 minutes"):
                 self.lm_eval(name)
         with self.announce("sizes", "a second"):
@@ -149,9 +152,9 @@ class Demo:
         show(words)
         run_step(name, words, self.log(name), limit, OFFLINE)
 
-    def compress(self, name: str, recipe: str, calibration: Path) -> None:
+    def compress(self, name: str, recipe: str, calibration: Path, *more: str) -> None:
         self.command(name, [
-            self.compress_bin / "wexpand", "compress", MODEL, "--recipe", ROOT / "recipes" / recipe,
+            self.compress_bin / "wexpand", "compress", MODEL, "--recipe", recipe, *more,
             "--dataset", calibration, "--output", self.out / name,
             "--max-seq-length", "256", "--samples", "128",
         ])  # fmt: skip
@@ -212,8 +215,9 @@ def table(results: dict[str, Any]) -> str:
     """The results as text, one line per model."""
     head = ("", "loss", "linears MB", "MB per token", "disk MB", "choice acc", "bits per byte")
     lines = [head]
-    for name in ("dense", "sparsegpt", "expanded"):
-        found = results[name]
+    for name, found in results.items():
+        if "loss" not in found:
+            continue
         sizes = (found[key] / 1e6 for key in ("linear_bytes", "bytes_per_token", "disk_bytes"))
         scores = found.get("lm_eval")
         lines.append(
@@ -250,7 +254,7 @@ def main(
     file.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\n{table(results)}\n")
     print(
-        "loss: held-out, nats per token; linears: the MLP linears that were compressed; lm_eval by "
+        "loss: held-out, nats per token; linears: those of the MLPs, which all compress; lm_eval by "
         f"vLLM in {demo.dtype}.\nAll of it is in {out}/results.json; "
         f"{(time.monotonic() - start) / 60:.0f} minutes."
     )

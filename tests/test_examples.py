@@ -1,4 +1,4 @@
-"""examples/expand_qwen3.py on a tiny model; `serve/test_example.py` runs the other one."""
+"""examples/compress_qwen3.py on a tiny model; `serve/test_example.py` runs the other one."""
 
 import json
 
@@ -10,7 +10,7 @@ from wexpand_plugin.format.model_dir import ModelDir
 
 
 @pytest.mark.slow
-def test_expand_qwen3(root, tmp_path):
+def test_compress_qwen3(root, tmp_path):
     tiny.dense().save_pretrained(tmp_path / "Tiny")
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -20,8 +20,8 @@ def test_expand_qwen3(root, tmp_path):
     chat = json.dumps({"messages": [{"role": "user", "content": content}]})
     (tmp_path / "chats" / "train.jsonl").write_text(f"{chat}\n" * 64)
     printed = run_example.run(
-        root / "examples" / "expand_qwen3.py", tmp_path, MODEL_ID="./Tiny", DATASET_ID="./chats",
+        root / "examples" / "compress_qwen3.py", tmp_path, MODEL_ID="./Tiny", DATASET_ID="./chats",
         DATASET_SPLIT="train", NUM_CALIBRATION_SAMPLES=32, MAX_SEQUENCE_LENGTH=64,
     )  # fmt: skip
-    assert "wrote Tiny-Expanded" in printed
-    assert ModelDir(tmp_path / "Tiny-Expanded").ours
+    assert "wrote Tiny-Quarter" in printed
+    assert ModelDir(tmp_path / "Tiny-Quarter").ours
