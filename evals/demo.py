@@ -254,8 +254,8 @@ def main(
     file.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\n{table(results)}\n")
     print(
-        "loss: held-out, nats per token; linears: those of the MLPs, which all compress; lm_eval by "
-        f"vLLM in {demo.dtype}.\nAll of it is in {out}/results.json; "
+        "loss: held-out, nats per token; linears: those of the MLPs, which all compress; lm_eval "
+        f"by vLLM in {demo.dtype}.\nAll of it is in {out}/results.json; "
         f"{(time.monotonic() - start) / 60:.0f} minutes."
     )
 

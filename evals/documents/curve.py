@@ -47,32 +47,28 @@ def _size_curve(part: str, what: str, file: str = "size_curve") -> str:
 
 
 def size_curve_short() -> str:
-    """The dial, tuned where that was run, beside the best of the others in as many bits."""
+    """The dial on all linears, also tuned, beside the best of the others in as many bits."""
     found = results("size_curve")
     rows = found["rows"]
+    dense = rows["dense"]["loss"]
     lines: dict[float, list[str]] = {}
-    for part in ("mlp", "all"):
-        own = {float(name.split()[2]): (name, row)
-               for series in ("ours", "ours, tuned")
-               for name, row in of_series(rows, part, series)}  # fmt: skip
-        for size, (name, row) in own.items():
-            best = best_of_others(rows, part, row["bits_stored"])
-            beside = "none was measured"
-            if best is not None:
-                beside = f"{best[0].partition(': ')[2]}: {best[1]:.3f}"
-            loss = f"{row['loss'] - rows['dense']['loss']:.3f}{', tuned' * name.endswith('tuned')}"
-            lines.setdefault(size, [f"{size:g}", *[""] * 4])
-            place = 1 if part == "mlp" else 3
-            if round(row["bits_stored"], 2) != size:
-                loss += f" ({row['bits_stored']:.2f} bits)"
-            lines[size][place : place + 2] = [loss, beside]
+    for place, series in ((1, "ours"), (2, "ours, tuned")):
+        for name, row in of_series(rows, "all", series):
+            size, bits = float(name.split()[2]), row["bits_stored"]
+            line = lines.setdefault(size, [f"{size:g}", "", "", "none was measured"])
+            line[place] = f"{row['loss'] - dense:.3f}"
+            if (best := best_of_others(rows, "all", bits)) is not None:
+                name, added = best
+                other = f"{rows[name]['bits_stored']:.2f}"
+                line[3] = f"{name.partition(': ')[2]}, {other} bits: {added:.3f}"
     setting = paragraph(
-        f"Loss added to {found['model']} by the dial, nats per token, and by the best other that "
-        "was measured in as many bits (up to 1% more): of llm-compressor's GPTQModifier and "
-        "AWQModifier (which had an eighth of the calibration text), and of llama.cpp's types "
+        f"Loss added to {found['model']}, all linears of its blocks, nats per token: by the dial, "
+        "without and with tuning, and by the best other that was measured in as many bits (up to "
+        "1% more): of llm-compressor's GPTQModifier and AWQModifier (which had an eighth of the "
+        "calibration text), and of llama.cpp's types, none of which tunes "
         f"(`{found['command']}`, evals/results/size_curve.json):"
     )
-    head = ["bits per weight", "MLP linears", "best other", "all linears", "best other"]
+    head = ["bits per weight", "the dial", "tuned", "best other"]
     return f"{setting}\n\n{table(head, [lines[size] for size in sorted(lines, reverse=True)])}"
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from wexpand_plugin import __version__
+from wexpand_plugin.compress.recipes import recipe_names
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.tools.cli import app
 from wexpand_plugin.tools.cli_errors import sentence as sentence_of
@@ -256,7 +257,7 @@ def test_compress_refuses_before_work(pruned, tmp_path):
     assert "recipe.yaml: has no SparseExpansionModifier, whose budgets size and read set" in no
     no = run("compress", pruned, "-r", "int4", *options[2:], "--size", 0.2, code=1)
     no = no.stderr.splitlines()[-1]
-    assert "int4.yaml: SparseExpansionModifier: size_budget: 0.2 should be null" in no
+    assert "int4.yaml: has a size of its own, as one expert" in no
     assert not (tmp_path / "out").exists()
 
 
@@ -305,3 +306,10 @@ def test_resume_takes_everything_from_the_run_that_ended(tmp_path, monkeypatch):
     run("compress", "--resume", out, "-o", tmp_path / "other", code=2)
     assert "wrote" in run("compress", "--resume", out).output and verify(out) == []
     run("compress", "-d", tmp_path / "text.jsonl", "-o", out, code=2)
+
+
+def test_help_names_the_recipes_there_are():
+    text = " ".join(run("compress", "--help").stdout.split())
+    named = text.partition("recipe of the package: ")[2].partition(". ")[0]
+    found = {name.partition(" (")[0] for name in named.replace("--size and --read", "").split(", ")}
+    assert found == set(recipe_names())

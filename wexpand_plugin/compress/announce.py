@@ -7,6 +7,7 @@ from loguru import logger
 from torch import nn
 
 from ..hf.names import unserved
+from ..method import ranks
 from ..method.prospects import Dial
 from ..method.settings import Settings
 from .choosing import Choice
@@ -34,6 +35,13 @@ def say_beginning(
     """
     linears = {name: t.linear for name, t in targets.items() if t.linear is not None}
     warn_unserved(model, linears)
+    widest, each = max(li.in_features for li in linears.values()), tokens * ranks.count()
+    if settings.num_experts > 1 and (each := each // settings.num_experts) < widest:
+        logger.warning(
+            f"about {each} tokens for each of {settings.num_experts} experts, fewer than the "
+            f"{widest} inputs of a linear: calibrate on more text (samples, max_seq_length), or "
+            "use fewer experts"
+        )
     dense = sum(
         weight.numel() * stored_dtype(model, weight).itemsize
         for weight in (linear.weight for linear in linears.values())

@@ -60,6 +60,12 @@ def with_budgets(path: str | Path, budgets: Mapping[str, float | None]) -> str:
             f"{path}: has no SparseExpansionModifier, whose budgets size and read set"
         )
     for keys in found:
+        if keys.get("num_experts") == 1 and keys.get("sparsity") != "auto":
+            raise WexpandError(
+                f"{path}: has a size of its own, as one expert and a sparsity that is given leave "
+                "nothing to choose; leave out size and read, or the recipe: dial, which they mean "
+                "alone, chooses zeros and bits"
+            )
         keys |= budgets
     return yaml.safe_dump(stages, sort_keys=False)
 

@@ -1,7 +1,7 @@
 """The command line, `wexpand`: its commands stand in `commands` and `commands_compress`.
 
-Exit codes: 0 all is well; 1 a problem was found or the work could not be done; 2 wrong use. Errors
-are one sentence on standard error, with --debug a traceback.
+Exit codes: 0 all is well; 1 a problem was found or what was asked for cannot be done; 2 the command
+line cannot be read. Errors are one sentence on standard error, with --debug a traceback.
 """
 
 import os
@@ -52,7 +52,8 @@ def wexpand(
       wexpand inspect OUT                  what it weighs, and what a token reads
       wexpand verify OUT                   whether every byte is as written
 
-    Exit codes: 0 all is well, 1 a problem was found, 2 wrong use.
+    Exit codes: 0 all is well, 1 a problem was found or what was asked for cannot be done, 2 the
+    command line cannot be read.
     """
 
 for command in (

@@ -56,13 +56,13 @@ def pack(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Make a model whose linears hold zeros small: same weights, no calibration.
+    """Store a pruned model without its zeros: the same weights.
 
-    For models pruned by SparseGPT, Wanda, magnitude or 2:4 and saved dense, as llm-compressor does.
-    A linear is packed where that makes it smaller, above 6.25% zeros in bfloat16; the rest stays
-    as it is. With --values int4, say, kept weights are rounded, zeros or not, and what that
-    costs is said; a recipe with calibration text loses less. W4A16 and W8A16 models that
-    llm-compressor quantised (symmetric, in groups or channels) are packed bit for bit.
+    Needs no calibration. For models pruned by SparseGPT, Wanda, magnitude or 2:4 and saved dense,
+    as llm-compressor does. A linear is packed where that makes it smaller, above 6.25% zeros in
+    bfloat16; the rest stays as it is. With --values int4, say, kept weights are rounded, zeros or
+    not, and what that costs is said; a recipe with calibration text loses less. W4A16 and W8A16
+    models that llm-compressor quantised (symmetric, in groups or channels) are packed bit for bit.
 
     \b
     Example:
@@ -116,10 +116,10 @@ def unpack(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a packed model dense again, zeros included: bit for bit what was packed.
+    """Write a packed model dense again, bit for bit.
 
-    A model with several experts per linear has no dense equal: --expert writes one of them, which
-    is a different model.
+    Its zeros, too. A model with several experts per linear has no dense equal: --expert writes one
+    of them, which is a different model.
     """
     from .unpack import unpack
 
@@ -129,10 +129,10 @@ def unpack(
 
 
 def inspect(directory: Directory, as_json: Json = False) -> None:
-    """Show what each linear weighs: zeros, experts, bytes on disk, bytes that a token reads.
+    """Show what each linear weighs, and what a token reads.
 
     Reads headers, masks and row maps only, so a model of any size takes seconds. A dense model
-    directory works too, for comparison.
+    directory works too, for comparison; all of its weights are read, to count zeros.
     """
     from .inspect import inspect
     from .inspect_table import table
@@ -142,10 +142,10 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
 
 
 def verify(directory: Directory, quiet: Quiet = False, as_json: Json = False) -> None:
-    """Check a checkpoint: every tensor, every checksum, the config, the index.
+    """Check every tensor and every checksum of a model.
 
-    Makes the checks that transformers and vLLM make when they load it, and lists all problems
-    rather than the first, one per line. Exit code 1 if there are any.
+    And its config and index. Makes the checks that transformers and vLLM make when they load it,
+    and lists all problems rather than the first, one per line. Exit code 1 if there are any.
 
     \b
     Example:
@@ -184,8 +184,9 @@ def report(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")] = 8192,
     quiet: Quiet = False,
 ) -> None:
-    """Write an HTML page about a compressed model: sizes, shared rows, tokens per expert.
+    """Write an HTML page about a compressed model.
 
+    It shows sizes, shared rows and tokens per expert; its pictures lie beside it, in report-plots.
     With --dense and --dataset it also shows what neurons do: Wasserstein distances, output
     distributions before and after, and which neurons gain from experts.
 
@@ -238,7 +239,7 @@ def synth(
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Make a Llama of any shape with random weights, masks and routers, to measure speed with.
+    """Make a random Llama of any shape, to measure speed.
 
     \b
     Example, the shape of Llama-3.2-1B:
@@ -258,10 +259,10 @@ def synth(
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-eval, with `--model hf` able to read our models; --help is lm-eval's own.
+    """Run lm-eval, whose `--model hf` then reads our models.
 
     lm-eval and transformers load no plugins, so `lm_eval --model hf` alone calls the quantization
-    type unknown. `lm_eval --model vllm` needs no help.
+    type unknown. --help is lm-eval's own. `lm_eval --model vllm` needs no help.
     """
     from lm_eval.__main__ import cli_evaluate
 

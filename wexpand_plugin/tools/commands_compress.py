@@ -60,7 +60,9 @@ def compress(
         str | None,
         typer.Option(
             "--recipe", "-r",
-            help="YAML file, or a recipe of the package by its name; \"dial\" if none is given.",
+            help="YAML file, or a recipe of the package: int4, int3, dial (what --size and --read "
+            "alone mean), sparse_int4, sparsegpt_packed, sparsegpt, neuron_scores, cluster_biases, "
+            "sparse_expansion_budget, sparse_expansion, sparse_expansion_2of4.",
         ),  # fmt: skip
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Rows of calibration tokens.")] = 128,
@@ -82,22 +84,22 @@ def compress(
         ),
     ] = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No summary (llm-compressor has its own bars).")
+        bool, typer.Option("--quiet", "-q", help="No closing line; llm-compressor's log stays.")
     ] = False,
 ) -> None:
-    """Make MODEL small: to a size, or by a recipe, through llm-compressor.
+    """Make MODEL small, to a size or by a recipe.
 
     \b
     Examples:
       wexpand compress Qwen/Qwen3-0.6B -d notes.txt -o OUT --size 0.2
-      wexpand compress Qwen/Qwen3-0.6B -d notes.txt -o OUT -r sparse_expansion_budget
+      wexpand compress Qwen/Qwen3-0.6B -d notes.txt -o OUT -r int4
       wexpand compress --resume OUT
 
     With --size, zeros and bits of each linear are chosen for the least loss, and what is kept is
     tuned (recipe "dial"); `wexpand plan` shows what sizes are predicted to cost. A recipe says
-    which linears, how sparse, how many experts and how many bytes. Those of the package are
-    listed in docs/cli.md, and their files explain each key. Each expert wants some thousands of
-    calibration tokens (samples x length).
+    which linears, how sparse, how many experts and how many bytes; the files of those of the
+    package explain each key. Each expert wants some thousands of calibration tokens (samples x
+    length). llm-compressor does the rest of the work.
 
     A run that was killed or ran out of disk goes on with --resume, to the same bytes as if nothing
     had happened. Until OUT is complete, finished blocks lie beside it in .OUT.unfinished.
@@ -107,7 +109,8 @@ def compress(
         options = _resumed(ctx, options, resume)
     for key, flag in (("model", "MODEL"), ("dataset", "--dataset"), ("output", "--output")):
         if options[key] is None:
-            ctx.fail(f"Missing {flag}.")
+            hint = "" if resume is None else f" --resume {resume} alone goes on with a run."
+            ctx.fail(f"Missing {flag}.{hint}")
     if all(options[key] is None for key in ("size", "read", "recipe")):
         ctx.fail("Missing --size, --read or --recipe, which say how small.")
 
@@ -116,23 +119,29 @@ def compress(
 
     compress(**options, resume=resume is not None)
     if not quiet and ranks.rank() == 0:
+        from ..compress.neuron_scores import FOLDER
         from ..format.model_dir import ModelDir
 
         output = options["output"]
         further = f"wexpand inspect {output}, vllm serve {output}"
         if not ModelDir(output).ours:  # a recipe without a modifier of ours that packs
             further = f"wexpand pack {output} PACKED if it is pruned"
+            if (output / FOLDER).is_dir():
+                further = f"the scores in {output / FOLDER}"
         typer.echo(f"wrote {output}; next: {further}")
 
 
 def _resumed(ctx: typer.Context, options: dict[str, Any], output: Path) -> dict[str, Any]:
     """The options of the unfinished run of `output`, under those that were given again."""
     from ..compress.progress import options_of
+    from ..format.model_dir import CHECKSUMS
 
     known = {k: v for k, v in options_of(output).items() if k in options}
     given = {k for k in options if getattr(ctx.get_parameter_source(k), "name", "") != "DEFAULT"}
     if "output" in given and options["output"] != output:
         ctx.fail(f"--output {options['output']} and --resume {output} should be the same.")
+    if not known and all((output / name).is_file() for name in ("config.json", CHECKSUMS)):
+        raise WexpandError(f"{output}: is complete; there is nothing to resume")
     if not known and "model" not in given:
         raise WexpandError(f"{output}: there is no unfinished run of it to resume")
     return options | {k: v for k, v in known.items() if k not in given} | {"output": output}
@@ -159,7 +168,7 @@ def plan(
     seed: Annotated[int, typer.Option(help="Which texts are taken, and their order.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Predict what MODEL loses at a range of sizes, before compressing it to one.
+    """Predict what MODEL loses at a range of sizes.
 
     One backward pass says what errors of each linear cost, and trials say what errors each choice
     of zeros and bits makes. The loss is in nats per token, added to the dense model's, and before

@@ -31,9 +31,12 @@ def table(found: Inspection) -> str:
     if not found.ours:
         lines.append("not a model that wexpand wrote: its linears are dense")
     if count and dense:
+        weights = sum(linear.in_features * linear.out_features for linear in found.linears)
+        kind = "" if values else f" in {found.linears[0].values.partition(',')[0]}"
         lines += [
-            f"{count} linears, {found.sparsity:.1%} zeros: {readable_bytes(found.linear_bytes)} "
-            f"stored, {found.linear_bytes / dense:.2f} x dense ({kinds})",
+            f"{count} linears{kind}, {found.sparsity:.1%} zeros: "
+            f"{readable_bytes(found.linear_bytes)} stored, {found.linear_bytes / dense:.2f} x "
+            f"dense, {8 * found.linear_bytes / weights:.2f} bits per weight ({kinds})",
             f"one token reads {readable_bytes(found.bytes_per_token)} of them, "
             f"{found.bytes_per_token / dense:.2f} x dense",
         ]
