@@ -1,5 +1,7 @@
 """What cannot be compressed is refused before calibration, by name; a failure leaves nothing."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -8,10 +10,11 @@ from llmcompressor.core import create_session
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
 from test_modifier import calibration, logits, run, tiny
-from tiny import VOCAB, tokenizer
+from tiny import VOCAB, dense, tokenizer
 from two_ranks import together
 
 from wexpand_plugin.compress.announce import warn_unserved
+from wexpand_plugin.compress.checks import refuse_small
 from wexpand_plugin.compress.curve import curve
 from wexpand_plugin.compress.modifier import SparseExpansionModifier
 from wexpand_plugin.compress.packing import PackModifier
@@ -19,6 +22,7 @@ from wexpand_plugin.compress.scoring import NeuronScoringModifier
 from wexpand_plugin.compress.targets import target_linears
 from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.hf.linear import RoutedLinear, replaceable
+from wexpand_plugin.method.settings import Settings
 
 MODIFIERS = [
     SparseExpansionModifier(sparsity=0.5, num_experts=2, ignore=["lm_head"]),
@@ -169,6 +173,32 @@ def test_the_rest_of_a_mixture_can_be_expanded(tmp_path):
 def test_a_mixture_that_the_host_saves_under_other_names_is_refused(tmp_path, no_calibration):
     with pytest.raises(WexpandError, match="unrolls the experts of a MixtralForCausalLM"):
         run(moe("mixtral", tmp_path), targets=["re:.*self_attn.*"])
+
+
+def test_a_budget_of_the_model_is_compared_with_the_model(tmp_path, no_calibration):
+    """One that its largest linears alone would not meet is met by all of them together."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("Llama", tmp_path))
+    targets = target_linears(model, ["Linear"], ["lm_head"])
+    shapes = {n: (linear.weight.shape, torch.float32) for n, linear in targets.items()}
+    least = {}
+    for scope in ("layer", "model"):
+        keys = dict(sparsity=0.5, num_experts=4, budget_scope=scope)
+        with pytest.raises(WexpandError) as refused:
+            refuse_small(shapes, Settings(size_budget=0.1, **keys))
+        least[scope] = float(re.search(r"is below (\d\.\d+)", str(refused.value))[1])
+        whose = "of the 14 linears" if scope == "model" else "proj alone"
+        assert whose in str(refused.value)
+        refuse_small(shapes, Settings(size_budget=least[scope] + 0.001, **keys))
+    assert least["model"] < least["layer"]
+
+
+def test_few_tokens_for_each_expert_are_said(tmp_path, said):
+    dense(intermediate_size=96).save_pretrained(tmp_path)
+    few = "about 72 tokens for each of 2 experts, fewer than the 96 inputs of a linear"
+    for samples in (4, 3):
+        assert not any(few in line for line in said)
+        run(tmp_path, num_experts=2, data=calibration(samples, 48))
+    assert any(few in line for line in said)
 
 
 def test_what_needs_all_rows_in_one_process(tmp_path):

@@ -28,3 +28,6 @@ def test_a_forced_kernel_that_cannot_run_is_refused(monkeypatch):
     monkeypatch.setenv("WEXPAND_KERNEL", "cpu")
     with pytest.raises(WexpandError, match="WEXPAND_KERNEL: cpu: runs on cpu, not on meta"):
         kernels.choose(OTHER, torch.float32, SHAPE)
+    monkeypatch.setenv("WEXPAND_KERNEL", "foo")
+    with pytest.raises(WexpandError, match="WEXPAND_KERNEL: 'foo' is not one of cpu, triton"):
+        kernels.choose(OTHER, torch.float32, SHAPE)

@@ -154,6 +154,16 @@ def test_inspect_of_an_expert_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "problem"), [("wexpand", "'wexpand' should be an object"), (None, "is no matrix")]
+)
+def test_a_config_that_is_none(sound, tmp_path, config, problem):
+    path = shutil.copytree(sound, tmp_path / "a")
+    edit_config(path, lambda v: v.update(quantization_config=config))
+    with pytest.raises(WexpandError, match=problem):
+        inspect(path)
+
+
+@pytest.mark.parametrize(
     "said", [{"dial": None}, {"dial": {"linears": [1]}}, {"predicted_loss": {"a": "x"}},
              {"predicted_loss": [1]}, {"tuned": {"a": 1}}, {"tuned": [2]}],
 )  # fmt: skip

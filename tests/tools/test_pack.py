@@ -374,6 +374,14 @@ def test_experts_of_a_mixture_stay_dense_and_that_is_said(tmp_path):
         torch.testing.assert_close(loaded(tiny.tokens()).logits, model(tiny.tokens()).logits)
 
 
+def test_tensors_that_the_class_does_not_load_are_said(tmp_path):
+    pruned(tmp_path / "dense")
+    set_config(tmp_path / "dense", num_hidden_layers=1)
+    done = pack(tmp_path / "dense", tmp_path / "packed", quiet=True)
+    (note,) = (note for note in done.notes if note.startswith("left dense"))
+    assert note.startswith("left dense: 7 tensors that the model's class does not load")
+
+
 def test_gates_of_one_output_stay_dense(tmp_path):
     """As vLLM has them, though pruning has put zeros into them."""
     import transformers
