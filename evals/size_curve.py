@@ -80,6 +80,14 @@ def _awq(bits: int, targets: list[str]) -> dict[str, Any]:
     return {"AWQModifier": {"n_grid": 20}} | rounding
 
 
+def _autoround(bits: int, targets: list[str]) -> dict[str, Any]:
+    """AutoRound, which tunes rounding block by block: its authors' quick setting, and no compiler
+    (a CPU's would take longer than it saves)."""
+    found = gptq(bits, targets, modifier="AutoRoundModifier")
+    found["AutoRoundModifier"] |= {"iters": 50, "enable_torch_compile": False}
+    return found
+
+
 def _sparsegpt(structure: str, targets: list[str]) -> dict[str, Any]:
     keys = {"sparsity": 0.5, "mask_structure": structure, "targets": targets, "ignore": ["lm_head"]}
     return {"SparseGPTModifier": keys}
@@ -95,6 +103,7 @@ def _modifiers() -> dict[str, tuple[dict[str, Any], float | None]]:
             zeros = bits + (16 + bits) / 64
             found[f"{part}: GPTQ {bits}"] = gptq(bits, targets), bits + 16 / 64
             found[f"{part}: AWQ {bits}"] = _awq(bits, targets), zeros
+            found[f"{part}: AutoRound {bits}"] = _autoround(bits, targets), bits + 16 / 64
             if bits < 4:
                 keys = gptq(bits, targets, symmetric=False)
                 found[f"{part}: GPTQ {bits} zero points"] = keys, zeros
