@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from compressed_tensors.offload import disable_onloading
 from loguru import logger
 from torch import nn
 
@@ -42,11 +43,11 @@ def say_beginning(
             f"{widest} inputs of a linear: calibrate on more text (samples, max_seq_length), or "
             "use fewer experts"
         )
-    dense = sum(
-        weight.numel() * stored_dtype(model, weight).itemsize
-        for weight in (linear.weight for linear in linears.values())
-    )
-    whole = sum(w.numel() * stored_dtype(model, w).itemsize for w in model.parameters())
+    with disable_onloading():  # sizes alone; on a GPU every weight would be copied there
+        dense, whole = (
+            sum(weight.numel() * stored_dtype(model, weight).itemsize for weight in weights)
+            for weights in ((li.weight for li in linears.values()), model.parameters())
+        )
     held = {
         block.module: {n: li for n, li in linears.items() if targets[n].block == name}
         for name, block in blocks.items()

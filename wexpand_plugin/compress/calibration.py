@@ -89,8 +89,9 @@ def about_rows(loader: DataLoader | None) -> dict[str, Any]:
     rows, crc, tokens = 0, 0, 0
     for row in getattr(loader, "dataset", None) or ():
         rows += 1
+        named = row if isinstance(row, Mapping) else {"input_ids": row}
         for key in ("input_ids", *MASKS):
-            if (values := row.get(key)) is not None:
+            if (values := named.get(key)) is not None:
                 ids = torch.as_tensor(values, dtype=torch.int64).flatten()
                 crc = zlib.crc32(_bytes(ids), crc)
                 tokens += len(ids) if key == "input_ids" else 0

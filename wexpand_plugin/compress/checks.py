@@ -23,6 +23,7 @@ __all__ = [
     "count_tokens",
     "refuse_distributed",
     "refuse_misfit",
+    "refuse_mixed",
     "refuse_nonfinite",
     "refuse_shared",
     "refuse_same_rows",
@@ -55,18 +56,36 @@ def refuse_same_rows(loader: DataLoader | None) -> None:
             )
 
 
+def refuse_mixed(model: Any) -> None:
+    """What a checkpoint of ours could not hold beside its own linears.
+
+    :raises WexpandError: a module that another modifier quantises; a transform that is applied
+        while the model runs
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            raise WexpandError(
+                f"{name}: another modifier of the recipe quantises it, and a checkpoint holds "
+                "either its format or ours; keep one of them (values: int4 rounds to 4 bits)"
+            )
+    transforms = getattr(model, "transform_config", None)
+    for scheme in transforms.config_groups.values() if transforms is not None else ():
+        for place in scheme.apply:
+            if place.is_online():
+                raise WexpandError(
+                    f"{type(model).__name__}: another modifier of the recipe transforms inputs or "
+                    f"outputs while the model runs ({place.location} of {place.targets}), which a "
+                    "checkpoint of ours does not hold; use transforms that weights take up, such "
+                    "as SpinQuant's rotations R1 and R2"
+                )
+
+
 def refuse_shared(modifier: Modifier, targets: Mapping[str, Any]) -> None:
-    """Linears that another modifier of the recipe quantises, or expands as well.
+    """Linears that another modifier of ours in the recipe expands as well.
 
     :param targets: by name, each with its `linear`
     """
     name = type(modifier).__name__
-    for target, found in targets.items():
-        if getattr(found.linear, "quantization_scheme", None) is not None:
-            raise WexpandError(
-                f"{target}: a quantization modifier and {name} both mean it; keep one of them "
-                "(values: int4 rounds to 4 bits), or let one ignore it"
-            )
     for other in active_session().lifecycle.recipe.modifiers:
         if other is not modifier and isinstance(other, type(modifier)):
             if both := [t for t in targets if t in getattr(other, "_targets", {})]:

@@ -5,8 +5,9 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.helpers import calibration_forward_context
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
@@ -28,6 +29,7 @@ from .calibration import CalibrationBatches, about_rows
 from .checks import (
     count_tokens,
     refuse_misfit,
+    refuse_mixed,
     refuse_nonfinite,
     refuse_same_rows,
     refuse_shared,
@@ -38,7 +40,7 @@ from .choosing import Choice, choose_settings, refuse_unreachable, use_settings
 from .estimate import refuse_unreadable
 from .expansion import Block, Target, allocate_targets, expand_block
 from .finished import finished_linears, restore_linears, wait_in
-from .made_by import crc_of_weights, made_by
+from .made_by import after_others, crc_of_weights, made_by, whole_recipe
 from .passing import PassingStatistics
 from .precision import stored_dtype
 from .progress import Part
@@ -186,6 +188,7 @@ class SparseExpansionModifier(Modifier):
     _running: list[BlockReplay] = PrivateAttr(default_factory=list)
     _part: Part = PrivateAttr(default_factory=Part)
     _tuned: dict[str, list[float]] = PrivateAttr(default_factory=dict)
+    _alone: bool = PrivateAttr(default=True)
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -218,6 +221,7 @@ class SparseExpansionModifier(Modifier):
         patterns = infer_sequential_targets(model, kwargs.get("sequential_targets"))
         blocks = dict(match_named_modules(model, patterns))
         self._blocks, self._targets = find_targets(model, blocks, self.targets, self.ignore)
+        refuse_mixed(model)
         refuse_shared(self, self._targets)
         for name, target in self._targets.items():
             assert target.linear is not None
@@ -228,8 +232,11 @@ class SparseExpansionModifier(Modifier):
         if self._dial is not None:
             refuse_unreachable(model, linears, self._dial)
         else:
-            weights = {name: linear.weight for name, linear in linears.items()}
-            shapes = {n: (w.shape, stored_dtype(model, w)) for n, w in weights.items()}
+            with disable_onloading():  # shapes alone; on a GPU each weight would be copied there
+                shapes = {
+                    name: (linear.weight.shape, stored_dtype(model, linear.weight))
+                    for name, linear in linears.items()
+                }
             refuse_small(shapes, self._settings)
             refuse_unreadable(model, linears, self._settings)
         refuse_same_rows(kwargs.get("calib_data"))
@@ -238,7 +245,8 @@ class SparseExpansionModifier(Modifier):
         if self._part.kept:
             data = {"data": about_rows(kwargs.get("calib_data"))}
             crc = {"weights": crc_of_weights(model)}
-            self._part.same_run(made_by(self, model) | data | crc)
+            others = {"recipe": whole_recipe()}
+            self._part.same_run(made_by(self, model) | data | crc | others)
         self._batches = CalibrationBatches.watch(kwargs.get("calib_data"))
         if self._settings.tune_model_epochs:
             refuse_gaps(model, [block.place for block in self._blocks.values()])
@@ -253,7 +261,8 @@ class SparseExpansionModifier(Modifier):
     def on_calibration_start(self, state: State, event: Event, **kwargs):
         """Choose settings where the recipe leaves them open; from now on record each block's
         arguments."""
-        refuse_shared(self, self._targets)  # now that all modifiers have found theirs
+        refuse_mixed(state.model)  # now that all modifiers have begun
+        refuse_shared(self, self._targets)
         self._attention.hook()
         if self._dial is not None:
             choice = self._part.read("plan")
@@ -265,12 +274,14 @@ class SparseExpansionModifier(Modifier):
                 self._part.write("plan", choice)
             self._choice = choice
             use_settings(self._targets, choice, self._dial)
+        self._alone = len(active_session().lifecycle.recipe.modifiers) == 1
+        passing = self._one_pass()
         for name, block in self._blocks.items():
             current = self._batches.current
-            passing = self._one_pass()
             self._replays[name] = BlockReplay(
-                block.module, self.register_hook, current, None if passing else self._bypass
-            )
+                block.module, self.register_hook, current, None if passing else self._bypass,
+                keep=not passing or self._tunes(),
+            )  # fmt: skip
             if passing and not self._part.has(_record(block)):
                 linears = {
                     n: t.linear
@@ -292,22 +303,25 @@ class SparseExpansionModifier(Modifier):
         for name in ready:
             with ranks.together(), torch.no_grad(), calibration_forward_context(state.model):
                 replay, passing = self._replays.pop(name), self._one_pass()
+                replay.recorded()
                 self._running.append(replay)
                 if not passing:
                     replay.run_together(self.seed)
                 self._finish(state.model, self._blocks[name], replay)
-            if len(ready) == 1 and not passing:
+            # another modifier may be about to run the block on the same inputs
+            if len(ready) == 1 and not passing and self._alone:
                 replay.propagate()
             else:
-                replay.end()
+                replay.forget()
             self._bypass.expanded(self._blocks[name].module, len(ready))
 
     def _finish(self, model: nn.Module, block: Block, replay: BlockReplay) -> None:
         """Expand the linears of a block, or put back what an earlier run made of them."""
         targets = {n: t for n, t in self._targets.items() if t.block == block.name}
-        tuned = self._settings.tune_epochs or self._settings.tune_model_epochs
-        outputs = self._path.targets(replay, block.place) if tuned else []
+        outputs = self._path.targets(replay, block.place) if self._tunes() else []
         passing, data = self._passing.pop(block.name, None), self._batches.about()
+        if passing is not None:
+            passing.recorded()
         known = self._part.read(_record(block))
         if known is not None:
             if known["data"] != data:
@@ -340,7 +354,8 @@ class SparseExpansionModifier(Modifier):
 
     def on_finalize(self, state: State, **kwargs) -> bool:
         """From now on saving the model writes the packed checkpoint."""
-        if not self.ended_:  # the session is reset after a run that failed
+        # the session is reset after a run that failed
+        if not all(modifier.ended_ for modifier in active_session().lifecycle.recipe.modifiers):
             return self._forget()
         dense = [name for name, target in self._targets.items() if target.routed is None]
         if len(dense) == len(self._targets):
@@ -354,6 +369,7 @@ class SparseExpansionModifier(Modifier):
         if self._settings.tune_model_epochs:
             with ranks.together():
                 about["tuned_model"] = self._tune_whole(state.model)
+        about = after_others(state.model, about)
         wrap_save_pretrained(state.model, about, writes=ranks.rank() == 0)
         return self._forget()
 
@@ -379,12 +395,16 @@ class SparseExpansionModifier(Modifier):
         return True
 
     def _one_pass(self) -> bool:
-        """Whether the pipeline's own run of a block is enough, without replays."""
-        return self._settings.clusters == 1 and not self._settings.biased
+        """Whether the pipeline's own run of a block is enough, without replays: others that are
+        calibrated in the same run may change the block at its end, before it is expanded."""
+        return self._settings.clusters == 1 and not self._settings.biased and self._alone
+
+    def _tunes(self) -> bool:
+        return bool(self._settings.tune_epochs or self._settings.tune_model_epochs)
 
     def _end_propagation(self) -> None:
         while self._running:
-            self._running.pop().end()
+            self._running.pop().forget()
 
     def _settle(self) -> None:
         """Blocks that have been propagated compute with what they store."""

@@ -1,7 +1,7 @@
 """`PackModifier`: put last in a recipe, it saves what was pruned as packed rows, ready to serve."""
 
 import torch
-from llmcompressor.core import State
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import Field
@@ -10,8 +10,8 @@ from tqdm import tqdm
 from ..errors import WexpandError
 from ..format.rowpool import RowPool
 from ..hf.saving import wrap_save_pretrained
-from .checks import refuse_distributed, refuse_nonfinite, refuse_unrolled
-from .made_by import made_by
+from .checks import refuse_distributed, refuse_mixed, refuse_nonfinite, refuse_unrolled
+from .made_by import after_others, made_by
 from .precision import stored_dtype
 from .rows import replace_linear
 from .targets import HEADS, target_linears
@@ -54,10 +54,15 @@ class PackModifier(Modifier):
     def on_initialize(self, state: State, **kwargs) -> bool:
         """Refuse targets that match nothing, before any work."""
         refuse_distributed(type(self).__name__)
+        refuse_mixed(state.model)
         linears = target_linears(state.model, self.targets, self.ignore)
         refuse_unrolled(state.model, linears)
         refuse_nonfinite(linears)
         return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs):
+        """Now that all modifiers have begun, refuse what a checkpoint could not hold."""
+        refuse_mixed(state.model)
 
     @torch.no_grad()
     def on_finalize(self, state: State, **kwargs) -> bool:
@@ -84,5 +89,5 @@ class PackModifier(Modifier):
             f"Packed {count} of {len(linears)} linears: {packed / 2**20:.1f} MiB, "
             f"{packed / dense:.3f} of dense"
         )
-        wrap_save_pretrained(state.model, made_by(self, state.model))
+        wrap_save_pretrained(state.model, after_others(state.model, made_by(self, state.model)))
         return True

@@ -40,9 +40,9 @@ class PassingStatistics:
         self._readers, self._seen = Readers(), set[nn.Module]()
         self._members: dict[nn.Module, list[nn.Linear]] = {}
         self._found: dict[nn.Module, GroupStatistics] = {}
-        register_hook(block, self._begin, "forward_pre")
+        self._hooks = [register_hook(block, self._begin, "forward_pre")]
         for linear in linears.values():
-            register_hook(linear, self._take, "forward_pre")
+            self._hooks.append(register_hook(linear, self._take, "forward_pre"))
 
     def _begin(self, _block: nn.Module, _args: tuple) -> None:
         self._seen.clear()
@@ -69,6 +69,12 @@ class PassingStatistics:
             self._found[linear].add(rows, known.identity)
         except WexpandError as error:
             raise WexpandError(f"{self._names[linear]}: {error}") from None
+
+    def recorded(self) -> None:
+        """All batches have passed: hooks, which would keep the dense linears alive, go."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._readers = Readers()
 
     def groups(self) -> list[InputGroup]:
         """The input groups that were reached, in calling order."""

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
 from torch import Tensor, nn
@@ -149,18 +150,15 @@ def _plan(
     missed = linears.keys() - {name for group in groups for name in group.names}
     if missed:
         logger.warning(f"no token of the plan reached {', '.join(sorted(missed))}: they stay dense")
-    sizes = {
-        name: linear.weight
-        for group in groups
-        for name, linear in zip(group.names, group.linears, strict=True)
-    }
-    dense = {
-        name: weight.numel() * stored_dtype(model, weight).itemsize
-        for name, weight in sizes.items()
-    }
+    dense, weights = {}, 0
+    with disable_onloading():  # sizes alone
+        for group in groups:
+            for name, linear in zip(group.names, group.linears, strict=True):
+                dense[name] = linear.weight.numel() * stored_dtype(model, linear.weight).itemsize
+                weights += linear.weight.numel()
     first = batches[0].inputs["input_ids"].numel()
     return Plan(
-        found, dense, sum(weight.numel() for weight in sizes.values()), tokens, running / first,
+        found, dense, weights, tokens, running / first,
         time.perf_counter() - begin,
     )  # fmt: skip
 

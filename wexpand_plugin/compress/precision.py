@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from torch import nn
 
 __all__ = ["compute_dtype", "own_dtypes", "set_dtypes", "stored_dtype"]
@@ -49,7 +50,8 @@ def stored_dtype(model: Any, weight: torch.Tensor) -> torch.dtype:
 
 def own_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     """Parameter -> its dtype; one that is tied has several names."""
-    return {name: parameter.dtype for name, parameter in _named(model)}
+    with disable_onloading():
+        return {name: parameter.dtype for name, parameter in _named(model)}
 
 
 def set_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
@@ -58,7 +60,8 @@ def set_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
     Tied ones stay tied.
     """
     made: dict[int, nn.Parameter] = {}  # what has taken the place of a parameter, by its id
-    named = _named(model)  # keeps all of them alive, so that no id is used again
+    with disable_onloading():  # where they are: on a GPU every weight would be copied there
+        named = _named(model)  # keeps all of them alive, so that no id is used again
     for name, parameter in named:
         dtype = dtypes.get(name, parameter.dtype)
         if not parameter.is_floating_point() or parameter.dtype == dtype:

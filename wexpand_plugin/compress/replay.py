@@ -38,6 +38,7 @@ class BlockReplay:
     :param register_hook: of the modifier: its hooks rest while the pipeline propagates
     :param current: says what is known of the batch that runs now (`calibration`)
     :param bypass: where nothing else is wanted of the pipeline's run
+    :param keep: whether the block will run again; else no arguments are kept
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class BlockReplay:
         register_hook: Callable[..., Any],
         current: Callable[[], Known],
         bypass: Bypass | None = None,
+        keep: bool = True,
     ):
-        self.block, self._current, self._bypass = block, current, bypass
+        self.block, self._current, self._bypass, self._keep = block, current, bypass, keep
         self.known: list[Known] = []
         """of each batch"""
         self.cache = IntermediatesCache(None, torch.device("cpu"))
@@ -58,16 +60,26 @@ class BlockReplay:
         self._ends: Mapping[nn.Module, End] = {}
         self._remembered: list[Remembered] = []
         self._instead: Instead | None = None
-        register_hook(block, self._record, "forward_pre", with_kwargs=True)
+        self._hook = register_hook(block, self._record, "forward_pre", with_kwargs=True)
 
     def _record(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.cache.append({"args": args, "kwargs": kwargs})
+        if self._keep:
+            self.cache.append({"args": args, "kwargs": kwargs})
         self.known.append(self._current())
         if self._bypass is not None:
             self._bypass.reached(self.block)
 
     def __len__(self) -> int:
-        return len(self.cache)
+        return len(self.known)
+
+    def recorded(self) -> None:
+        """All batches have passed: the hook, which would keep this and the block alive, goes."""
+        self._hook.remove()
+
+    def forget(self) -> None:
+        """What was recorded is wanted no more."""
+        self.end()
+        self.cache = IntermediatesCache(None, torch.device("cpu"))
 
     def _arguments(self, number: int) -> Arguments:
         inputs = self.cache.fetch(number)

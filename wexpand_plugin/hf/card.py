@@ -24,7 +24,7 @@ _MARK = "<!-- written by wexpand, {:08x}: a card that was changed is never repla
 # what of a base model's card holds for what is made from it
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 # of `made_by`: not settings
-_APART = ("compress", "data", "dial", "model", "predicted_loss", "tuned", "tuned_model",
+_APART = ("before", "compress", "data", "dial", "model", "predicted_loss", "tuned", "tuned_model",
           "versions", "wexpand")  # fmt: skip
 
 _TEXT = """# {title}

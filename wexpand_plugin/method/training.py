@@ -71,6 +71,8 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     counts = ranks.gathered(list(tokens))
     order = _shuffled([range(len(own)) for own in counts], generator)
+    # batches of which nothing counts teach nothing, and would measure nothing
+    order = [(rank, number) for rank, number in order if counts[rank][number]] or order
     held_out = order[: max(1, len(order) // HELD_OUT)] if len(order) > 1 else order
     trained_on = order[len(held_out) :] or order
     seen = max(1, sum(counts[rank][number] for rank, number in held_out))
