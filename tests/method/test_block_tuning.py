@@ -6,6 +6,7 @@ from torch import Tensor
 
 from wexpand_plugin.method.clusters import Router
 from wexpand_plugin.method.grids import Grid
+from wexpand_plugin.method.training import train
 from wexpand_plugin.method.tunable import TunableLinear
 from wexpand_plugin.method.tuning import tune_block
 from wexpand_plugin.method.versions import SolvedRows
@@ -179,3 +180,16 @@ def test_a_token_that_comes_out_huge_is_not_all_that_counts():
         return float(((x @ weights.t() - y).norm(dim=-1) / y.norm(dim=-1)).square().mean())
 
     assert error(spoiled) < 1.05 * error(good)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_of_which_nothing_counts_are_not_held_out(seed):
+    """Nothing could be measured on them, and nothing would ever look better than the beginning."""
+    weight = torch.zeros(3, requires_grad=True)
+    goal = torch.tensor([1.0, -1.0, 2.0])
+    counts = [4 if number % 5 == 0 else 0 for number in range(20)]
+    result = train(
+        lambda number: counts[number] * (weight - goal).square().sum(), counts, [weight],
+        epochs=20, lr=0.2, seed=seed, quiet=True,
+    )  # fmt: skip
+    assert result.before > 0 and result.after < 0.1 * result.before

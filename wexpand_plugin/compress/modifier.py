@@ -13,7 +13,7 @@ from llmcompressor.utils.helpers import calibration_forward_context
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import WexpandError
 from ..hf.linear import RoutedLinear
@@ -308,6 +308,8 @@ class SparseExpansionModifier(Modifier):
                 if not passing:
                     replay.run_together(self.seed)
                 self._finish(state.model, self._blocks[name], replay)
+                if self._tunes():
+                    self._path.leave(replay)
             # another modifier may be about to run the block on the same inputs
             if len(ready) == 1 and not passing and self._alone:
                 replay.propagate()
@@ -318,7 +320,10 @@ class SparseExpansionModifier(Modifier):
     def _finish(self, model: nn.Module, block: Block, replay: BlockReplay) -> None:
         """Expand the linears of a block, or put back what an earlier run made of them."""
         targets = {n: t for n, t in self._targets.items() if t.block == block.name}
-        outputs = self._path.targets(replay, block.place) if self._tunes() else []
+        outputs: list[Tensor] = []
+        if self._tunes():
+            whole = self._settings.tune_model_epochs > 0
+            outputs = self._path.targets(replay, block.place, unbroken=whole)
         passing, data = self._passing.pop(block.name, None), self._batches.about()
         if passing is not None:
             passing.recorded()

@@ -253,6 +253,8 @@ class Part:
 
 def _difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
     """(key, was, now) of the first difference between two JSON values."""
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        was, now = dict(enumerate(was)), dict(enumerate(now))
     if isinstance(was, dict) and isinstance(now, dict):
         for name in was | now:
             below = f"{key}.{name}" if key else name

@@ -171,6 +171,10 @@ class BlockReplay:
             except Apart:
                 yield from zip(([number] for number in some), batches, strict=True)
 
+    def hidden(self, number: int) -> Tensor:
+        """The hidden states that the block was given for a batch."""
+        return hidden_states(self._arguments(number))
+
     def output(self, number: int, hidden: Tensor | None = None) -> Tensor:
         """The hidden states that the block gives for a batch; with gradients where they are on.
 

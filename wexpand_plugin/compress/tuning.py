@@ -3,7 +3,8 @@
 The pipeline hands every block the outputs of compressed blocks only. What a block should give,
 though, is what the dense model has at that place, so its hidden states are kept here, block after
 block, and run through each block before it is compressed. Where they are not known, as the block
-before was not one of the recipe's, the block's own inputs stand for them.
+before was not one of the recipe's, or as something else lies between the two, the block's own
+inputs stand for them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
+from ..errors import WexpandError
 from ..hf.linear import RoutedLinear
 from ..method.clusters import Router
 from ..method.constant import constant_parts
@@ -27,13 +29,32 @@ from .rows import packed, packed_biases, replace_linear
 
 __all__ = ["DensePath", "say", "trainable", "trained", "tune"]
 
+SAME = 0.05
+"""relative difference of hidden states that are the same but for how they were computed"""
+
 
 class DensePath:
     """The hidden states of the dense model between two blocks."""
 
     def __init__(self) -> None:
         self._states: list[Tensor] | None = None
+        self._left: Tensor | None = None
         self._place = -1
+
+    def leave(self, replay: BlockReplay) -> None:
+        """The block of `replay` is compressed: by what it gives now, the next one is known."""
+        with torch.no_grad():
+            self._left = replay.output(0).cpu() if len(replay) else None
+
+    def _leads_to(self, replay: BlockReplay, place: int) -> bool:
+        """Whether a block, not seen yet, reads what the one before it gives, and nothing else does
+        something to that: as blocks that are whole decoder layers do."""
+        if self._left is None or place != self._place + 1 or not len(replay):
+            return False
+        read = replay.hidden(0).cpu()
+        return read.shape == self._left.shape and bool(
+            (read - self._left).norm() < SAME * self._left.norm()
+        )
 
     @property
     def states(self) -> list[Tensor]:
@@ -41,12 +62,21 @@ class DensePath:
         return self._states or []
 
     @torch.no_grad()
-    def targets(self, replay: BlockReplay, place: int) -> list[Tensor]:
+    def targets(
+        self, replay: BlockReplay, place: int, *, unbroken: bool = False
+    ) -> list[Tensor]:
         """What the block of `replay`, still dense, gives on the dense path, for each batch.
 
         :param place: number of the block among all of the model's
+        :param unbroken: whether it has to go on from the block before
+        :raises WexpandError: it does not
         """
-        known = self._states if place == self._place + 1 else None
+        known = self._states if self._leads_to(replay, place) else None
+        if unbroken and known is None and self._states is not None:
+            raise WexpandError(
+                f"tune_model_epochs: block {place} does not read what block {self._place} gives; "
+                "sequential_targets should be whole decoder layers, or use 0"
+            )
         outputs = [
             replay.output(number, None if known is None else known[number]).cpu()
             for number in range(len(replay))
