@@ -50,7 +50,7 @@ def real_model_points() -> dict[str, list[Point | None]]:
     rows = results("real_model")["rows"]
     found: dict[str, list[Point | None]] = {}
     for name, row in rows.items():
-        if name == "dense" or FEWER in name:
+        if name == "dense" or FEWER in name or name.endswith(" tokens"):
             continue
         plain, place = _how(name)
         points = found.setdefault(plain, [None] * len(HOW))
@@ -111,10 +111,10 @@ def real_model_more_text() -> str:
     rows = results("real_model")["rows"]
     dense, lines = rows["dense"]["loss"], []
     for name, row in rows.items():
-        plain, found, how = name.partition(FEWER)
-        if found:
-            epochs, _, tokens = how.partition(", ")
-            epochs, _, rate = epochs.partition(" epochs")
+        kind, _, tokens = name.partition(", ")
+        plain, found, how = kind.partition(FEWER)
+        if found or tokens:
+            epochs, _, rate = (how or "0").partition(" epochs")
             by_blocks, _, whole = epochs.partition(" and ")
             by_blocks += rate.replace("at", "at a rate of")
             tokens = tokens.removesuffix(" tokens") or str(TOKENS)
@@ -137,11 +137,12 @@ def real_model_others() -> str:
     dense = rows["dense"].get("others", {})
     lines = [
         [
-            _label(plain) + "," * (plain != name) + name.removeprefix(plain),
+            _label(plain) + "," * (plain != kind) + kind.removeprefix(plain),
             *(f"{row['others'][t] - dense[t]:.3f}" for t in dense),
         ]
         for name, row in rows.items()
-        if (plain := _how(name)[0]) != "dense"
+        if (kind := name.partition(", ")[0]) != "dense"
+        and (plain := _how(kind.partition(FEWER)[0])[0])
         and row.get("others", {}).keys() >= dense.keys()
     ]
     if not dense or not lines:
