@@ -35,6 +35,7 @@ SERIES = {
     "ours": ("#56b4e9", "o--"),
     "GPTQ": ("#d55e00", "s-"),
     "AWQ": ("#cc79a7", "^-"),
+    "AutoRound": ("#e69f00", "v-"),
     "SparseGPT": ("#8a929c", "x"),
     "llama.cpp": ("#009e73", "d"),
 }

@@ -64,8 +64,9 @@ def size_curve_short() -> str:
     setting = paragraph(
         f"Loss added to {found['model']}, all linears of its blocks, nats per token: by the dial, "
         "without and with tuning, and by the best other that was measured in as many bits (up to "
-        "1% more): of llm-compressor's GPTQModifier and AWQModifier (which had an eighth of the "
-        "calibration text), and of llama.cpp's types, none of which tunes "
+        "1% more): of llm-compressor's GPTQModifier, AWQModifier (which had an eighth of the "
+        "calibration text) and AutoRoundModifier (which tunes, 50 steps a block), and of "
+        "llama.cpp's types "
         f"(`{found['command']}`, evals/results/size_curve.json):"
     )
     head = ["bits per weight", "the dial", "tuned", "best other"]
