@@ -23,6 +23,7 @@ from wexpand_plugin.errors import WexpandError
 from wexpand_plugin.tools.inspect import inspect
 
 ATTENTION, MLP = ["re:.*self_attn.*"], ["re:.*mlp.*"]
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
 INT3 = dict(sparsity=0.0, values="int3", value_group=32, block_size=32, num_experts=1)
 
 
@@ -89,11 +90,13 @@ def test_blocks_that_are_done_are_let_go_of(tmp_path, monkeypatch, keys):
         ([SparseGPTModifier(sparsity=0.6, targets=["Linear"], ignore=["lm_head"]),
           QuantizationModifier(targets=MLP, scheme="FP8_DYNAMIC"), PackModifier()],
          "mlp.gate_proj: another modifier of the recipe quantises it"),
+        ([QuantizationModifier(kv_cache_scheme=FP8_CACHE), ours(targets=MLP, **INT3)],
+         "self_attn: another modifier of the recipe quantises it"),
         ([QuIPModifier(rotations=["v"], transform_type="random-hadamard"),
           ours(targets=MLP, **INT3)],
          "transforms inputs or outputs while the model runs"),
     ],
-    ids=["before", "after", "pack", "transform"],
+    ids=["before", "after", "pack", "cache", "transform"],
 )  # fmt: skip
 def test_what_a_checkpoint_could_not_hold_is_refused(tmp_path, recipe, problem):
     recipe = [modifier.model_copy(deep=True) for modifier in recipe]
@@ -146,6 +149,16 @@ def test_blocks_that_are_parts_of_layers(tmp_path):
     with pytest.raises(WexpandError, match="block 1 does not read what block 0 gives"):
         apply(path, [ours(**INT3 | {"targets": MLP, "tune_model_epochs": 1})],
               sequential_targets=parts)  # fmt: skip
+
+
+def test_all_blocks_that_are_calibrated_at_once(tmp_path):
+    """The next block has then read what the dense one gave."""
+    path = tiny("Llama", tmp_path)
+    found = [
+        error(apply(path, [ours(**INT3, tune_model_epochs=n)], pipeline="basic"), path)
+        for n in (0, 4)
+    ]
+    assert found[1] < found[0], found
 
 
 class Fails(Modifier):

@@ -18,6 +18,7 @@ from .precision import stored_dtype
 
 __all__ = ["findings", "say_beginning", "say_end", "warn_unserved"]
 
+
 def say_beginning(
     model: nn.Module,
     blocks: Mapping[str, Block],

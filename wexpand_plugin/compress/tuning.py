@@ -49,11 +49,12 @@ class DensePath:
     def _leads_to(self, replay: BlockReplay, place: int) -> bool:
         """Whether a block, not seen yet, reads what the one before it gives, and nothing else does
         something to that: as blocks that are whole decoder layers do."""
-        if self._left is None or place != self._place + 1 or not len(replay):
+        if self._left is None or not self._states or place != self._place + 1 or not len(replay):
             return False
         read = replay.hidden(0).cpu()
-        return read.shape == self._left.shape and bool(
-            (read - self._left).norm() < SAME * self._left.norm()
+        return any(  # of the dense block, where all blocks were calibrated before one was expanded
+            read.shape == left.shape and bool((read - left).norm() < SAME * left.norm())
+            for left in (self._left, self._states[0])
         )
 
     @property
