@@ -145,7 +145,11 @@ def load_dense(model: str, dtype: str) -> tuple[Any, dict[str, "torch.dtype"]]:
 
 def _refuse_values(model: str, dense: Any) -> None:
     """What could not be saved again, wherever it is: hours later, that would be known too late."""
-    for name, values in dense.named_parameters():
+    from compressed_tensors.offload import disable_onloading
+
+    with disable_onloading():  # on a GPU every weight would be copied there
+        parameters = list(dense.named_parameters())
+    for name, values in parameters:
         if not values.is_floating_point() or values.is_meta:
             continue
         if values.dtype not in FLOATS.values():
