@@ -51,13 +51,13 @@ def write(
 
     if tokens < 1 or context < 2:
         raise WexpandError(f"tokens: {tokens} should be 1 or more, context: {context} 2 or more")
-    missing = {"--dense MODEL": dense, "--dataset TEXT": dataset}
-    wanted = " and ".join(option for option, value in missing.items() if value is None)
+    given = {"--dense MODEL": dense, "--dataset TEXT": dataset}
+    missing = [option for option, value in given.items() if value is None]
+    wanted = " and ".join(missing)
     if baseline is not None and wanted:
         raise WexpandError(f"baseline: {baseline} can only be compared on some text; pass {wanted}")
-    if len(wanted.split(" and ")) == 1 and wanted:
-        given = next(f"{option}" for option, value in missing.items() if value is not None)
-        raise WexpandError(f"{given.split()[0]}: needs {wanted} beside it")
+    if len(missing) == 1:
+        raise WexpandError(f"report: needs {' and '.join(given)}, or neither; pass {wanted}")
     data = collect(directory)
     page = _target(data.directory, output)
     measured = None
