@@ -81,8 +81,7 @@ def _awq(bits: int, targets: list[str]) -> dict[str, Any]:
 
 
 def _autoround(bits: int, targets: list[str]) -> dict[str, Any]:
-    """AutoRound, which tunes rounding block by block: its authors' quick setting, and no compiler
-    (a CPU's would take longer than it saves)."""
+    """AutoRound, which tunes rounding block by block: its authors' quick setting, not compiled."""
     found = gptq(bits, targets, modifier="AutoRoundModifier")
     found["AutoRoundModifier"] |= {"iters": 50, "enable_torch_compile": False}
     return found

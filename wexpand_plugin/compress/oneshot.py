@@ -14,14 +14,14 @@ from pathlib import Path
 
 from ..errors import WexpandError
 from ..format.directories import partial_directory, require_empty
-from ..format.model_dir import CHECKSUMS, CONFIG, ModelDir
+from ..format.model_dir import ModelDir
 from ..format.writer import copy_others
 from ..hf.saving import add_made_by
 from ..method import ranks
 from .data import padded
 from .loading import DTYPES, load_dense, load_inputs
 from .precision import set_dtypes
-from .progress import in_place, resumable
+from .progress import in_place, refuse_complete, resumable
 from .recipes import check_recipe, refuse_sizes, with_budgets
 from .recipes import recipe as find_recipe
 from .saved import check_saved
@@ -81,8 +81,8 @@ def compress(
     several, first = ranks.count(), ranks.rank() == 0
     if resume and several > 1:
         raise WexpandError(f"resume: True is for one process, and torchrun started {several}")
-    if resume and all((Path(output) / name).is_file() for name in (CHECKSUMS, CONFIG)):
-        raise WexpandError(f"{output}: is complete; there is nothing to resume")
+    if resume:
+        refuse_complete(output)
     if not (resume and in_place(output)):  # whose own files may be in it already
         require_empty(output)
     options = {

@@ -29,10 +29,12 @@ from loguru import logger
 
 from ..errors import WexpandError
 from ..format.directories import made_parents, sync, working_path
+from ..format.model_dir import CHECKSUMS, CONFIG
 from ..method import ranks
 from .records import find_records, read_record, write_record
 
-__all__ = ["Part", "Progress", "in_place", "options_of", "resumable", "unfinished"]
+__all__ = ["Part", "Progress", "in_place", "options_of", "refuse_complete", "resumable",
+           "unfinished"]  # fmt: skip
 
 _KIND = "unfinished"
 _current: ContextVar["Progress | None"] = ContextVar("progress", default=None)
@@ -56,6 +58,12 @@ def options_of(output: str | Path) -> dict[str, Any]:
         if name == "run" and whole:
             return read_record(file)
     return {}
+
+
+def refuse_complete(output: str | Path) -> None:
+    """Raise WexpandError if a run of `output` has ended: there is nothing to resume."""
+    if all((Path(output) / name).is_file() for name in (CHECKSUMS, CONFIG)):
+        raise WexpandError(f"{output}: is complete; there is nothing to resume")
 
 
 @contextmanager

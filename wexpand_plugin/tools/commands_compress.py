@@ -133,15 +133,14 @@ def compress(
 
 def _resumed(ctx: typer.Context, options: dict[str, Any], output: Path) -> dict[str, Any]:
     """The options of the unfinished run of `output`, under those that were given again."""
-    from ..compress.progress import options_of
-    from ..format.model_dir import CHECKSUMS
+    from ..compress.progress import options_of, refuse_complete
 
     known = {k: v for k, v in options_of(output).items() if k in options}
     given = {k for k in options if getattr(ctx.get_parameter_source(k), "name", "") != "DEFAULT"}
     if "output" in given and options["output"] != output:
         ctx.fail(f"--output {options['output']} and --resume {output} should be the same.")
-    if not known and all((output / name).is_file() for name in ("config.json", CHECKSUMS)):
-        raise WexpandError(f"{output}: is complete; there is nothing to resume")
+    if not known:
+        refuse_complete(output)
     if not known and "model" not in given:
         raise WexpandError(f"{output}: there is no unfinished run of it to resume")
     return options | {k: v for k, v in known.items() if k not in given} | {"output": output}
